@@ -1,0 +1,5 @@
+"""LLaVA's models."""
+
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+__all__ = ["LlavaConfig", "LlavaLlamaForCausalLM"]

@@ -1,0 +1,293 @@
+"""Image features spliced into the text: what every LLaVA language model has in common."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import CLIPVisionConfig
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_projector.builder import build_vision_projector
+from mustdrop.hooks import Call, Reducer, Run, Tokens, VisionTokens
+
+
+@dataclass
+class Prompt:
+    """A batch of prompts ready for the decoder: `embeds` `[batch, length, width]`, `labels` `[batch, length]` or None."""
+
+    embeds: Tensor
+    tokens: Tokens
+    labels: Tensor | None
+    call: Call
+
+
+class LlavaMetaModel:
+    """Mixin of the decoder: owns the vision tower and the projector."""
+
+    def build_vision(self, config) -> None:
+        """Create the vision tower and projector that `config` describes (`mm_vision_config`, a CLIP vision config)."""
+        vision_config = getattr(config, "mm_vision_config", None)
+        if vision_config is None:
+            return
+        if isinstance(vision_config, dict):
+            vision_config = CLIPVisionConfig(**vision_config)
+        vision_config._attn_implementation = config._attn_implementation
+        self.vision_tower = CLIPVisionTower(
+            vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature
+        )
+        self.mm_projector = build_vision_projector(config)
+
+    def get_vision_tower(self) -> CLIPVisionTower | None:
+        """The vision tower, None for a model without one."""
+        return getattr(self, "vision_tower", None)
+
+
+class LlavaMetaForCausalLM:
+    """Mixin of the causal model: encodes images, splices them into prompts, and holds the reducer.
+
+    Attributes
+    ----------
+    reducer : Reducer
+        What is called at the hook points; does nothing until `reducer.on(model)`.
+    run : Run or None
+        Where traces are collected.
+    """
+
+    def init_seam(self) -> None:
+        """Start with the do-nothing reducer."""
+        self.reducer: Reducer = Reducer()
+        self.run: Run | None = None
+
+    @property
+    def depths(self) -> tuple[int, int]:
+        """Number of decoder layers and of vision-encoder blocks."""
+        tower = self.get_vision_tower()
+        return self.config.num_hidden_layers, tower.config.num_hidden_layers if tower is not None else 0
+
+    def get_vision_tower(self) -> CLIPVisionTower | None:
+        """The vision tower, None for a model without one."""
+        return self.get_model().get_vision_tower()
+
+    def encode_images(self, images: Tensor, call: Call | None = None) -> Tensor | VisionTokens:
+        """Projected features of preprocessed images `[images, 3, height, width]`.
+
+        Returns the plain tensor `[images, tokens, width]` as in LLaVA, or the `VisionTokens` when a `call` is given.
+        """
+        tower = self.get_vision_tower()
+        if tower is None:
+            raise ValueError("the prompt has images but the model has no vision tower (mm_vision_tower in config.json)")
+        asked = call
+        call = call or Call(self.reducer, self.run)
+        projector = self.get_model().mm_projector
+        with call.timed("vision", images.device):
+            tokens = tower.encode(images, call)
+            dtype = next((parameter.dtype for parameter in projector.parameters()), tokens.hidden.dtype)
+            tokens = tokens.with_hidden(projector(tokens.hidden.to(dtype)))
+            if call.does("on_projected_features"):
+                tokens = call.reducer.on_projected_features(tokens, call.state) or tokens
+        return tokens if asked is not None else tokens.hidden
+
+    def splice(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        images: Tensor | list[Tensor] | None = None,
+        padding_side: str = "right",
+    ) -> Prompt:
+        """Replace every image token of a batch of prompts by the features of its image.
+
+        Parameters
+        ----------
+        input_ids : int64 `[batch, length]`
+            Text ids, `IMAGE_TOKEN_INDEX` (-200) where an image goes.
+        attention_mask : `[batch, length]`, optional
+            Zero for padding.
+        labels : int64 `[batch, length]`, optional
+            Training targets; image positions become `IGNORE_INDEX`. With labels, prompts longer than the
+            configuration's `tokenizer_model_max_length` are cut, as in LLaVA's training.
+        images : `[images, 3, height, width]`, `[images, tiles, 3, height, width]` or a list of images or stacks of tiles
+            In the order in which the prompts mention them. A text-only prompt of a mixed batch may bring a dummy.
+        padding_side : {"left", "right"}
+            Where shorter prompts are padded.
+
+        Raises
+        ------
+        ValueError
+            If the number of images does not fit the image tokens.
+        """
+        call = Call(self.reducer, self.run)
+        keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        rows = [ids[mask].tolist() for ids, mask in zip(input_ids.cpu(), keep.cpu(), strict=True)]
+        chunks = [_split_at_images(row) for row in rows]
+        stacks = _image_stacks(images)
+        assigned = _assign_images(len(stacks), [len(row) - 1 for row in chunks])
+        encoded = self.encode_images(torch.cat([stacks[i] for own in assigned for i in own]), call) if any(assigned) else None
+        counts = [] if encoded is None else encoded.counts.tolist()
+
+        embedding = self.get_input_embeddings()
+        ids = torch.tensor([i for row in chunks for chunk in row for i in chunk], device=embedding.weight.device)
+        text = embedding(ids.long())
+        sequences = [_Sequence(self.reducer.positions == "renumber") for _ in rows]
+        tile = used = 0
+        for number, (sequence, own, row) in enumerate(zip(sequences, assigned, chunks, strict=True)):
+            targets = None if labels is None else labels[number][keep[number]].to(text.device)
+            start = 0
+            for place, chunk in enumerate(row):
+                for _ in range(len(stacks[own[place - 1]]) if place else 0):
+                    sequence.add_image(encoded, tile, counts[tile], wants_labels=targets is not None)
+                    tile += 1
+                end = start + len(chunk)
+                sequence.add_text(text[used : used + len(chunk)], None if targets is None else targets[start:end])
+                used, start = used + len(chunk), end + 1
+            call.images.append(sequence.images)
+        limit = getattr(self.config, "tokenizer_model_max_length", None) if labels is not None else None
+        return _pad(sequences, padding_side, limit, call)
+
+    def prepare_inputs_labels_for_multimodal(
+        self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
+    ):
+        """LLaVA's own name for `splice`, with LLaVA's signature and result.
+
+        Returns
+        -------
+        tuple
+            `(None, position_ids, attention_mask, past_key_values, inputs_embeds, labels)`; position ids, mask and
+            labels are None where they were None. Padding rows are zero.
+        """
+        if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
+            return input_ids, position_ids, attention_mask, past_key_values, None, labels
+        side = getattr(self.config, "tokenizer_padding_side", "right")
+        prompt = self.splice(input_ids, attention_mask, labels, images, side)
+        tokens = prompt.tokens
+        mask = None
+        if attention_mask is not None:
+            valid = torch.ones_like(tokens.image, dtype=torch.bool) if tokens.valid is None else tokens.valid
+            mask = valid.to(attention_mask.dtype)
+        position = None if position_ids is None else tokens.position
+        return None, position, mask, past_key_values, prompt.embeds, prompt.labels
+
+
+def text_prompt(
+    embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, labels: Tensor | None, call: Call
+) -> Prompt:
+    """Prompts given as embeddings `[batch, length, width]`: all text, padded where `attention_mask` is zero."""
+    batch, length = embeds.shape[:2]
+    column = torch.arange(length, device=embeds.device).repeat(batch, 1)
+    valid = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+    none, nothing = torch.full_like(column, -1), torch.zeros_like(column, dtype=torch.bool)
+    position = column if position_ids is None else position_ids.expand(batch, -1)
+    call.images.extend([] for _ in range(batch))
+    return Prompt(embeds, Tokens(position, column, none, none, nothing, nothing, valid), labels, call)
+
+
+class _Sequence:
+    """One prompt under construction: the segments of every per-position tensor, and its images for the trace."""
+
+    def __init__(self, renumber: bool):
+        self.renumber = renumber
+        self.parts: dict[str, list[Tensor]] = defaultdict(list)
+        self.images: list[tuple[int, Tensor]] = []
+        self.position = self.index = self.questions = 0
+
+    def add_text(self, embeds: Tensor, labels: Tensor | None) -> None:
+        """Append text embeddings `[length, width]`."""
+        count, device = len(embeds), embeds.device
+        question = bool(self.images)
+        self.questions += count * question
+        self._add(
+            embeds,
+            labels,
+            position=torch.arange(self.position, self.position + count, device=device),
+            image=torch.full((count,), -1, device=device),
+            index=torch.full((count,), -1, device=device),
+            protected=torch.zeros(count, dtype=torch.bool, device=device),
+            question=torch.full((count,), question, device=device),
+        )
+        self.position += count
+
+    def add_image(self, encoded: VisionTokens, row: int, count: int, wants_labels: bool) -> None:
+        """Append the `count` tokens of one encoded image, and its prefix if it has one."""
+        total = encoded.prefix + count
+        embeds, owner, anchor = encoded.hidden[row, :total], encoded.owner[row], encoded.anchor[row, :count]
+        device = embeds.device
+        prefix = torch.arange(encoded.prefix, device=device)
+        place = torch.arange(total, device=device) if self.renumber else torch.cat([prefix, anchor + encoded.prefix])
+        protected = torch.zeros(total, dtype=torch.bool, device=device)
+        if encoded.protected is not None:
+            protected[encoded.prefix :] = encoded.protected[row, :count]
+        self._add(
+            embeds,
+            torch.full((total,), IGNORE_INDEX, device=device) if wants_labels else None,
+            position=self.position + place,
+            image=torch.full((total,), len(self.images), device=device),
+            index=torch.arange(self.index, self.index + total, device=device),
+            protected=protected,
+            question=torch.zeros(total, dtype=torch.bool, device=device),
+        )
+        self.images.append((total, torch.where(owner < 0, owner, owner + encoded.prefix)))
+        self.position += total if self.renumber else encoded.prefix + len(owner)
+        self.index += total
+
+    def _add(self, embeds: Tensor, labels: Tensor | None, **record: Tensor) -> None:
+        for name, value in {"embeds": embeds, "labels": labels, **record}.items():
+            if value is not None:
+                self.parts[name].append(value)
+
+
+def _pad(sequences: list[_Sequence], side: str, limit: int | None, call: Call) -> Prompt:
+    """Stack prompts of different lengths."""
+    fillers = {"labels": IGNORE_INDEX, "image": -1, "index": -1}
+    device = sequences[0].parts["embeds"][0].device
+    columns: dict[str, list[Tensor]] = defaultdict(list)
+    for sequence in sequences:
+        for name, parts in sequence.parts.items():
+            columns[name].append(torch.cat([part.to(device) for part in parts])[:limit])
+    lengths = [len(embeds) for embeds in columns["embeds"]]
+    stacked = {
+        name: pad_sequence(values, batch_first=True, padding_value=fillers.get(name, 0), padding_side=side)
+        for name, values in columns.items()
+    }
+    embeds, labels = stacked.pop("embeds"), stacked.pop("labels", None)
+    valid = None
+    if min(lengths) < max(lengths):
+        ones = [torch.ones(length, dtype=torch.bool, device=device) for length in lengths]
+        valid = pad_sequence(ones, batch_first=True, padding_side=side)
+    tokens = Tokens(
+        **stacked,
+        source=torch.arange(max(lengths), device=device).repeat(len(lengths), 1),
+        valid=valid,
+        images=max(len(sequence.images) for sequence in sequences),
+        questions=max(sequence.questions for sequence in sequences),
+    )
+    return Prompt(embeds, tokens, labels, call)
+
+
+def _split_at_images(row: list[int]) -> list[list[int]]:
+    """Text ids before, between and after the image tokens: one chunk more than there are images."""
+    chunks: list[list[int]] = [[]]
+    for token in row:
+        if token == IMAGE_TOKEN_INDEX:
+            chunks.append([])
+        else:
+            chunks[-1].append(token)
+    return chunks
+
+
+def _image_stacks(images: Tensor | list[Tensor] | None) -> list[Tensor]:
+    """Images as stacks of tiles `[tiles, 3, height, width]`, one tile for a plain image."""
+    return [] if images is None else [image if image.dim() == 4 else image[None] for image in images]
+
+
+def _assign_images(images: int, wanted: list[int]) -> list[list[int]]:
+    """Which images belong to which prompt; a text-only prompt may bring one dummy, as in LLaVA's training batches."""
+    for taken in (wanted, [max(count, 1) for count in wanted]):
+        if images == sum(taken):
+            starts = [sum(taken[:i]) for i in range(len(taken))]
+            return [list(range(start, start + count)) for start, count in zip(starts, wanted, strict=True)]
+    raise ValueError(f"images: got {images}, but the prompts have {sum(wanted)} <image> tokens ({wanted} per prompt)")

@@ -1,0 +1,56 @@
+"""Attention masks in the form each attention implementation wants, for keys of any number and padding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+)
+
+
+def attention_mask(config, hidden: Tensor, *, valid: Tensor | None, keys: int, causal: bool):
+    """Mask for queries that are the last `hidden.shape[1]` of `keys` positions.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        Its attention implementation decides the form of the mask.
+    hidden : `[batch, queries, width]`
+        Gives batch, number of queries, dtype and device.
+    valid : bool `[batch, keys]` or None
+        False for padded keys; None when there is no padding.
+    keys : int
+        Number of keys.
+    causal : bool
+        Whether a query sees only keys up to its own position.
+
+    Returns
+    -------
+    None (the implementation needs no mask), a 4-D tensor, a 2-D tensor (flash attention) or a BlockMask (flex).
+    """
+    implementation = config._attn_implementation
+    queries = hidden.shape[1]
+    return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+        batch_size=hidden.shape[0],
+        q_length=queries,
+        kv_length=keys,
+        q_offset=keys - queries,
+        kv_offset=0,
+        mask_function=causal_mask_function if causal else bidirectional_mask_function,
+        attention_mask=valid,
+        allow_is_causal_skip=causal,
+        allow_is_bidirectional_skip=not causal,
+        dtype=hidden.dtype,
+        device=hidden.device,
+        config=config,
+    )
+
+
+def expand_mask(config, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean 4-D mask (True: attend) in the form the attention implementation wants; float masks pass unchanged."""
+    if mask.dtype != torch.bool or config._attn_implementation == "sdpa":
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

@@ -1,0 +1,152 @@
+"""CLIP vision tower with its own loop over encoder blocks, where vision tokens can be merged, dropped and chosen."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from llava.model.masks import attention_mask
+from mustdrop.hooks import Attention, Call, Reducer, VisionStep, VisionTokens, gather
+
+
+class CLIPVisionTower(nn.Module):
+    """A CLIP ViT of any size whose features come from one of its hidden states.
+
+    Parameters
+    ----------
+    config : CLIPVisionConfig
+        Shape of the ViT.
+    select_layer : int
+        Hidden state that gives the features, as in `hidden_states[select_layer]`: -2 is the input of the last block,
+        which is then never run.
+    select_feature : {"patch", "cls_patch"}
+        Whether the CLS token is part of the features.
+
+    Raises
+    ------
+    ValueError
+        If `select_feature` or `select_layer` is not one the tower can give.
+    """
+
+    def __init__(self, config: CLIPVisionConfig, select_layer: int = -2, select_feature: str = "patch"):
+        super().__init__()
+        if select_feature not in ("patch", "cls_patch"):
+            raise ValueError(f"mm_vision_select_feature is {select_feature!r}: it must be 'patch' or 'cls_patch'")
+        depth = config.num_hidden_layers
+        if not -depth - 1 <= select_layer <= depth:
+            raise ValueError(f"mm_vision_select_layer is {select_layer}: a ViT of {depth} blocks has no such state")
+        self.select_layer = select_layer
+        self.select_feature = select_feature
+        self.blocks_run = select_layer % (depth + 1)
+        self.vision_tower = CLIPVisionModel._from_config(config)
+        self.image_processor = None
+        self.is_loaded = True
+
+    def encode(self, images: Tensor, call: Call | None = None) -> VisionTokens:
+        """Features of every image and where each of them comes from.
+
+        Parameters
+        ----------
+        images : `[images, 3, height, width]`
+            Preprocessed pixels.
+        call : Call, optional
+            The forward pass this belongs to; without one nothing is reduced.
+
+        Returns
+        -------
+        VisionTokens
+            `hidden` `[images, tokens, width]`; `prefix` is 1 if the CLS token is part of the features, else 0.
+        """
+        call = call or Call(Reducer())
+        model = self.vision_tower
+        patches = model.embeddings.patch_embedding
+        images = images.to(device=patches.weight.device, dtype=patches.weight.dtype)
+        grid = tuple(size // patches.stride[0] for size in images.shape[-2:])
+        hidden = model.pre_layrnorm(model.embeddings(images, interpolate_pos_encoding=grid != self._native_grid))
+        tokens = VisionTokens.from_patches(hidden, grid, prefix=1)
+        mask = None
+        for index, block in enumerate(model.encoder.layers[: self.blocks_run]):
+            before = tokens
+            tokens = tokens.with_hidden(block(tokens.hidden, attention_mask=mask))
+            if call.does("after_vision_block"):
+                with call.timed("selector", hidden.device):
+                    reduced = call.reducer.after_vision_block(self._step(index, before, tokens, call))
+                if reduced is not None:
+                    if reduced.owner is not tokens.owner:
+                        mask = self._mask(reduced)
+                        call.vision[index] = reduced.owner
+                    tokens = reduced
+        if call.does("on_vision_features"):
+            with call.timed("selector", hidden.device):
+                tokens = call.reducer.on_vision_features(tokens, call.state) or tokens
+        return tokens if self.select_feature == "cls_patch" else tokens.without_prefix()
+
+    def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """Plain features `[images, tokens, width]` in the images' dtype; a list of images gives a list."""
+        if isinstance(images, list):
+            return [self(image[None]) for image in images]
+        return self.encode(images).hidden.to(images.dtype)
+
+    def _step(self, index: int, before: VisionTokens, tokens: VisionTokens, call: Call) -> VisionStep:
+        blocks = self.vision_tower.encoder.layers
+        following = self._attention(index + 1, tokens) if index + 1 < len(blocks) else None
+        return VisionStep(
+            block=index,
+            blocks=len(blocks),
+            last=index + 1 == self.blocks_run,
+            tokens=tokens,
+            attention=self._attention(index, before),
+            next_attention=following,
+            state=call.state,
+        )
+
+    def _attention(self, index: int, tokens: VisionTokens) -> Attention:
+        """Attention of a block on given input tokens, on demand; rows and columns count the prefix."""
+        block = self.vision_tower.encoder.layers[index]
+        attention = block.self_attn
+
+        def project(linear: nn.Linear, hidden: Tensor) -> Tensor:
+            return rearrange(linear(block.layer_norm1(hidden)), "b n (h d) -> b h n d", h=attention.num_heads)
+
+        return Attention(
+            queries=lambda rows: project(attention.q_proj, gather(tokens.hidden, rows)),
+            keys=lambda: project(attention.k_proj, tokens.hidden),
+            scale=attention.scale,
+            valid=tokens.valid_with_prefix,
+        )
+
+    def _mask(self, tokens: VisionTokens):
+        if tokens.valid is None:
+            return None
+        keys = tokens.hidden.shape[1]
+        return attention_mask(self.config, tokens.hidden, valid=tokens.valid_with_prefix, keys=keys, causal=False)
+
+    @property
+    def _native_grid(self) -> tuple[int, int]:
+        return (self.num_patches_per_side,) * 2
+
+    @property
+    def config(self) -> CLIPVisionConfig:
+        return self.vision_tower.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_tower.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_tower.device
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def num_patches_per_side(self) -> int:
+        return self.config.image_size // self.config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.num_patches_per_side**2

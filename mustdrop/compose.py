@@ -1,0 +1,82 @@
+"""Reducers made of reducers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
+
+from torch import Tensor
+
+from mustdrop.hooks import CacheStep, DecoderStep, LayerPlan, Reducer, VisionStep, VisionTokens
+
+
+class Compose(Reducer):
+    """Several reducers at work in one pass, in the given order.
+
+    In the vision encoder each sees what the one before it left. In the decoder all of them see the same layer, and a
+    token goes on only if all of them keep it. Each has a notebook of its own.
+
+    Parameters
+    ----------
+    parts : sequence of Reducer
+        The reducers.
+    positions, decode_positions : str
+        As for any reducer; valid for the whole.
+    """
+
+    def __init__(self, parts: Sequence[Reducer], positions: str = "original", decode_positions: str = "continue"):
+        self.parts = tuple(parts)
+        self.positions = positions
+        self.decode_positions = decode_positions
+
+    def check(self, layers: int, blocks: int) -> None:
+        for part in self.parts:
+            part.check(layers, blocks)
+
+    def does(self, hook: str) -> bool:
+        return any(part.does(hook) for part in self.parts)
+
+    def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
+        tokens = step.tokens
+        for number, part in self._at("after_vision_block"):
+            own = replace(step, tokens=tokens, state=step.state.setdefault(number, {}))
+            tokens = part.after_vision_block(own) or tokens
+        return tokens
+
+    def on_vision_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
+        for number, part in self._at("on_vision_features"):
+            tokens = part.on_vision_features(tokens, state.setdefault(number, {})) or tokens
+        return tokens
+
+    def on_projected_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
+        for number, part in self._at("on_projected_features"):
+            tokens = part.on_projected_features(tokens, state.setdefault(number, {})) or tokens
+        return tokens
+
+    def before_decoder_layer(self, step: DecoderStep) -> LayerPlan | None:
+        plans = [plan for plan in self._ask("before_decoder_layer", step) if plan is not None]
+        return min(plans, key=lambda plan: plan.mlp_share) if plans else None
+
+    def after_decoder_layer(self, step: DecoderStep) -> Tensor | None:
+        return _all(self._ask("after_decoder_layer", step))
+
+    def after_prefill(self, step: CacheStep) -> list[Tensor | None] | None:
+        answers = [answer for answer in self._ask("after_prefill", step) if answer is not None]
+        return [_all(of_layer) for of_layer in zip(*answers, strict=True)] if answers else None
+
+    def after_decode_layer(self, step: DecoderStep) -> Tensor | None:
+        return _all(self._ask("after_decode_layer", step))
+
+    def _at(self, hook: str) -> list[tuple[int, Reducer]]:
+        return [(number, part) for number, part in enumerate(self.parts) if part.does(hook)]
+
+    def _ask(self, hook: str, step: DecoderStep | CacheStep) -> list:
+        parts = self._at(hook)
+        return [getattr(part, hook)(replace(step, state=step.state.setdefault(number, {}))) for number, part in parts]
+
+
+def _all(keeps: Sequence[Tensor | None]) -> Tensor | None:
+    """What every keep mask keeps."""
+    given = [keep for keep in keeps if keep is not None]
+    return reduce(Tensor.logical_and, given) if given else None

@@ -1,0 +1,492 @@
+"""The seam between a multimodal model and the methods that make it cheaper.
+
+A model holds one `Reducer` and calls it at six points; the base class does nothing at any of them, and then the
+model computes exactly what it would compute without the seam:
+
+1. `after_vision_block`     merge or drop tokens inside the vision encoder, choose tokens that must stay
+2. `on_vision_features`     the selected features before the projector; `on_projected_features` after it
+3. `before_decoder_layer`   what to compute for vision tokens in the coming decoder layer
+4. `after_decoder_layer`    in prefill: which tokens go on to the next layer
+5. `after_prefill`          which cached keys and values each layer keeps
+6. `after_decode_layer`     the same after each decode step, from what the new token attended to
+
+Two ideas carry the seam. Attention is computed on demand (`Attention`): a hook gets the probabilities of the rows it
+asks for, recomputed from queries and cached keys, so the model itself never leaves its fast attention kernel. And one
+compaction (`compact`) turns a keep mask into gather indices that carry hidden states, positions, token records, masks
+and caches alike; samples of a batch keep different numbers of tokens, and padding is explicit.
+
+Everything a call needs to remember lives in a `Call` made for it; reducers and models hold no state of a call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mustdrop.trace import Trace
+
+
+def compact(
+    keep: Tensor, *, pad: str = "left", order: Tensor | None = None, length: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Turn a keep mask into gather indices: the one compaction behind every drop and merge.
+
+    Parameters
+    ----------
+    keep : bool `[batch, tokens]`
+        True where a token stays.
+    pad : {"left", "right"}
+        Side on which samples that keep fewer tokens are padded.
+    order : int `[batch, tokens]`, optional
+        Sort key of the kept tokens; by default they keep their order.
+    length : int, optional
+        Number of tokens that every sample keeps, when the caller knows it: spares the one synchronisation with the
+        host that a data-dependent count needs.
+
+    Returns
+    -------
+    indices : int64 `[batch, kept]`
+        Columns to gather, `kept` being the largest count in the batch.
+    valid : bool `[batch, kept]` or None
+        False where an index is padding; None when there is no padding.
+    """
+    tokens = keep.shape[-1]
+    if order is None:
+        order = torch.arange(tokens, device=keep.device).expand_as(keep)
+    dropped_last = order + (~keep if pad == "right" else keep) * (order.max() - order.min() + 1)
+    ranked = dropped_last.argsort(dim=-1, stable=True)
+    counts = [length] * len(keep) if length is not None else keep.sum(-1).tolist()
+    kept = max(counts)
+    indices = ranked[:, :kept] if pad == "right" else ranked[:, tokens - kept :]
+    if min(counts) == kept:
+        return indices, None
+    return indices, keep.gather(1, indices)
+
+
+def gather(values: Tensor, indices: Tensor) -> Tensor:
+    """Pick `indices` `[batch, kept]` from `values` `[batch, tokens, ...]`."""
+    index = indices.reshape(*indices.shape, *[1] * (values.dim() - 2)).expand(*indices.shape, *values.shape[2:])
+    return values.gather(1, index)
+
+
+@dataclass
+class Attention:
+    """Attention probabilities of one layer, computed only for the rows that are asked for.
+
+    A few text rows against all keys cost about 0.1 % of a prefill; materialising all rows would cost the fast kernel.
+
+    Parameters
+    ----------
+    queries : callable, int64 rows `[batch, rows]` -> `[batch, heads, rows, head_dim]`
+        Recomputes the (rotated) queries of these rows.
+    keys : callable, () -> `[batch, kv_heads, tokens, head_dim]`
+        The layer's (rotated) keys; in a decoder the cached ones.
+    scale : float
+        Factor on the scores before the softmax.
+    valid : bool `[batch, tokens]` or None
+        False for padded keys.
+    first_row : int or None
+        Position in `keys` of row 0 of a causal attention; None when the attention is not causal.
+    """
+
+    queries: Callable[[Tensor], Tensor]
+    keys: Callable[[], Tensor]
+    scale: float
+    valid: Tensor | None = None
+    first_row: int | None = None
+
+    def probabilities(self, rows: Tensor) -> Tensor:
+        """Softmax over all visible keys for the given rows, float32 `[batch, heads, rows, tokens]`."""
+        queries, keys = self.queries(rows), self.keys()
+        batch, heads, count, dim = queries.shape
+        grouped = queries.reshape(batch, keys.shape[1], -1, dim)
+        scores = (grouped @ keys.transpose(-1, -2)).view(batch, heads, count, -1).float() * self.scale
+        columns = torch.arange(scores.shape[-1], device=scores.device)
+        if self.first_row is not None:
+            scores.masked_fill_((columns > rows[..., None] + self.first_row)[:, None], torch.finfo(scores.dtype).min)
+        if self.valid is not None:
+            scores.masked_fill_(~self.valid[:, None, None], torch.finfo(scores.dtype).min)
+        return scores.softmax(-1)
+
+    def mean_over_heads(self, rows: Tensor) -> Tensor:
+        """`probabilities` averaged over the heads, float32 `[batch, rows, tokens]`."""
+        return self.probabilities(rows).mean(1)
+
+
+@dataclass
+class VisionTokens:
+    """The tokens of a vision encoder, one row per image (or tile, or frame).
+
+    Attributes
+    ----------
+    hidden : `[images, prefix + tokens, width]`
+        Hidden states, `prefix` leading tokens being no patches (CLIP: one, CLS).
+    anchor : int64 `[images, tokens]`
+        Raster index of the patch a token sits on; gives a merged token its place and position.
+    owner : int64 `[images, patches]`
+        Column of the token that stands for each patch, -1 once nothing does.
+    grid : (rows, columns)
+        Patch grid.
+    valid, protected : bool `[images, tokens]` or None
+        False for padding (None: no padding); True for tokens that no later stage may drop (None: none).
+    """
+
+    hidden: Tensor
+    anchor: Tensor
+    owner: Tensor
+    grid: tuple[int, int]
+    prefix: int = 1
+    valid: Tensor | None = None
+    protected: Tensor | None = None
+
+    @classmethod
+    def from_patches(cls, hidden: Tensor, grid: tuple[int, int], prefix: int = 1) -> VisionTokens:
+        """Records of an untouched encoder output: token i stands for patch i."""
+        raster = torch.arange(grid[0] * grid[1], device=hidden.device).expand(hidden.shape[0], -1)
+        return cls(hidden, raster, raster, grid, prefix)
+
+    @property
+    def patches(self) -> Tensor:
+        """Hidden states of the patch tokens, a view `[images, tokens, width]`."""
+        return self.hidden[:, self.prefix :]
+
+    @property
+    def counts(self) -> Tensor:
+        """Number of tokens of each image, int64 `[images]`."""
+        if self.valid is not None:
+            return self.valid.sum(-1)
+        return torch.full((len(self.anchor),), self.anchor.shape[1], device=self.anchor.device)
+
+    @property
+    def valid_with_prefix(self) -> Tensor | None:
+        """`valid` for all of `hidden`, bool `[images, prefix + tokens]` or None."""
+        return None if self.valid is None else F.pad(self.valid, (self.prefix, 0), value=True)
+
+    def with_hidden(self, hidden: Tensor) -> VisionTokens:
+        """The same tokens with other hidden states `[images, prefix + tokens, width]`."""
+        return dataclasses.replace(self, hidden=hidden)
+
+    def with_patches(self, patches: Tensor) -> VisionTokens:
+        """The same tokens with other hidden states `[images, tokens, width]`; the prefix is kept."""
+        return self.with_hidden(torch.cat([self.hidden[:, : self.prefix], patches], dim=1))
+
+    def without_prefix(self) -> VisionTokens:
+        """The patch tokens alone, as a view."""
+        return dataclasses.replace(self, hidden=self.patches, prefix=0)
+
+    def select(
+        self, keep: Tensor, *, into: Tensor | None = None, order: Tensor | None = None, length: int | None = None
+    ) -> VisionTokens:
+        """Keep the tokens of a mask `[images, tokens]`, padded on the right.
+
+        `into` `[images, tokens]` names, for a token that is merged away, the column of the token that now stands for
+        its patches (its own column elsewhere). `order` and `length` as in `compact`.
+        """
+        if self.valid is not None:
+            keep = keep & self.valid
+        indices, valid = compact(keep, pad="right", order=order, length=length)
+        new_column = torch.full_like(self.anchor, -1).scatter(
+            1, indices, torch.arange(indices.shape[1], device=indices.device).expand_as(indices)
+        )
+        new_column = new_column.masked_fill(~keep, -1)
+        if into is not None:
+            new_column = new_column.gather(1, into)
+        owner = new_column.gather(1, self.owner.clamp(min=0)).masked_fill(self.owner < 0, -1)
+        prefix = torch.arange(self.prefix, device=indices.device).expand(len(indices), -1)
+        return dataclasses.replace(
+            self,
+            hidden=gather(self.hidden, torch.cat([prefix, indices + self.prefix], dim=1)),
+            anchor=self.anchor.gather(1, indices),
+            owner=owner,
+            valid=valid,
+            protected=None if self.protected is None else self.protected.gather(1, indices),
+        )
+
+
+@dataclass
+class Tokens:
+    """What is known about every position of a padded batch of prompts inside the language model.
+
+    Attributes
+    ----------
+    position : int64 `[..., batch, length]`
+        Rotary position (leading axes for models with several position axes).
+    source : int64 `[batch, length]`
+        Column the token had in the full prompt.
+    image : int64 `[batch, length]`
+        Which image of its prompt a vision token belongs to, -1 for text.
+    index : int64 `[batch, length]`
+        Which of its prompt's vision tokens (counted after the vision stage) it is, -1 for text.
+    protected : bool `[batch, length]`
+        Vision tokens that may not be dropped.
+    question : bool `[batch, length]`
+        Text tokens after the prompt's first image.
+    valid : bool `[batch, length]` or None
+        False for padding; None when there is none.
+    images, questions : int
+        Largest number of images, and of `question` tokens, in a prompt of the batch: known to the host, so that
+        hooks can size their results without synchronising.
+    """
+
+    position: Tensor
+    source: Tensor
+    image: Tensor
+    index: Tensor
+    protected: Tensor
+    question: Tensor
+    valid: Tensor | None = None
+    images: int = 0
+    questions: int = 0
+
+    @property
+    def vision(self) -> Tensor:
+        """True for vision tokens, bool `[batch, length]`."""
+        return self.image >= 0
+
+    @property
+    def counts(self) -> Tensor:
+        """Valid positions of each prompt, int64 `[batch]`."""
+        if self.valid is not None:
+            return self.valid.sum(-1)
+        return torch.full((len(self.image),), self.image.shape[1], device=self.image.device)
+
+    def question_rows(self) -> tuple[Tensor, Tensor]:
+        """Rows of the text after the first image: int64 `[batch, questions]` and which of them are real (bool)."""
+        indices, valid = compact(self.question, length=self.questions)
+        return indices, self.question.gather(1, indices) if valid is None else valid
+
+    def last_row(self) -> Tensor:
+        """Row of every prompt's last token, int64 `[batch, 1]`."""
+        length = self.image.shape[1]
+        if self.valid is None:
+            return torch.full_like(self.image[:, :1], length - 1)
+        return (self.valid * torch.arange(length, device=self.valid.device)).argmax(-1, keepdim=True)
+
+    def last_position(self) -> Tensor:
+        """Rotary position of every prompt's last token, int64 `[..., batch]`."""
+        row = self.last_row()
+        return self.position.gather(-1, row.expand(*self.position.shape[:-1], 1))[..., 0]
+
+    def repeated(self, batch: int) -> Tokens:
+        """The record for `batch` rows, every prompt standing in for equally many neighbouring rows (beams)."""
+        times = batch // len(self.image)
+        return self if times == 1 else self.map(lambda value: value.repeat_interleave(times, dim=-2))
+
+    def select(self, keep: Tensor, *, length: int | None = None) -> tuple[Tensor, Tokens]:
+        """Compact to the kept, valid positions, padded on the left; returns the gather indices and the new record."""
+        if self.valid is not None:
+            keep = keep & self.valid
+        indices, valid = compact(keep, length=length)
+        record = self.map(lambda value: value.gather(-1, indices.expand(*value.shape[:-1], -1)))
+        if valid is not None:
+            record.image = record.image.masked_fill(~valid, -1)
+            record.index = record.index.masked_fill(~valid, -1)
+            record.question = record.question & valid
+        record.valid = valid
+        return indices, record
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
+        """The same record with `function` applied to every tensor in it."""
+        changed = {f.name: function(v) for f in dataclasses.fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return dataclasses.replace(self, **changed)
+
+    def renumbered(self) -> Tokens:
+        """The same tokens at positions 0..n-1."""
+        valid = torch.ones_like(self.image) if self.valid is None else self.valid
+        position = (valid.cumsum(-1) - 1).clamp(min=0)
+        return dataclasses.replace(self, position=position.expand_as(self.position))
+
+
+@dataclass
+class VisionStep:
+    """What a reducer sees after vision-encoder block `block` of `blocks`, `last` being the last one that is run.
+
+    `attention` is the block's own (on its input), `next_attention` the following block's on the present tokens (None
+    after the last block). `state` is this reducer's notebook for the call.
+    """
+
+    block: int
+    blocks: int
+    last: bool
+    tokens: VisionTokens
+    attention: Attention
+    next_attention: Attention | None
+    state: dict
+
+
+@dataclass
+class DecoderStep:
+    """What a reducer sees before or after a decoder layer.
+
+    `hidden` is the layer's input before it, its output `[batch, length, width]` after it. After a layer, `attention`
+    is the layer's own and `next_attention` the following layer's on the present hidden states (None after the last
+    layer). In a decode step `tokens` describes the layer's cache, whose last entry is the new token.
+    """
+
+    layer: int
+    layers: int
+    tokens: Tokens
+    hidden: Tensor
+    attention: Attention | None
+    next_attention: Attention | None
+    state: dict
+
+
+@dataclass
+class CacheStep:
+    """What a reducer sees when prefill ends.
+
+    `cached[layer]` describes the keys and values the layer has cached, `final` the tokens that left the last layer;
+    `attention[layer]` has a single row 0: the prompt's last token, whose output is the first generated one.
+    """
+
+    cached: list[Tokens]
+    final: Tokens
+    attention: list[Attention]
+    state: dict
+
+
+@dataclass
+class LayerPlan:
+    """What a decoder layer computes for vision tokens.
+
+    Attributes
+    ----------
+    mlp_share : float in (0, 1]
+        Share of the MLP's neurons, counted from the first, that vision tokens go through (YOPO's sparse visual
+        projection, arXiv 2410.06169). The other products are not computed.
+    """
+
+    mlp_share: float = 1.0
+
+
+class Reducer:
+    """Base class of all methods. Every hook does nothing; a method overrides the ones it needs.
+
+    Attributes
+    ----------
+    positions : {"original", "renumber"}
+        Rotary positions of the tokens that stay: those they had in the full prompt, or 0..n-1 after every change.
+    decode_positions : {"continue", "cache_length"}
+        Position of generated tokens: the one after the prompt's last, or the length of the layer's cache.
+    """
+
+    positions: str = "original"
+    decode_positions: str = "continue"
+
+    def check(self, layers: int, blocks: int) -> None:
+        """Raise ValueError if the settings do not fit a model of `layers` decoder layers and `blocks` ViT blocks."""
+
+    def does(self, hook: str) -> bool:
+        """Whether a hook is overridden; models skip idle ones altogether."""
+        return getattr(type(self), hook) is not getattr(Reducer, hook)
+
+    def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
+        """Return the tokens that go on, or None to leave them."""
+
+    def on_vision_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
+        """Change the selected features before the projector, or None."""
+
+    def on_projected_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
+        """Change the projected features (`prefix` 0) before they join the text, or None."""
+
+    def before_decoder_layer(self, step: DecoderStep) -> LayerPlan | None:
+        """Return what the layer shall compute for vision tokens, or None for everything."""
+
+    def after_decoder_layer(self, step: DecoderStep) -> Tensor | None:
+        """Return which tokens go on, bool `[batch, length]`, or None for all."""
+
+    def after_prefill(self, step: CacheStep) -> list[Tensor | None] | None:
+        """Return for each layer which cached entries stay, bool `[batch, length]`, None for all."""
+
+    def after_decode_layer(self, step: DecoderStep) -> Tensor | None:
+        """Return which entries of the layer's cache stay, bool `[batch, length]`, or None for all."""
+
+    @contextmanager
+    def on(self, model, timing: bool = False) -> Iterator[Run]:
+        """Reduce everything `model` computes inside the `with` block.
+
+        Parameters
+        ----------
+        model
+            A model with the seam: it has the attributes `reducer`, `run` and `depths`.
+        timing : bool
+            Also measure `Trace.times_ms` (synchronises with the device; leave off when timing from outside).
+
+        Raises
+        ------
+        TypeError
+            If the model has no seam.
+        ValueError
+            If the settings do not fit the model's depth.
+        """
+        if not hasattr(model, "reducer"):
+            raise TypeError(f"{type(model).__name__} has no hook points: load it with llava.model.builder")
+        self.check(*model.depths)
+        before = model.reducer, model.run
+        model.reducer, model.run = self, Run(timing)
+        try:
+            yield model.run
+        finally:
+            model.reducer, model.run = before
+
+
+@dataclass
+class Run:
+    """Collects one `Trace` per prompt while a reducer is on."""
+
+    timing: bool = False
+    traces: list[Trace] = field(default_factory=list)
+
+
+class Call:
+    """Everything one forward pass (and the decoding that follows it) needs to remember.
+
+    Holds each reducer's notebook, what happened to the tokens, and the time spent per part.
+    """
+
+    def __init__(self, reducer: Reducer, run: Run | None = None):
+        self.reducer = reducer
+        self.run = run
+        self.state: dict = {}
+        self.vision: dict[int, Tensor] = {}  # owner map after each vision block that changed the tokens
+        self.images: list[list[tuple[int, Tensor]]] = []  # per prompt and image: tokens spliced in, owner map
+        self.decided: list[int] = []  # decoder layers after which the reducer chose
+        self.entered: list[Tokens] = []  # per decoder layer
+        self.left: list[Tokens] = []
+        self.cached: list[Tokens] = []
+        self.kv_bytes: list[int] = []  # bytes of one cached position, per layer
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def does(self, hook: str) -> bool:
+        """Whether the reducer has something to do at a hook: an idle hook costs nothing."""
+        return self.reducer.does(hook)
+
+    def timed(self, part: str, device: torch.device):
+        """Context that adds its duration to `seconds[part]` when the run asks for timing."""
+        return self._clock(part, device) if self.run is not None and self.run.timing else nullcontext()
+
+    @contextmanager
+    def _clock(self, part: str, device: torch.device) -> Iterator[None]:
+        synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        synchronise()
+        start = time.perf_counter()
+        yield
+        synchronise()
+        self.seconds[part] += time.perf_counter() - start
+
+    def finish_prefill(self, cached: list[Tokens], kv_bytes: list[int]) -> None:
+        """Note what the cache holds and hand the prompts' traces to the run."""
+        self.cached, self.kv_bytes = cached, kv_bytes
+        if self.run is not None:
+            prompts = len(self.images)
+            every = len(self.entered[0].image) // prompts  # beams of a prompt lie side by side and are prefilled alike
+            self.run.traces.extend(Trace(self, row=prompt * every, prompt=prompt) for prompt in range(prompts))

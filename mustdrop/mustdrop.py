@@ -1,0 +1,107 @@
+"""MustDrop (arXiv 2411.10803): its three stages as one reducer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mustdrop.checks import one_of, require
+from mustdrop.compose import Compose
+from mustdrop.stages import DualAttentionFilter, KeyTokens, LocalSpatialMerge, OutputAwareCache
+from mustdrop.stages.prefill import PUBLISHED_LAYERS
+
+STAGES = ("vision", "prefill", "decode")
+
+# What an option left at None means: by default, and with compat="official".
+_COMPAT = {
+    "merge_order": ("raster", "score"),
+    "merge_count": ("per_image", "batch_minimum"),
+    "positions": ("original", "renumber"),
+    "decode_positions": ("continue", "cache_length"),
+    "score_dtype": ("float32", "model"),
+    "filter_layers": (tuple(layer / 32 for layer in PUBLISHED_LAYERS), PUBLISHED_LAYERS),
+}
+
+
+@dataclass
+class MustDrop(Compose):
+    """Multi-stage vision token dropping.
+
+    Parameters
+    ----------
+    global_threshold, individual_threshold : float
+        Of the dual-attention filter: the knobs that set how many tokens stay.
+    window, similarity_threshold, merge_block
+        Of local spatial merging: side of a window, least mean cosine similarity, ViT block after which to merge.
+    key_rate, key_block
+        Of the key token set: share of the merged tokens, ViT block whose CLS attention chooses them.
+    filter_layers : sequence of int or float, optional
+        Decoder layers after which to filter; floats are fractions of the depth.
+    cache_from : int or float, optional
+        First layer whose cache is cut to the survivors. Default: the first filter layer; 0 cuts all layers.
+    output_threshold : float, optional
+        Drop cached tokens by the output's own attention too (not published; off).
+    stages : sequence of {"vision", "prefill", "decode"}
+        Which stages are at work.
+    compat : {"default", "official"}
+        "official" reproduces the authors' code; sets the options below where they are None.
+    merge_order, merge_count, positions, decode_positions, score_dtype : str, optional
+        The deviations from the authors' code one by one; see `LocalSpatialMerge`, `Reducer`, `DualAttentionFilter`.
+
+    Raises
+    ------
+    ValueError
+        With one line that names the field, the value and what would be right.
+    """
+
+    global_threshold: float = 0.011
+    individual_threshold: float = 0.01
+    window: int = 3
+    similarity_threshold: float = 0.8
+    merge_block: int = 0
+    key_rate: float = 0.08
+    key_block: int = -1
+    filter_layers: Sequence[int | float] | None = None
+    cache_from: int | float | None = None
+    output_threshold: float | None = None
+    stages: Sequence[str] = STAGES
+    compat: str = "default"
+    merge_order: str | None = None
+    merge_count: str | None = None
+    positions: str | None = None
+    decode_positions: str | None = None
+    score_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        one_of("compat", self.compat, ("default", "official"))
+        for option, choices in _COMPAT.items():
+            if getattr(self, option) is None:
+                setattr(self, option, choices[self.compat == "official"])
+        for stage in self.stages:
+            one_of("stages", stage, STAGES)
+        one_of("positions", self.positions, ("original", "renumber"))
+        one_of("decode_positions", self.decode_positions, ("continue", "cache_length"))
+        require(len(self.filter_layers) > 0, "filter_layers", self.filter_layers, "at least one layer")
+        parts = {
+            "vision": (
+                LocalSpatialMerge(
+                    self.window, self.similarity_threshold, self.merge_block, self.merge_order, self.merge_count
+                ),
+                KeyTokens(self.key_rate, self.key_block),
+            ),
+            "prefill": (
+                DualAttentionFilter(
+                    self.global_threshold, self.individual_threshold, self.filter_layers, self.score_dtype
+                ),
+            ),
+            "decode": (
+                OutputAwareCache(
+                    self.filter_layers[0] if self.cache_from is None else self.cache_from, self.output_threshold
+                ),
+            ),
+        }
+        super().__init__(
+            [part for stage in STAGES if stage in self.stages for part in parts[stage]],
+            self.positions,
+            self.decode_positions,
+        )

@@ -1,0 +1,128 @@
+"""Pure tensor functions of the methods: no model, no state."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor
+
+from mustdrop.hooks import VisionTokens
+
+
+def cut_windows(patches: Tensor, grid: tuple[int, int], window: int) -> Tensor:
+    """Non-overlapping windows of a patch grid, `[images, patches, width]` -> `[images, windows, window^2, width]`.
+
+    Windows start at the top left corner; a rim that the window does not divide belongs to none.
+    """
+    rows, columns = (side // window * window for side in grid)
+    on_grid = rearrange(patches, "i (h w) d -> i h w d", h=grid[0])[:, :rows, :columns]
+    return rearrange(on_grid, "i (h a) (w b) d -> i (h w) (a b) d", a=window, b=window)
+
+
+def window_similarity(patches: Tensor, grid: tuple[int, int], window: int) -> Tensor:
+    """Mean cosine similarity of the ordered pairs of different tokens in each window (MustDrop, section 3.2).
+
+    The pairs are never formed: the squared length of the sum of n unit vectors is n plus the sum over these pairs.
+
+    Parameters
+    ----------
+    patches : `[images, patches, width]`
+        One token per patch, in raster order.
+    grid : (rows, columns)
+    window : int
+        Side of a window.
+
+    Returns
+    -------
+    float32 `[images, windows]`
+    """
+    units = F.normalize(cut_windows(patches.float(), grid, window), dim=-1)
+    count = window * window
+    return (reduce(units, "i w n d -> i w d", "sum").square().sum(-1) - count) / (count * (count - 1))
+
+
+def merge_windows(
+    tokens: VisionTokens, merge: Tensor, window: int, score: Tensor | None = None
+) -> VisionTokens:
+    """Replace the tokens of chosen windows by their plain mean, which sits on the window's middle patch.
+
+    Parameters
+    ----------
+    tokens : VisionTokens
+        One token per patch.
+    merge : bool `[images, windows]`
+        The windows to merge.
+    window : int
+        Side of a window.
+    score : `[images, windows]`, optional
+        When given, merged tokens come first, by falling score, then the others; otherwise raster order is kept.
+    """
+    (rows, columns), device = tokens.grid, merge.device
+    row = torch.arange(rows, device=device)[:, None].expand(rows, columns).reshape(-1)
+    column = torch.arange(columns, device=device).repeat(rows)
+    per_row = columns // window
+    inside = (row < rows // window * window) & (column < per_row * window)
+    window_of = torch.where(inside, row // window * per_row + column // window, 0)
+    middle_of = (window_of // per_row * window + window // 2) * columns + window_of % per_row * window + window // 2
+    raster = torch.arange(rows * columns, device=device)
+
+    merged = merge[:, window_of] & inside
+    middles = torch.arange(merge.shape[1], device=device)
+    middles = (middles // per_row * window + window // 2) * columns + middles % per_row * window + window // 2
+    means = cut_windows(tokens.patches, tokens.grid, window).mean(2)
+    patches = tokens.patches.clone()
+    patches[:, middles] = torch.where(merge[..., None], means, patches[:, middles])
+
+    order = None
+    if score is not None:
+        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        order = torch.where(merged, rank[:, window_of], merge.shape[1] + raster)
+    keep = ~merged | (raster == middle_of)
+    return tokens.with_patches(patches).select(keep, into=torch.where(merged, middle_of, raster), order=order)
+
+
+def top_share(score: Tensor, share: float, counts: Tensor) -> Tensor:
+    """Mark the ceil(share * count) best of each row's `counts` entries, bool like `score` `[rows, entries]`.
+
+    Entries beyond a row's count must score -inf. The ceiling is taken in float64, as Python's `math.ceil` would.
+    """
+    wanted = (counts.double() * share).ceil().long()
+    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    return rank < wanted[:, None]
+
+
+def dual_attention_keep(
+    attention: Tensor, image: Tensor, images: int, global_threshold: float, individual_threshold: float
+) -> Tensor:
+    """MustDrop's dual-attention filter (section 3.3): which tokens the text attends to.
+
+    A vision token goes if its share of the attention that the text pays to its image is below the global threshold
+    and no single text token pays it as much as the individual threshold.
+
+    Parameters
+    ----------
+    attention : `[batch, rows, length]`
+        Attention of the text rows, mean over heads; zero in rows that are padding.
+    image : int64 `[batch, length]`
+        The image each column belongs to, -1 for text.
+    images : int
+        Largest number of images in a prompt.
+    global_threshold, individual_threshold : float
+        Relative to the sum over the image, and absolute.
+
+    Returns
+    -------
+    bool `[batch, length]`
+        True for tokens to keep, among them all text.
+    """
+    vision = image >= 0
+    total, strongest = attention.sum(1), attention.amax(1)
+    on_image = total.new_zeros(len(total), images).scatter_add(1, image.clamp(min=0), total * vision)
+    small_share = total < global_threshold * on_image.gather(1, image.clamp(min=0))
+    return ~(vision & small_share & (strongest < individual_threshold))
+
+
+def layer_index(layer: int | float, layers: int) -> int:
+    """A decoder layer given by number, from the end if negative, or (a float) as a fraction of the depth."""
+    return int(layer * layers) if isinstance(layer, float) else layer % layers

@@ -1,0 +1,7 @@
+"""MustDrop's three stages, each a reducer of its own."""
+
+from mustdrop.stages.decode import OutputAwareCache
+from mustdrop.stages.prefill import DualAttentionFilter
+from mustdrop.stages.vision import KeyTokens, LocalSpatialMerge
+
+__all__ = ["DualAttentionFilter", "KeyTokens", "LocalSpatialMerge", "OutputAwareCache"]

@@ -1,0 +1,74 @@
+"""Stage 3, in decoding: shrink the key-value cache to what the output needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mustdrop import ops
+from mustdrop.checks import require
+from mustdrop.hooks import Attention, CacheStep, DecoderStep, Reducer, Tokens
+
+
+@dataclass
+class OutputAwareCache(Reducer):
+    """The output-aware cache (MustDrop, section 3.4).
+
+    When prefill ends, earlier layers forget the vision tokens that did not survive to the last one.
+
+    Parameters
+    ----------
+    first_layer : int or float
+        Layers from this one on are cut; a float is a fraction of the depth. The published layer is the first filter
+        layer, 2 of 32; 0 cuts all.
+    output_threshold : float, optional
+        Also forget, in each layer, vision tokens to which the output itself pays less attention (mean over heads) than
+        this: when prefill ends the prompt's last token, afterwards every generated one. Not part of the published
+        method; makes the stage useful without the others. Key tokens stay.
+    """
+
+    first_layer: int | float = 2 / 32
+    output_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        threshold = self.output_threshold
+        require(threshold is None or threshold >= 0, "output_threshold", threshold, "0 or more, or none")
+
+    def check(self, layers: int, blocks: int) -> None:
+        fits = 0 <= ops.layer_index(self.first_layer, layers) < layers and self.first_layer < layers
+        require(fits, "cache_from", self.first_layer, f"a layer from 0 to {layers - 1} or a fraction below 1")
+
+    def does(self, hook: str) -> bool:
+        return super().does(hook) and (hook != "after_decode_layer" or self.output_threshold is not None)
+
+    def after_prefill(self, step: CacheStep) -> list[Tensor | None] | None:
+        first = ops.layer_index(self.first_layer, len(step.cached))
+        survives = _survivors(step.final, prompt_length=step.cached[0].source.shape[1])
+        keeps: dict[int, Tensor] = {}
+        answer: list[Tensor | None] = [None] * len(step.cached)
+        for layer, tokens in enumerate(step.cached):
+            if layer >= first and tokens is not step.final:
+                if id(tokens) not in keeps:
+                    keeps[id(tokens)] = survives.gather(1, tokens.source)
+                answer[layer] = keeps[id(tokens)]
+            if self.output_threshold is not None:
+                seen = self._seen(step.attention[layer], tokens, row=0)
+                answer[layer] = seen if answer[layer] is None else answer[layer] & seen
+        return answer
+
+    def after_decode_layer(self, step: DecoderStep) -> Tensor | None:
+        return self._seen(step.attention, step.tokens, row=step.hidden.shape[1] - 1)
+
+    def _seen(self, attention: Attention, tokens: Tokens, row: int) -> Tensor:
+        """Cached entries to which one row pays enough attention, bool `[batch, length]`."""
+        rows = torch.full_like(tokens.image[:, :1], row)
+        return (attention.mean_over_heads(rows)[:, 0] >= self.output_threshold) | tokens.protected
+
+
+def _survivors(final: Tokens, prompt_length: int) -> Tensor:
+    """Columns of the full prompt that reached the end, bool `[batch, prompt_length]`."""
+    reached = torch.ones_like(final.image, dtype=torch.bool) if final.valid is None else final.valid
+    columns = final.source.new_zeros(len(final.source), prompt_length)
+    return columns.scatter_reduce(1, final.source, reached.long(), "amax").bool()
