@@ -74,7 +74,9 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 def _type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and not typing.get_args(annotation):
-        return {"NoneType": "none", "str": "text", "int": "integer", "float": "number"}.get(annotation.__name__, annotation.__name__)
+        return {"NoneType": "none", "str": "text", "int": "integer", "float": "number"}.get(
+            annotation.__name__, annotation.__name__
+        )
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     names = " or ".join(dict.fromkeys(_type_name(argument) for argument in arguments))
     return f"list of {names}" if isinstance(origin, type) and issubclass(origin, typing.Sequence) else names

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from mustdrop.hooks import VisionTokens
+from mustdrop.tokens import VisionTokens
 
 
 def cut_windows(patches: Tensor, grid: tuple[int, int], window: int) -> Tensor:
@@ -42,9 +42,7 @@ def window_similarity(patches: Tensor, grid: tuple[int, int], window: int) -> Te
     return (reduce(units, "i w n d -> i w d", "sum").square().sum(-1) - count) / (count * (count - 1))
 
 
-def merge_windows(
-    tokens: VisionTokens, merge: Tensor, window: int, score: Tensor | None = None
-) -> VisionTokens:
+def merge_windows(tokens: VisionTokens, merge: Tensor, window: int, score: Tensor | None = None) -> VisionTokens:
     """Replace the tokens of chosen windows by their plain mean, which sits on the window's middle patch.
 
     Parameters

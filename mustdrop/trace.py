@@ -10,7 +10,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mustdrop.hooks import Call, Tokens
+    from mustdrop.hooks import Call
+    from mustdrop.tokens import Tokens
 
 
 class Trace:
@@ -50,13 +51,14 @@ class Trace:
         call, row = self._call, self._row
         images = call.images[self._prompt]
         entered = call.entered[0]
-        kept: dict[str, dict[int, list[int]]] = {"vision": {}, "prefill": {}, "decode": {}}
         first = sum(len(before) for before in call.images[: self._prompt])
-        for block, owner in call.vision.items():
-            kept["vision"][block] = owner[first : first + len(images)].reshape(-1).ge(0).nonzero()[:, 0].tolist()
-        kept["prefill"] = {layer: self._patches(call.left[layer]) for layer in call.decided}
-        of_record = {id(tokens): self._patches(tokens) for tokens in {id(t): t for t in call.cached}.values()}
-        kept["decode"] = {layer: of_record[id(tokens)] for layer, tokens in enumerate(call.cached)}
+        in_vision = {block: owner[first : first + len(images)].reshape(-1) for block, owner in call.vision.items()}
+        in_cache = {id(tokens): self._patches(tokens) for tokens in {id(t): t for t in call.cached}.values()}
+        kept: dict[str, dict[int, list[int]]] = {"vision": {}, "prefill": {}, "decode": {}}
+        if images:
+            kept["vision"] = {block: (owner >= 0).nonzero()[:, 0].tolist() for block, owner in in_vision.items()}
+            kept["prefill"] = {layer: self._patches(call.left[layer]) for layer in call.decided}
+            kept["decode"] = {layer: in_cache[id(tokens)] for layer, tokens in enumerate(call.cached)}
         key = entered.protected[row] & entered.vision[row]
         cache_lengths = [int(tokens.counts[row]) for tokens in call.cached]
         facts = {

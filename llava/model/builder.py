@@ -9,7 +9,8 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.mm_utils import load_image_processor
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.tokenizer import load_tokenizer
 
 
@@ -82,7 +83,9 @@ def load_pretrained_model(
     processor = _load_image_processor(model_path, model)
     if model.get_vision_tower() is not None:
         model.get_vision_tower().image_processor = processor
-    context = getattr(model.config, "max_sequence_length", None) or getattr(model.config, "tokenizer_model_max_length", 2048)
+    context = getattr(model.config, "max_sequence_length", None) or getattr(
+        model.config, "tokenizer_model_max_length", 2048
+    )
     return tokenizer, model.eval(), processor, context
 
 
@@ -97,7 +100,9 @@ def _add_partial(model: LlavaLlamaForCausalLM, path: str, kind: str) -> LlavaLla
     """Add a projector or merge LoRA weights into a base model."""
     names = {"a projector": "mm_projector.bin", "LoRA weights": "non_lora_trainables.bin"}
     extra = torch.load(Path(path) / names[kind], map_location="cpu", weights_only=True)
-    extra = {"model." + key[key.index("mm_projector") :] if "mm_projector" in key else key: v for key, v in extra.items()}
+    extra = {
+        "model." + key[key.index("mm_projector") :] if "mm_projector" in key else key: v for key, v in extra.items()
+    }
     model.load_state_dict({key.removeprefix("base_model.model."): value for key, value in extra.items()}, strict=False)
     if kind == "LoRA weights":
         from peft import PeftModel
@@ -122,9 +127,10 @@ def _load_image_processor(model_path: str, model: LlavaLlamaForCausalLM) -> CLIP
     tower = model.get_vision_tower()
     if tower is None:
         return None
-    for place in (model_path, Path(model_path) / (model.config.mm_vision_tower or "."), model.config.mm_vision_tower):
+    named = model.config.mm_vision_tower
+    for place in (model_path, named and Path(model_path) / named, named):
         try:
-            return CLIPImageProcessorPil.from_pretrained(str(place))
+            return load_image_processor(str(place)) if place else None
         except (OSError, ValueError):
             continue
     side = tower.config.image_size

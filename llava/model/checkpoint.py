@@ -60,7 +60,9 @@ class Checkpoint:
         if len(missing) == len(list(missing_keys)):
             return
         if self.vision_tower is None:
-            raise ValueError("mm_vision_tower: the checkpoint has no vision tower and names no CLIP folder or hub id for it")
+            raise ValueError(
+                "mm_vision_tower: the checkpoint has no vision tower and names no CLIP folder or hub id for it"
+            )
         weights = CLIPVisionModel.from_pretrained(self.vision_tower, dtype=tower.dtype).state_dict()
         tower.vision_tower.load_state_dict(weights)
 
@@ -87,7 +89,9 @@ def describe_checkpoint(path: str | Path, config_class: type, config: PreTrained
         try:
             config.mm_vision_config = CLIPVisionConfig.from_pretrained(tower).to_dict()
         except (OSError, ValueError) as error:
-            raise ValueError(f"mm_vision_tower is {config.mm_vision_tower!r}: no CLIP folder or hub model ({error})") from None
+            raise ValueError(
+                f"mm_vision_tower is {config.mm_vision_tower!r}: no CLIP folder or hub model ({error})"
+            ) from None
     if config.mm_vision_config is not None and config.mm_hidden_size is None:
         config.mm_hidden_size = config.mm_vision_config["hidden_size"]
     return Checkpoint(config, _ORIGINAL_KEYS, tower)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPVisionConfig
 
@@ -18,7 +18,11 @@ from mustdrop.hooks import Call, Reducer, Run, Tokens, VisionTokens
 
 @dataclass
 class Prompt:
-    """A batch of prompts ready for the decoder: `embeds` `[batch, length, width]`, `labels` `[batch, length]` or None."""
+    """A batch of prompts ready for the decoder.
+
+    `embeds` `[batch, length, width]`, the record of every position, `labels` `[batch, length]` or None, and the forward
+    pass they belong to.
+    """
 
     embeds: Tensor
     tokens: Tokens
@@ -111,7 +115,7 @@ class LlavaMetaForCausalLM:
         labels : int64 `[batch, length]`, optional
             Training targets; image positions become `IGNORE_INDEX`. With labels, prompts longer than the
             configuration's `tokenizer_model_max_length` are cut, as in LLaVA's training.
-        images : `[images, 3, height, width]`, `[images, tiles, 3, height, width]` or a list of images or stacks of tiles
+        images : `[images, 3, height, width]`, or a list of images or of stacks of tiles `[tiles, 3, height, width]`
             In the order in which the prompts mention them. A text-only prompt of a mixed batch may bring a dummy.
         padding_side : {"left", "right"}
             Where shorter prompts are padded.
@@ -127,7 +131,9 @@ class LlavaMetaForCausalLM:
         chunks = [_split_at_images(row) for row in rows]
         stacks = _image_stacks(images)
         assigned = _assign_images(len(stacks), [len(row) - 1 for row in chunks])
-        encoded = self.encode_images(torch.cat([stacks[i] for own in assigned for i in own]), call) if any(assigned) else None
+        encoded = (
+            self.encode_images(torch.cat([stacks[i] for own in assigned for i in own]), call) if any(assigned) else None
+        )
         counts = [] if encoded is None else encoded.counts.tolist()
 
         embedding = self.get_input_embeddings()

@@ -8,6 +8,7 @@ sentencepiece ids.
 """
 
 import os
+from typing import ClassVar
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -39,7 +40,7 @@ class LlamaTokenizer(SentencePieceBackend):
         Passed on to the base class (``model_max_length``, ``padding_side``, ``sp_model_kwargs``, ...).
     """
 
-    model_input_names = ["input_ids", "attention_mask"]
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
 
     def __init__(
         self,

@@ -53,9 +53,9 @@ class LocalSpatialMerge(Reducer):
         require(0 <= self.block < blocks, "merge_block", self.block, f"between 0 and {blocks - 1}, the last ViT block")
 
     def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
-        if step.block != self.block:
-            return None
         tokens = step.tokens
+        if step.block != self.block or min(tokens.grid) < self.window:
+            return None
         score = ops.window_similarity(tokens.patches, tokens.grid, self.window)
         merge = score >= self.similarity_threshold
         if self.count == "batch_minimum":

@@ -1,0 +1,261 @@
+"""The LLaMA decoder of LLaVA: its own loop over layers, in prefill and in decoding, with their hook points."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from llava.model.language_model.cache import VisionCache
+from llava.model.llava_arch import LlavaMetaModel
+from llava.model.masks import attention_mask as make_mask
+from llava.model.masks import expand_mask
+from mustdrop.hooks import Attention, CacheStep, Call, DecoderStep, LayerPlan, Tokens, gather
+
+
+class LlavaConfig(LlamaConfig):
+    """LLaMA's configuration plus LLaVA's `mm_*` fields (original LLaVA names).
+
+    `mm_vision_config` holds the CLIP vision configuration, so that a saved folder is complete in itself.
+    """
+
+    model_type = "llava_llama"
+
+    mm_vision_tower: str | None = None
+    mm_vision_config: dict | None = None
+    mm_hidden_size: int | None = None
+    mm_projector_type: str = "linear"
+    mm_vision_select_layer: int = -2
+    mm_vision_select_feature: str = "patch"
+    mm_use_im_start_end: bool = False
+    mm_use_im_patch_token: bool = False
+    image_aspect_ratio: str | None = "pad"
+
+
+@dataclass
+class Stream:
+    """Hidden states on their way through the decoder, and all that has to stay in step with them.
+
+    `hidden` `[batch, length, width]`, the record of each position, the attention mask in the form the attention
+    implementation wants, and the rotary tables `(cos, sin)`, each `[batch, length, head_dim]`.
+    """
+
+    hidden: Tensor
+    tokens: Tokens
+    mask: Any
+    rotary: tuple[Tensor, Tensor]
+
+
+class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
+    """Vision tower, projector and LLaMA decoder.
+
+    `prefill` is the place to read first: one pass over the decoder layers in which a reducer may say, after each
+    layer, which tokens go on. `decode` is the same loop over caches that may differ in length from layer to layer.
+    """
+
+    config_class = LlavaConfig
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__(config)
+        self.build_vision(config)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        tokens: Tokens | None = None,
+        call: Call | None = None,
+        past_key_values: VisionCache | None = None,
+        attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run new positions `[batch, length, width]` through the decoder: a prefill, unless the cache is filled.
+
+        `attention_mask` is only for a 4-D mask of the caller's own; padding is part of `tokens`.
+        """
+        if past_key_values is not None and past_key_values.filled:
+            hidden = self.decode(inputs_embeds, past_key_values)
+        else:
+            if use_cache and past_key_values is None:
+                past_key_values = VisionCache(self.config)
+            hidden = self.prefill(inputs_embeds, tokens, call, past_key_values if use_cache else None, attention_mask)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
+
+    def prefill(
+        self, hidden: Tensor, tokens: Tokens, call: Call, cache: VisionCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Run whole prompts through the decoder.
+
+        Parameters
+        ----------
+        hidden : `[batch, length, width]`
+            Embeddings.
+        tokens : Tokens
+            What they are.
+        call : Call
+            The forward pass; its reducer says after each layer which tokens go on.
+        cache : VisionCache, optional
+            Filled with keys and values, then cut to what the reducer keeps.
+        mask : bool or float `[batch, 1, length, length]`, optional
+            The caller's own attention mask (packed training); not together with a reducer.
+
+        Returns
+        -------
+        `[batch, kept, width]`
+            Hidden states of the tokens that reach the end, padded on the left where prompts keep fewer.
+        """
+        plans = call.does("before_decoder_layer") and tokens.images > 0
+        drops = call.does("after_decoder_layer") and tokens.images > 0
+        cuts = call.does("after_prefill") and tokens.images > 0 and cache is not None
+        if mask is not None and (plans or drops):
+            raise ValueError("attention_mask: 4-D masks cannot be combined with a reducer, pass [batch, length]")
+        stream = self.stream(hidden, tokens, mask)
+        last_rows: list[Attention] = []
+        with call.timed("prefill", hidden.device):
+            for index, layer in enumerate(self.layers):
+                call.entered.append(stream.tokens)
+                entering = stream
+                plan = self.plan(index, stream, call) if plans else None
+                stream = replace(stream, hidden=run_layer(layer, stream, cache, plan))
+                if drops:
+                    with call.timed("selector", hidden.device):
+                        stream = self.reduce(index, entering, stream, cache, call)
+                call.left.append(stream.tokens)
+                if cuts:
+                    last_rows.append(self.attention(index, last_row(entering), cache))
+            if cache is not None:
+                self.finish_prefill(cache, stream.tokens, last_rows, call)
+        return stream.hidden
+
+    def decode(self, hidden: Tensor, cache: VisionCache) -> Tensor:
+        """Run newly generated positions `[batch, new, width]` through the decoder, against each layer's own cache."""
+        call, new = cache.call, hidden.shape[1]
+        evicts = call.does("after_decode_layer")
+        contexts: dict[tuple, tuple] = {}
+        with call.timed("decode", hidden.device):
+            for index, layer in enumerate(self.layers):
+                alike = id(cache.records[index]), id(cache.next_position[index]), cache.length(index)
+                if alike not in contexts:
+                    valid, keys = cache.valid(index, new), cache.length(index) + new
+                    mask = make_mask(self.config, hidden, valid=valid, keys=keys, causal=True)
+                    contexts[alike] = mask, self.rotary_emb(hidden, cache.positions(index, new))
+                mask, rotary = contexts[alike]
+                entering = Stream(hidden, cache.records[index], mask, rotary)
+                hidden = run_layer(layer, entering, cache)
+                if evicts:
+                    tokens = cache.extended(index)
+                    attention = self.attention(index, replace(entering, tokens=tokens), cache)
+                    step = DecoderStep(index, len(self.layers), tokens, hidden, attention, None, call.state)
+                    keep = call.reducer.after_decode_layer(step)
+                    if keep is not None:
+                        cache.keep(index, keep | ~tokens.vision)
+        cache.generated += new
+        return hidden
+
+    def stream(self, hidden: Tensor, tokens: Tokens, mask: Tensor | None = None) -> Stream:
+        """Hidden states with the mask and rotary tables that belong to them."""
+        if mask is None:
+            mask = make_mask(self.config, hidden, valid=tokens.valid, keys=hidden.shape[1], causal=True)
+        else:
+            mask = expand_mask(self.config, mask, hidden.dtype)
+        return Stream(hidden, tokens, mask, self.rotary_emb(hidden, tokens.position))
+
+    def plan(self, index: int, stream: Stream, call: Call) -> LayerPlan | None:
+        """Ask the reducer what a layer shall compute for vision tokens."""
+        step = DecoderStep(index, len(self.layers), stream.tokens, stream.hidden, None, None, call.state)
+        return call.reducer.before_decoder_layer(step)
+
+    def reduce(self, index: int, entering: Stream, stream: Stream, cache: VisionCache | None, call: Call) -> Stream:
+        """Ask the reducer which tokens go on after a layer, and compact to them. Text and key tokens always do."""
+        last = index + 1 == len(self.layers)
+        step = DecoderStep(
+            layer=index,
+            layers=len(self.layers),
+            tokens=stream.tokens,
+            hidden=stream.hidden,
+            attention=self.attention(index, entering, cache),
+            next_attention=None if last else self.attention(index + 1, stream),
+            state=call.state,
+        )
+        keep = call.reducer.after_decoder_layer(step)
+        if keep is None:
+            return stream
+        call.decided.append(index)
+        indices, tokens = stream.tokens.select(keep | ~stream.tokens.vision | stream.tokens.protected)
+        if stream.tokens.valid is None and indices.shape[1] == stream.hidden.shape[1]:
+            return stream
+        if call.reducer.positions == "renumber":
+            tokens = tokens.renumbered()
+        return self.stream(gather(stream.hidden, indices), tokens)
+
+    def attention(self, index: int, entering: Stream, cache: VisionCache | None = None) -> Attention:
+        """A layer's attention on its input, on demand; keys come from the cache where they are there already."""
+        layer, tokens = self.layers[index], entering.tokens
+        attention = layer.self_attn
+        device = layer.input_layernorm.weight.device
+        hidden, rotary = entering.hidden.to(device), [table.to(device) for table in entering.rotary]
+
+        def rotated(linear: torch.nn.Linear, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            states = linear(layer.input_layernorm(states))
+            states = states.view(*states.shape[:-1], -1, attention.head_dim).transpose(1, 2)
+            return apply_rotary_pos_emb(states, states, cos, sin)[0]
+
+        def queries(rows: Tensor) -> Tensor:
+            tables = [gather(table.expand(len(rows), -1, -1), rows) for table in rotary]
+            return rotated(attention.q_proj, gather(hidden, rows), *tables)
+
+        def keys() -> Tensor:
+            return rotated(attention.k_proj, hidden, *rotary) if cache is None else cache.layers[index].keys
+
+        length = hidden.shape[1]
+        return Attention(queries, keys, attention.scaling, tokens.valid, first_row=tokens.image.shape[1] - length)
+
+    def finish_prefill(self, cache: VisionCache, final: Tokens, last_rows: list[Attention], call: Call) -> None:
+        """Note positions for decoding, ask the reducer what each layer's cache keeps, and cut it."""
+        cache.start_decoding(call)
+        if last_rows:
+            step = CacheStep(list(call.entered), final, last_rows, call.state)
+            cuts: dict[tuple[int, int], tuple[Tensor, Tokens]] = {}
+            for layer, keep in enumerate(call.reducer.after_prefill(step) or []):
+                if keep is not None:
+                    record = cache.records[layer]
+                    alike = id(record), id(keep)
+                    if alike not in cuts:
+                        cuts[alike] = record.select(keep | ~record.vision)
+                    cache.select(layer, *cuts[alike])
+        call.finish_prefill(cache.records, [cache.bytes_per_position(layer) for layer in range(len(self.layers))])
+
+
+def run_layer(
+    layer: torch.nn.Module, stream: Stream, cache: VisionCache | None, plan: LayerPlan | None = None
+) -> Tensor:
+    """Output of a decoder layer `[batch, length, width]`; with a plan, vision tokens get only what it says."""
+    context = {"attention_mask": stream.mask, "position_embeddings": stream.rotary, "past_key_values": cache}
+    if plan is None:
+        return layer(stream.hidden, **context)
+    hidden = stream.hidden + layer.self_attn(hidden_states=layer.input_layernorm(stream.hidden), **context)[0]
+    states, output = layer.post_attention_layernorm(hidden), torch.empty_like(hidden)
+    vision, mlp = stream.tokens.vision, layer.mlp
+    share = round(plan.mlp_share * mlp.gate_proj.out_features)
+    gate, up, down = mlp.gate_proj.weight[:share], mlp.up_proj.weight[:share], mlp.down_proj.weight[:, :share]
+    output[~vision] = mlp(states[~vision])
+    thin = states[vision]
+    output[vision] = F.linear(mlp.act_fn(F.linear(thin, gate)) * F.linear(thin, up), down)
+    return hidden + output
+
+
+def last_row(stream: Stream) -> Stream:
+    """The part of a stream that belongs to every prompt's last token; the record still describes all positions."""
+    rows = stream.tokens.last_row()
+    tables = tuple(gather(table.expand(len(rows), -1, -1), rows) for table in stream.rotary)
+    return replace(stream, hidden=gather(stream.hidden, rows), rotary=tables)

@@ -1,0 +1,58 @@
+"""Reducers from YAML and dicts: what is accepted and how mistakes are named."""
+
+import pytest
+
+from mustdrop import MustDrop, Reducer, available_methods, load_reducer
+
+
+def test_yaml_and_dict_give_the_same(tmp_path):
+    path = tmp_path / "method.yaml"
+    path.write_text("method: mustdrop\nglobal_threshold: 0.002\nfilter_layers: [0.25, 3]\nmerge_order: score\n")
+    settings = {"method": "mustdrop", "global_threshold": 0.002, "filter_layers": [0.25, 3], "merge_order": "score"}
+    assert load_reducer(path) == load_reducer(str(path)) == load_reducer(settings)
+    assert load_reducer(path).parts[2].global_threshold == 0.002
+
+
+def test_vanilla_does_nothing():
+    assert type(load_reducer({"method": "vanilla"})) is Reducer
+    assert {"vanilla", "mustdrop"} <= set(available_methods())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"method is None: it must be one of .*mustdrop"),
+        ({"method": "mustdropp"}, r"did you mean mustdrop\?"),
+        (
+            {"method": "mustdrop", "global_treshold": 0.1},
+            r"global_treshold is no field of mustdrop .*global_threshold\?",
+        ),
+        ({"method": "mustdrop", "global_threshold": "high"}, r"global_threshold is 'high': it must be of type number"),
+        ({"method": "mustdrop", "window": 2.5}, r"window is 2.5: it must be of type integer"),
+        ({"method": "mustdrop", "window": True}, r"window is True: it must be of type integer"),
+        ({"method": "mustdrop", "filter_layers": 2}, r"must be of type list of integer or number or none"),
+        ({"method": "mustdrop", "key_rate": 3}, r"key_rate is 3: it must be between 0 and 1"),
+        ({"method": "vanilla", "window": 3}, r"window is no field of vanilla; its fields are: none"),
+    ],
+)
+def test_mistakes_are_one_clear_line(settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_reducer(settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "no such file"), ("method: [", "not valid YAML"), ("- a\n- b", "holds list, it must be a mapping")],
+)
+def test_unreadable_files_are_named(tmp_path, text, message):
+    path = tmp_path / "method.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_reducer(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_mustdrop_is_what_the_readme_says():
+    assert MustDrop(global_threshold=0.011, individual_threshold=0.01, compat="official").positions == "renumber"

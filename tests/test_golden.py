@@ -1,0 +1,107 @@
+"""`compat: official` against the outputs of the authors' own code (skipped where these are not at hand)."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava.model.builder import load_pretrained_model
+from mustdrop import MustDrop
+from mustdrop.hooks import Call, Reducer
+
+CASES = ["img1A_192", "img1A_128", "img1A_64", "img2B_128", "edge_r0", "edge_nodrop"]
+FILTER_LAYERS = (2, 6, 10, 14)
+
+
+@pytest.fixture(scope="module")
+def model(golden):
+    return load_pretrained_model(str(golden / "model_llava"), None, "llava", torch_dtype=torch.float32)[1]
+
+
+@pytest.fixture(scope="module")
+def manifest(golden):
+    return json.loads((golden / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("case", ["img1A", "multi_image_list"])
+@torch.no_grad()
+def test_plain_llava(golden, model, case):
+    expected = load_file(golden / f"llava_{case}.safetensors")
+    preprocessed = load_file(golden / "preprocess.safetensors")
+    pixels = preprocessed["img1_pad"]
+    if case == "multi_image_list":
+        pixels = [preprocessed["img1_pad"][0], preprocessed["img3_pad"][0]]
+    ids = expected["input_ids"]
+    prepared = model.prepare_inputs_labels_for_multimodal(ids, None, None, None, ids, pixels)
+    torch.testing.assert_close(prepared[4], expected["inputs_embeds"], atol=1e-4, rtol=0)
+    assert torch.equal(prepared[5], expected["prepared_labels"])
+    output = model.generate(
+        ids, images=pixels, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    assert output.sequences.tolist() == expected["generate_output"][:, 1:].tolist()
+    torch.testing.assert_close(torch.stack(output.logits), expected["logits_steps"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("picture", ["img1", "img2", "noise", "smooth"])
+@torch.no_grad()
+def test_vision_stage(golden, model, picture):
+    expected = load_file(golden / f"vision_{picture}.safetensors")
+    call = Call(MustDrop(compat="official"))
+    tokens = model.encode_images(expected["pixel_values"], call)
+    sources = [row[row >= 0].tolist() for row in expected["post_merge_source"]]
+    owned = [(tokens.owner[0] == column).nonzero()[:, 0].tolist() for column in range(len(sources))]
+    assert owned == sources
+    torch.testing.assert_close(tokens.hidden[0], expected["projected"], atol=1e-4, rtol=0)
+    assert set(tokens.protected[0].nonzero()[:, 0].tolist()) == set(expected["key_set"].tolist())
+    features = model.get_vision_tower().encode(expected["pixel_values"], Call(MustDrop(compat="official")))
+    torch.testing.assert_close(features.hidden[0], expected["selected_hidden"][1:], atol=1e-4, rtol=0)
+    plain = model.get_vision_tower().encode(expected["pixel_values"], Call(Reducer()))
+    assert plain.hidden.shape[1] == 576
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", CASES)
+def test_whole_runs(golden, model, manifest, monkeypatch, case, implementation):
+    facts = manifest["mustdrop"]["cases"][case]
+    expected, vision = load_file(golden / facts["file"]), load_file(golden / facts["vision_file"])
+    for config in (model.config, model.get_vision_tower().config):
+        monkeypatch.setattr(config, "_attn_implementation_internal", implementation)
+    reducer = MustDrop(facts["global_thr"], facts["individual_thr"], compat="official")
+    calls = []
+    original = model.model.finish_prefill
+    monkeypatch.setattr(model.model, "finish_prefill", lambda *a: (calls.append(a[-1]), original(*a)))
+    with reducer.on(model) as run:
+        output = model.generate(
+            expected["input_ids"][None],
+            images=vision["pixel_values"],
+            max_new_tokens=12,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    trace, cache, (call,) = run.traces[-1], output.past_key_values, calls
+    sources = vision["post_merge_source"]
+
+    assert output.sequences[0].tolist() == expected["greedy_ids"].tolist()
+    torch.testing.assert_close(output.logits[0][0], expected["logits_first"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.cat(output.logits), expected["logits_steps"], atol=1e-4, rtol=0)
+    assert trace.vision_tokens_after == expected["num_token_per_layer"].tolist()
+    assert trace.mean_tokens_official == pytest.approx(expected["equal_token_number"].item())
+    assert trace.mean_tokens >= trace.mean_tokens_official
+    assert trace.cache_lengths == expected["kv_len_after_prefill"].tolist()
+    for number, layer in enumerate(FILTER_LAYERS):
+        patches = sources[expected[f"prune{number}.vis_indices_postmerge"]]
+        assert trace.kept["prefill"][layer] == sorted(patches[patches >= 0].tolist())
+        assert call.left[layer].position[0].tolist() == expected[f"prune{number}.position_ids_after"].tolist()
+    for name, key in expected.items():
+        if name.startswith("kv.") and name.endswith(".key"):
+            layer = int(name.split(".")[1])
+            entry = cache.layers[layer]
+            torch.testing.assert_close(entry.keys[0, :, : key.shape[1]], key, atol=1e-4, rtol=0)
+            value = expected[f"kv.{layer}.value"]
+            torch.testing.assert_close(entry.values[0, :, : key.shape[1]], value, atol=1e-4, rtol=0)
+    lengths = expected["decode_kv_seq_len"]
+    assert [cache.length(layer) for layer in range(32)] == lengths[-1].tolist()
+    following = torch.stack([cache.positions(layer, 1)[0, 0] for layer in range(32)])
+    assert following.tolist() == (expected["decode_position_ids"][-1] + 1).tolist()
