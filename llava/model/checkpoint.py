@@ -76,7 +76,7 @@ def describe_checkpoint(path: str | Path, config_class: type, config: PreTrained
         If there is no checkpoint at `path`, it is no LLaVA, or its vision tower cannot be found.
     """
     facts = config.to_dict() if config is not None else _read_config(path)
-    if facts.get("model_type") == "llava":
+    if facts.get("model_type") == "llava" and "mm_vision_tower" not in facts:
         ours = _from_hugging_face(transformers.LlavaConfig.from_dict(facts), facts, config_class)
         return Checkpoint(ours, _HUGGING_FACE_KEYS, None)
     if config is None:

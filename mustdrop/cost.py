@@ -1,0 +1,333 @@
+"""What vision tokens cost, from shapes alone: operations per part, cache bytes, and every way papers count them.
+
+Counts are multiply-adds (MACs); FLOPs are twice that. A published percentage means nothing before its convention is
+named: `reduction` answers in all of `CONVENTIONS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from tabulate import tabulate
+
+from mustdrop.macs import (
+    Workload,
+    cache_bytes,
+    check,
+    costs,
+    decode_step_macs,
+    floor_tokens,
+    formula_macs,
+    mean_tokens,
+    mean_tokens_official,
+)
+from mustdrop.shape import DTYPE_BYTES, NAMED, ModelShape
+
+
+@dataclass(frozen=True)
+class Convention:
+    """One way to count what a prompt costs, and what MustDrop's paper saves if it counted so."""
+
+    explanation: str
+    count: Callable[[ModelShape, Workload], float]
+    unit: str = "FLOPs"
+    claim: float = 0.885
+
+    def reduction(self, shape: ModelShape, work: Workload) -> float:
+        """Share that is saved against the same prompt with all its vision tokens."""
+        return 1 - self.count(shape, work) / self.count(shape, work.unreduced(shape))
+
+    def claim_holds(self, shape: ModelShape, work: Workload) -> bool:
+        """Whether the reduction reaches the claim, at the claim's three digits."""
+        return round(self.reduction(shape, work), 3) >= self.claim
+
+    def tokens_for_claim(self, shape: ModelShape, work: Workload) -> int | None:
+        """The most vision tokens in every layer with which the claim holds; None if not even zero would do."""
+
+        def fails(tokens: int) -> bool:
+            return not self.claim_holds(shape, work.unreduced(shape, tokens))
+
+        numbers = range(shape.vision_tokens * len(work.image_tokens) + 1)
+        return None if fails(0) else bisect_left(numbers, True, key=fails) - 1
+
+
+def _part_flops(shape: ModelShape, work: Workload, *parts: str) -> int:
+    macs = costs(shape, work)
+    return 2 * sum(macs[part] for part in parts)
+
+
+CONVENTIONS: dict[str, Convention] = {
+    "vision-only": Convention(
+        "decoder layers on vision tokens alone, 4nd^2 + 2n^2 d + 3ndm multiply-adds each, doubled to FLOPs (YOPO)",
+        lambda shape, work: 2 * formula_macs(shape, work.vision_tokens),
+    ),
+    "vision-only-macs": Convention(
+        "vision-only, not doubled", lambda shape, work: formula_macs(shape, work.vision_tokens), unit="MACs"
+    ),
+    "vision-only-2ndm": Convention(
+        "vision-only, the MLP counted as two products (2ndm) although SwiGLU has three",
+        lambda shape, work: 2 * formula_macs(shape, work.vision_tokens, mlp_products=2),
+    ),
+    "vision-only-causal": Convention(
+        "vision-only, attention counted over the n(n+1)/2 causal pairs instead of n^2",
+        lambda shape, work: 2 * formula_macs(shape, work.vision_tokens, causal=True),
+    ),
+    "vision-only-tower": Convention(
+        "vision-only plus vision tower and projector",
+        lambda shape, work: (
+            2 * formula_macs(shape, work.vision_tokens) + _part_flops(shape, work, "vision_tower", "projector")
+        ),
+    ),
+    "with-text": Convention(
+        "the formula of vision-only on vision and text tokens together",
+        lambda shape, work: 2 * formula_macs(shape, work.lengths),
+    ),
+    "with-text-causal": Convention(
+        "with-text, attention counted over the causal pairs",
+        lambda shape, work: 2 * formula_macs(shape, work.lengths, causal=True),
+    ),
+    "with-text-tower": Convention(
+        "all up to the first new token: tower, projector, selector, exact prefill (grouped queries, vocabulary)",
+        lambda shape, work: _part_flops(shape, work, "vision_tower", "projector", "selector", "prefill"),
+    ),
+    "mean-tokens": Convention(
+        "vision tokens per layer, every layer counted with what it computes on",
+        lambda shape, work: mean_tokens(work.vision_tokens),
+        unit="tokens",
+    ),
+    "mean-tokens-official": Convention(
+        "mean-tokens by the authors' meter: a filter's own layer counts as already pruned",
+        lambda shape, work: mean_tokens_official(work.vision_tokens),
+        unit="tokens",
+    ),
+    "final-cache": Convention(
+        "vision tokens in the last layer's cache: the compression ratio of 92.2 % is 45 of 576",
+        lambda shape, work: work.cache_lengths[-1] - work.text_tokens,
+        unit="tokens",
+        claim=0.922,
+    ),
+}
+
+
+def compare(shape: ModelShape, work: Workload) -> dict[str, dict]:
+    """A prompt against the same prompt with all its vision tokens, under each convention.
+
+    Returns
+    -------
+    dict
+        Per convention: `explanation`, `unit`, `full`, `reduced`, `reduction`, the published `claim`, `claim_holds`,
+        and `tokens_for_claim` as `Convention.tokens_for_claim` says.
+    """
+    return {
+        name: {
+            "explanation": convention.explanation,
+            "unit": convention.unit,
+            "full": convention.count(shape, work.unreduced(shape)),
+            "reduced": convention.count(shape, work),
+            "reduction": convention.reduction(shape, work),
+            "claim": convention.claim,
+            "claim_holds": convention.claim_holds(shape, work),
+            "tokens_for_claim": convention.tokens_for_claim(shape, work),
+        }
+        for name, convention in CONVENTIONS.items()
+    }
+
+
+def reduction(shape: ModelShape, retain: int | float | Sequence[int], text_tokens: int = 60) -> dict[str, dict]:
+    """`compare` for a number or fraction of vision tokens in every layer, or a number per layer."""
+    return compare(shape, Workload.of(shape, retain, text_tokens=text_tokens))
+
+
+def report(shape: ModelShape, work: Workload, batch: int = 1) -> dict:
+    """Everything above, ready for JSON. Parts and cache are those of a batch of equal prompts, the rest is of one."""
+    full = work.unreduced(shape)
+    least = floor_tokens(sum(work.image_tokens) + shape.feature_cls * len(work.image_tokens), shape.layers)
+    return {
+        "model": shape.name,
+        "shape": asdict(shape),
+        "batch": batch,
+        "tokens": {
+            **asdict(work),
+            "full": full.vision_tokens[0],
+            "mean": mean_tokens(work.vision_tokens),
+            "mean_official": mean_tokens_official(work.vision_tokens),
+            "mustdrop_floor": {"mean": mean_tokens(least), "mean_official": mean_tokens_official(least)},
+        },
+        "attention": "all pairs of positions (n^2); the causal conventions count those that the mask leaves",
+        "parts": {part: _both(batch * macs) for part, macs in costs(shape, work).items()},
+        "parts_full": {part: _both(batch * macs) for part, macs in costs(shape, full).items()},
+        "decode_step": _both(batch * decode_step_macs(shape, work.cache_lengths)),
+        "cache_bytes": batch * cache_bytes(shape, work.cache_lengths),
+        "cache_bytes_full": batch * cache_bytes(shape, full.cache_lengths),
+        "cache_bytes_per_token": shape.cache_bytes_per_token,
+        "conventions": compare(shape, work),
+    }
+
+
+def _both(macs: int) -> dict[str, int]:
+    return {"macs": macs, "flops": 2 * macs}
+
+
+def as_table(facts: dict) -> str:
+    """A `report` as text."""
+    tokens = facts["tokens"]
+    title = (
+        f"{facts['model']}: {tokens['full']} vision tokens, reduced to {tokens['mean']:.1f} per layer "
+        f"({tokens['mean_official']:.1f} by the authors' meter); {tokens['text_tokens']} text, "
+        f"{tokens['new_tokens']} new, batch {facts['batch']}"
+    )
+    scale, letter = _scale(sum(cost["flops"] for cost in facts["parts_full"].values()))
+    rows = [
+        (part, f"{letter}FLOPs", cost["flops"] / scale, facts["parts"][part]["flops"] / scale)
+        for part, cost in facts["parts_full"].items()
+    ]
+    rows.append(("cache", "MB", facts["cache_bytes_full"] / 1e6, facts["cache_bytes"] / 1e6))
+    rows = [(*row, f"{1 - row[-1] / row[-2]:.1%}" if row[-2] else "") for row in rows]
+    headers = ["part, whole batch", "unit", "full", "reduced", "saved"]
+    align = ("left", "left", *["right"] * 5)
+    first = tabulate(rows, headers, floatfmt=".3f", colalign=align[:5])
+    rows = []
+    for name, row in facts["conventions"].items():
+        scale, letter = _scale(row["full"])
+        verdict = f"{row['claim']:.1%} {'holds' if row['claim_holds'] else 'fails'}"
+        counts = [f"{row[key] / scale:.3f}" for key in ("full", "reduced")]
+        rows.append((name, letter + row["unit"], *counts, f"{row['reduction']:.1%}", verdict, row["tokens_for_claim"]))
+    headers = ["convention, one prompt", "unit", "full", "reduced", "saved", "claim", "needs at most"]
+    second = tabulate(rows, headers, colalign=align, disable_numparse=True, missingval="none")
+    notes = [f"{name}: {row['explanation']}" for name, row in facts["conventions"].items()]
+    notes.append("needs at most: so many vision tokens in every layer reach the claim; none: not even zero would")
+    return "\n".join([title, "", first, "", second, "", *notes])
+
+
+def _scale(value: float) -> tuple[float, str]:
+    return next(((scale, letter) for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if value >= scale), (1, ""))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _retain(text: str) -> int | float:
+    number = float(text) if "." in text else int(text)
+    if isinstance(number, float) and not 0 < number < 1:
+        raise ValueError
+    return number
+
+
+def _per_layer(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _schedule(text: str) -> dict[int, int]:
+    return dict(sorted((int(layer), int(tokens)) for layer, tokens in (entry.split(":") for entry in text.split(","))))
+
+
+def _argument(parse: Callable, wanted: str) -> Callable:
+    """`parse` for argparse, with a message that says what is wanted."""
+
+    def parsed(text: str):
+        try:
+            return parse(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} must be {wanted}") from None
+
+    return parsed
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m mustdrop.cost",
+        description=f"{__doc__}\nWithout --retain, --schedule or --tokens-per-layer nothing is dropped in the decoder.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""examples:
+  What do 64 vision tokens in every layer save, and under which way of counting is it 88.5 %?
+    python -m mustdrop.cost --model llava-1.5-7b --retain 64
+  MustDrop: 350 tokens after merging, filters after layers 2, 6, 10 and 14, cache cut to the survivors
+    python -m mustdrop.cost --merged 350 --schedule 2:80,6:60,10:50,14:45 --output-aware-cache --new-tokens 32
+  A checkpoint of your own, five tiles as in LLaVA-NeXT, for a script
+    python -m mustdrop.cost --model path/to/config.json --images 5 --retain 0.11 --json -""",
+    )
+    add = parser.add_argument
+    add("--model", default="llava-1.5-7b", help=f"{', '.join(NAMED)}, a config.json or its folder (%(default)s)")
+    drop = parser.add_mutually_exclusive_group()
+    drop.add_argument(
+        "--retain",
+        type=_argument(_retain, "a number of tokens, or a fraction such as 0.11"),
+        metavar="N",
+        help="vision tokens in every layer, or a fraction of all",
+    )
+    text = "vision tokens left after these layers, counted from 0"
+    drop.add_argument(
+        "--schedule", type=_argument(_schedule, "LAYER:TOKENS,LAYER:TOKENS,..."), metavar="LAYER:TOKENS,...", help=text
+    )
+    text = "vision tokens entering each layer"
+    drop.add_argument(
+        "--tokens-per-layer",
+        type=_argument(_per_layer, "N,N,..., a number for every layer"),
+        metavar="N,N,...",
+        help=text,
+    )
+    add("--merged", type=int, metavar="N", help="tokens per image left by merging after vision block 0")
+    text = "once prefill ends, layers from the first filter on cache the final vision tokens only (MustDrop's stage 3)"
+    add("--output-aware-cache", action="store_true", help=text)
+    add("--images", type=int, default=1, metavar="N", help="images or tiles per prompt (%(default)s)")
+    add("--text-tokens", type=int, default=60, metavar="N", help="text tokens per prompt (%(default)s)")
+    add("--new-tokens", type=int, default=1, metavar="N", help="tokens generated (%(default)s)")
+    add("--batch", type=int, default=1, metavar="N", help="equal prompts; multiplies parts and cache (%(default)s)")
+    add("--dtype", default="float16", choices=DTYPE_BYTES, help="of the cache (%(default)s)")
+    add("--json", metavar="FILE", help="also write everything as JSON; - for JSON on standard output and no table")
+    return parser
+
+
+def _workload(shape: ModelShape, args: argparse.Namespace) -> Workload:
+    """The prompt that the command line describes."""
+    check("images", [args.images], least=1)
+    check("batch", [args.batch], least=1)
+    images = [shape.patches if args.merged is None else args.merged] * args.images
+    tokens = args.retain if args.tokens_per_layer is None else args.tokens_per_layer
+    if args.schedule:
+        check("schedule", list(args.schedule), most=shape.layers - 2)
+        tokens = [sum(images) + shape.feature_cls * args.images] * shape.layers
+        for layer, left in args.schedule.items():
+            check("schedule", [left], most=tokens[layer])
+            tokens[layer + 1 :] = [left] * (shape.layers - layer - 1)
+    work = Workload.of(
+        shape,
+        tokens,
+        text_tokens=args.text_tokens,
+        image_tokens=images,
+        filter_layers=args.schedule and list(args.schedule),
+        new_tokens=args.new_tokens,
+    )
+    if not args.output_aware_cache or not work.filter_layers:
+        return work
+    first, final = work.filter_layers[0], work.cache_lengths[-1]
+    return replace(work, cache_lengths=work.cache_lengths[:first] + (final,) * (shape.layers - first))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        known = args.model in NAMED or not Path(args.model).exists()
+        shape = (ModelShape.named if known else ModelShape.from_config)(args.model, dtype=args.dtype)
+        command = list(sys.argv[1:] if arguments is None else arguments)
+        facts = {"command": command, **report(shape, _workload(shape, args), args.batch)}
+        text = json.dumps(facts, indent=2) + "\n"
+        if args.json and args.json != "-":
+            Path(args.json).write_text(text)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    sys.stdout.write(text if args.json == "-" else as_table(facts) + "\n")
+
+
+if __name__ == "__main__":
+    main()

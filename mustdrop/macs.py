@@ -1,0 +1,217 @@
+"""Multiply-adds of every part of a prompt, from shapes and token counts alone.
+
+Only matrix products count, as in torch's own counter, and attention is counted over all pairs of positions (`n^2`)
+unless `causal` is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from mustdrop.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one prompt makes a model compute; `Workload.of` fills in and checks.
+
+    Attributes
+    ----------
+    vision_tokens : tuple of int
+        Vision tokens entering each decoder layer (`Trace.vision_tokens`).
+    text_tokens : int
+        Text tokens before and after the images.
+    image_tokens : tuple of int
+        Per image: patch tokens from vision block 1 on, fewer than the patches if some were merged after block 0.
+    cache_lengths : tuple of int
+        Vision and text tokens each layer has cached when prefill ends (`Trace.cache_lengths`).
+    filter_layers : tuple of int
+        Decoder layers after which the text tokens score the vision tokens.
+    new_tokens : int
+        Generated tokens; the first one comes out of prefill, each other one is a decode step.
+    """
+
+    vision_tokens: tuple[int, ...]
+    text_tokens: int
+    image_tokens: tuple[int, ...]
+    cache_lengths: tuple[int, ...]
+    filter_layers: tuple[int, ...]
+    new_tokens: int
+
+    @classmethod
+    def of(
+        cls,
+        shape: ModelShape,
+        vision_tokens: int | float | Sequence[int] | None = None,
+        *,
+        text_tokens: int = 60,
+        image_tokens: Sequence[int] | None = None,
+        cache_lengths: Sequence[int] | None = None,
+        filter_layers: Sequence[int] | None = None,
+        new_tokens: int = 1,
+    ) -> Workload:
+        """A prompt, by default of one image of which nothing is dropped.
+
+        `vision_tokens` may also be one number for all layers, or a fraction below 1 of all vision tokens. The filter
+        layers are by default those after which tokens disappear, and the cache holds what prefill saw.
+
+        Raises
+        ------
+        ValueError
+            If a number cannot be; it is named.
+        """
+        image_tokens = image_tokens or [shape.patches]
+        spliced = sum(image_tokens) + shape.feature_cls * len(image_tokens)
+        if vision_tokens is None:
+            vision_tokens = spliced
+        if not isinstance(vision_tokens, Sequence):
+            full = shape.vision_tokens * len(image_tokens)
+            vision_tokens = [round(vision_tokens * full) if 0 < vision_tokens < 1 else vision_tokens] * shape.layers
+        if filter_layers is None:
+            filter_layers = [layer for layer, (now, then) in enumerate(pairwise(vision_tokens)) if now != then]
+        check("text_tokens", [text_tokens])
+        check("new_tokens", [new_tokens], least=1)
+        check("image_tokens", image_tokens, most=shape.patches)
+        check("vision_tokens", vision_tokens, count=shape.layers, most=spliced)
+        check("filter_layers", filter_layers, most=shape.layers - 1)
+        cache_lengths = cache_lengths or [tokens + text_tokens for tokens in vision_tokens]
+        check("cache_lengths", cache_lengths, count=shape.layers)
+        sequences = (tuple(values) for values in (image_tokens, cache_lengths, filter_layers))
+        return cls(tuple(vision_tokens), text_tokens, *sequences, new_tokens)
+
+    def unreduced(self, shape: ModelShape, tokens: int | None = None) -> Workload:
+        """The same prompt with nothing merged or filtered: all vision tokens, or `tokens`, in every layer."""
+        images = [shape.patches] * len(self.image_tokens)
+        return Workload.of(shape, tokens, text_tokens=self.text_tokens, image_tokens=images, new_tokens=self.new_tokens)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Vision and text tokens entering each decoder layer."""
+        return [tokens + self.text_tokens for tokens in self.vision_tokens]
+
+
+def check(
+    field: str, values: Sequence[int], *, count: int | None = None, least: int = 0, most: float = math.inf
+) -> None:
+    if count is not None and len(values) != count:
+        raise ValueError(f"{field}: {len(values)} numbers must be {count}, one per decoder layer")
+    for value in values:
+        if not isinstance(value, int) or not least <= value <= most:
+            limits = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise ValueError(f"{field}: {value} must be a whole number {limits}")
+
+
+def vision_macs(shape: ModelShape, tokens: Sequence[int]) -> int:
+    """Patch embedding and blocks of the tower for one image.
+
+    `tokens` are the patch tokens entering each block that is run; CLS is added here.
+    """
+    d, m = shape.vision_hidden, shape.vision_mlp
+    embedding = shape.patches * 3 * shape.patch_size**2 * d
+    lengths = [count + shape.vision_cls for count in tokens]
+    return embedding + sum(n * d * (4 * d + 2 * m) + 2 * n * n * d for n in lengths)
+
+
+def projector_macs(shape: ModelShape, tokens: int) -> int:
+    """The projector on `tokens` features."""
+    return tokens * sum(width * after for width, after in pairwise(shape.projector_widths))
+
+
+def layer_macs(shape: ModelShape, rows: int, keys: int, causal: bool = False) -> int:
+    """One decoder layer on `rows` tokens that attend to `keys` tokens, the rows being the last of them.
+
+    Projections (grouped-query attention has `kv_heads` keys and values), scores and values, and a SwiGLU MLP. With
+    `causal`, only the pairs that the causal mask leaves are counted, else all of them.
+    """
+    inner = shape.heads * shape.head_dim
+    projections = 2 * shape.hidden * (inner + shape.kv_heads * shape.head_dim)
+    pairs = rows * keys - (rows * (rows - 1) // 2 if causal else 0)
+    return rows * (projections + 3 * shape.hidden * shape.mlp) + 2 * pairs * inner
+
+
+def prefill_macs(shape: ModelShape, vision_tokens: Sequence[int], text_tokens: int, causal: bool = False) -> int:
+    """All decoder layers, each on its vision tokens and the text, and the vocabulary for the last token only."""
+    lengths = [tokens + text_tokens for tokens in vision_tokens]
+    return sum(layer_macs(shape, n, n, causal) for n in lengths) + shape.hidden * shape.vocab
+
+
+def decode_step_macs(shape: ModelShape, cache_lengths: Sequence[int]) -> int:
+    """One new token against the tokens each layer has cached, and itself."""
+    return sum(layer_macs(shape, 1, length + 1) for length in cache_lengths) + shape.hidden * shape.vocab
+
+
+def decode_macs(shape: ModelShape, cache_lengths: Sequence[int], steps: int) -> int:
+    """So many decode steps, every cache growing by one token each."""
+    return sum(decode_step_macs(shape, [length + step for length in cache_lengths]) for step in range(steps))
+
+
+def key_probe_macs(shape: ModelShape, tokens: int) -> int:
+    """Attention of the CLS row in the first block that is not run: all keys, one query, one row of scores."""
+    return (tokens + 2) * shape.vision_hidden**2 + (tokens + 1) * shape.vision_hidden
+
+
+def filter_macs(shape: ModelShape, rows: int, keys: int) -> int:
+    """Attention on demand in one decoder layer: the queries of some rows anew, their scores with all cached keys."""
+    return rows * shape.heads * shape.head_dim * (shape.hidden + keys)
+
+
+def costs(shape: ModelShape, work: Workload) -> dict[str, int]:
+    """Multiply-adds of every part of one prompt.
+
+    The selector is MustDrop's: if there are filter layers, the key tokens' probe and attention on demand of all text
+    tokens (an upper bound: MustDrop's rows are those after the image). Window similarities need no matrix product.
+    """
+    selector = 0
+    if work.filter_layers:
+        selector = sum(key_probe_macs(shape, tokens) for tokens in work.image_tokens)
+    for layer in work.filter_layers:
+        selector += filter_macs(shape, work.text_tokens, work.vision_tokens[layer] + work.text_tokens)
+    blocks = [[shape.patches, *[tokens] * (shape.vision_layers - 1)] for tokens in work.image_tokens]
+    features = sum(work.image_tokens) + shape.feature_cls * len(work.image_tokens)
+    return {
+        "vision_tower": sum(vision_macs(shape, tokens[: shape.vision_layers]) for tokens in blocks),
+        "projector": projector_macs(shape, features),
+        "selector": selector,
+        "prefill": prefill_macs(shape, work.vision_tokens, work.text_tokens),
+        "decode": decode_macs(shape, work.cache_lengths, work.new_tokens - 1),
+    }
+
+
+def cache_bytes(shape: ModelShape, cache_lengths: Sequence[int]) -> int:
+    """Bytes of the keys and values of one prompt, `cache_lengths` tokens in each layer."""
+    return shape.cache_bytes_per_token // shape.layers * sum(cache_lengths)
+
+
+def mean_tokens(entering: Sequence[int]) -> float:
+    """Vision tokens per layer, every layer counted with the tokens it computes on.
+
+    For MustDrop's layers 2, 6, 10, 14 of 32 this is (3N' + 4n1 + 4n2 + 4n3 + 17n4) / 32.
+    """
+    return sum(entering) / len(entering)
+
+
+def mean_tokens_official(entering: Sequence[int]) -> float:
+    """The authors' meter: a layer after which tokens are dropped counts as if it had not computed them.
+
+    For MustDrop's layers 2, 6, 10, 14 of 32 this is (2N' + 4n1 + 4n2 + 4n3 + 18n4) / 32.
+    """
+    return mean_tokens([*entering[1:], entering[-1]])
+
+
+def floor_tokens(tokens: int, layers: int = 32, first_filter: int = 2, key_share: float = 0.08) -> list[int]:
+    """Tokens entering each layer if nothing but MustDrop's key tokens outlives its first filter: no mean is lower."""
+    after = max(0, layers - first_filter - 1)
+    return [tokens] * (layers - after) + [math.ceil(key_share * tokens)] * after
+
+
+def formula_macs(shape: ModelShape, tokens: Sequence[int], mlp_products: int = 3, causal: bool = False) -> int:
+    """The papers' formula over all layers, `4nd^2 + 2n^2 d + 3ndm` (YOPO, arXiv 2410.06169).
+
+    Blind to grouped queries and the vocabulary. `mlp_products` 2 gives the `2ndm` variant; `causal` counts the
+    n(n+1)/2 pairs that the mask leaves instead of n^2.
+    """
+    d, m = shape.hidden, shape.mlp
+    return sum(n * d * (4 * d + mlp_products * m) + (n + 1 if causal else 2 * n) * n * d for n in tokens)

@@ -1,0 +1,220 @@
+"""The sizes of a model that costs depend on, read from any LLaVA configuration."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
+_CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+_TOWERS = {
+    "openai/clip-vit-large-patch14-336": {**_CLIP, "patch_size": 14, "image_size": 336},
+    "openai/clip-vit-large-patch14": {**_CLIP, "patch_size": 14, "image_size": 224},
+}
+_LLAVA_15 = {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": "mlp2x_gelu"}
+_SIZE_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+NAMED: dict[str, Mapping | Path] = {
+    "llava-1.5-7b": _LLAVA_15,
+    "llava-1.5-13b": {**_LLAVA_15, **_SIZE_13B},
+    "llava-mini": Path(__file__).resolve().parents[1] / "checkpoints" / "llava-mini",
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a vision tower, a projector and a decoder: all that costs depend on.
+
+    Attributes
+    ----------
+    image_size, patch_size : int
+        Pixels along a side; the tower sees `(image_size // patch_size)^2` patches.
+    vision_hidden, vision_heads, vision_mlp : int
+        Width, attention heads and MLP size of the tower's blocks.
+    vision_layers : int
+        Blocks that are run: features from hidden state -2 of a 24-block tower need 23.
+    vision_cls, feature_cls : bool
+        Whether the tower has a CLS token, and whether it is part of the features.
+    projector_type : str
+        As `mm_projector_type` of LLaVA names it.
+    projector_widths : tuple of int
+        From the features to the decoder, one linear layer between neighbours; a single width is no projector.
+    hidden, layers, heads, kv_heads, head_dim, mlp, vocab : int
+        The decoder.
+    dtype_bytes : int
+        Bytes of one cached number.
+    """
+
+    name: str
+    image_size: int
+    patch_size: int
+    vision_hidden: int
+    vision_layers: int
+    vision_heads: int
+    vision_mlp: int
+    vision_cls: bool
+    feature_cls: bool
+    projector_type: str
+    projector_widths: tuple[int, ...]
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    dtype_bytes: int = 2
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and value < (field.name != "vision_layers"):
+                raise ValueError(f"{self.name}: {field.name} is {value}, it must be positive")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.name}: kv_heads is {self.kv_heads}, it must divide the {self.heads} heads")
+
+    @property
+    def patches(self) -> int:
+        """Patches of one image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def vision_tokens(self) -> int:
+        """Vision tokens of one image in an unchanged decoder."""
+        return self.patches + self.feature_cls
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Keys and values of one token in all layers; 524,288 bytes for LLaVA-1.5-7B in float16."""
+        return 2 * self.kv_heads * self.head_dim * self.dtype_bytes * self.layers
+
+    @classmethod
+    def named(cls, name: str, dtype: str = "float16") -> ModelShape:
+        """A shape from a name in `NAMED`; ValueError if it is not there."""
+        if name not in NAMED:
+            raise ValueError(f"model is {name!r}: it must be {', '.join(NAMED)}, a config.json or a folder with one")
+        return cls.from_config(NAMED[name], name, dtype)
+
+    @classmethod
+    def from_config(cls, config: Mapping | str | Path, name: str | None = None, dtype: str = "float16") -> ModelShape:
+        """A shape from a checkpoint's configuration, in the original LLaVA format or in Hugging Face's.
+
+        Parameters
+        ----------
+        config : mapping or path
+            The contents of a config.json, its path, or its folder. Omitted keys get the defaults of transformers'
+            configuration classes. A tower that is a path is looked for from the configuration's folder first.
+        name : str, optional
+            By default the folder's.
+        dtype : str
+            Type of the cached keys and values, a key of `DTYPE_BYTES`.
+
+        Raises
+        ------
+        ValueError
+            If the file, the tower or a value cannot be used.
+        """
+        if dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype is {dtype!r}: it must be one of {', '.join(DTYPE_BYTES)}")
+        folder = Path()
+        if not isinstance(config, Mapping):
+            path = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
+            config, folder = _read_json(path), path.resolve().parent
+        read = _read_original if {"mm_vision_tower", "mm_vision_config"} & set(config) else _read_hugging_face
+        text, vision, layer, feature, projector = read(config, folder)
+        states = [index % (vision.num_hidden_layers + 1) for index in (layer if isinstance(layer, list) else [layer])]
+        return cls(
+            name=name or folder.name or "config",
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            vision_hidden=vision.hidden_size,
+            vision_layers=max(states),
+            vision_heads=vision.num_attention_heads,
+            vision_mlp=vision.intermediate_size,
+            vision_cls=True,
+            feature_cls=feature in ("cls_patch", "full"),
+            projector_type=projector,
+            projector_widths=(vision.hidden_size * len(states), *[text.hidden_size] * _projector_depth(projector)),
+            hidden=text.hidden_size,
+            layers=text.num_hidden_layers,
+            heads=text.num_attention_heads,
+            kv_heads=text.num_key_value_heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            mlp=text.intermediate_size,
+            vocab=text.vocab_size,
+            dtype_bytes=DTYPE_BYTES[dtype],
+        )
+
+
+def _read_original(config: Mapping, folder: Path) -> tuple:
+    """Text and vision configuration, feature layer, feature kind and projector type of an original LLaVA config."""
+    from transformers import LlamaConfig
+
+    tower, vision = config.get("mm_vision_tower"), config.get("mm_vision_config")
+    if not vision and tower in _TOWERS:
+        vision = _TOWERS[tower]
+    elif not vision:
+        found = [place for place in (folder / str(tower), Path(str(tower))) if (place / "config.json").is_file()]
+        if not found:
+            known = ", ".join(_TOWERS)
+            raise ValueError(f"mm_vision_tower is {tower!r}: it must be {known} or the path of a CLIP folder")
+        vision = _read_json(found[0] / "config.json")
+    names = {field.name for field in fields(LlamaConfig)} - {"model_type"}
+    text = _filled(LlamaConfig, {key: value for key, value in config.items() if key in names})
+    layer, feature = config.get("mm_vision_select_layer", -2), config.get("mm_vision_select_feature", "patch")
+    return text, _vision_config(vision), layer, feature, config.get("mm_projector_type", "linear")
+
+
+def _read_hugging_face(config: Mapping, folder: Path) -> tuple:
+    """The same of a Hugging Face LlavaConfig."""
+    from transformers import LlavaConfig
+
+    if config.get("model_type", "llava") != "llava" or not {"model_type", "text_config"} & set(config):
+        raise ValueError(
+            f"{folder.name or 'config'}: no LLaVA configuration, it must have mm_vision_tower (original format) or "
+            "model_type 'llava' with text_config and vision_config (Hugging Face format)"
+        )
+    theirs = _filled(LlavaConfig, config)
+    vision = _vision_config(theirs.vision_config.to_dict())
+    return theirs.text_config, vision, theirs.vision_feature_layer, theirs.vision_feature_select_strategy, "mlp2x_gelu"
+
+
+def _vision_config(values: Mapping):
+    from transformers import CLIPVisionConfig
+
+    values = values.get("vision_config", values)
+    kind = values.get("model_type", "clip_vision_model")
+    if kind != "clip_vision_model":
+        raise ValueError(f"the vision tower's model_type is {kind!r}: only 'clip_vision_model' is supported")
+    return _filled(CLIPVisionConfig, values)
+
+
+def _filled(config_class: type, values: Mapping):
+    """A configuration of transformers with its defaults; whatever it refuses becomes one line."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return config_class.from_dict(json.loads(json.dumps(dict(values))))
+    except (StrictDataclassError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{config_class.__name__}: {' '.join(str(error).split())}") from None
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no readable config.json ({getattr(error, 'strerror', None) or error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: it must hold a JSON object, not a {type(values).__name__}")
+    return values
+
+
+def _projector_depth(kind: str) -> int:
+    """Linear layers of a projector type."""
+    if match := re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind):
+        return int(match[1])
+    if kind not in ("linear", "identity"):
+        raise ValueError(f"mm_projector_type is {kind!r}: it must be 'linear', 'identity' or like 'mlp2x_gelu'")
+    return int(kind == "linear")
