@@ -1,0 +1,160 @@
+"""Pictures of any shape as an overview and tiles (LLaVA-NeXT's preprocessing)."""
+
+import ast
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+
+def select_best_resolution(
+    original_size: tuple[int, int], possible_resolutions: Sequence[Sequence[int]]
+) -> tuple[int, int]:
+    """Choose the canvas that keeps most of a picture's pixels, and among those the one that wastes least.
+
+    Parameters
+    ----------
+    original_size : tuple of int
+        Width and height of the picture in pixels.
+    possible_resolutions : sequence of (int, int)
+        Widths and heights to choose from, in pixels.
+
+    Returns
+    -------
+    tuple of int
+        Width and height of the chosen canvas; the first of equals.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to choose from.
+    """
+    if not possible_resolutions:
+        raise ValueError("image_grid_pinpoints: empty, expected a list of [width, height]")
+    width, height = original_size
+
+    def merit(resolution: Sequence[int]) -> tuple[int, int]:
+        canvas_width, canvas_height = resolution
+        scale = min(canvas_width / width, canvas_height / height)
+        used = min(int(width * scale) * int(height * scale), width * height)
+        return used, used - canvas_width * canvas_height
+
+    return tuple(max(possible_resolutions, key=merit))
+
+
+def resize_and_pad_image(image: Image.Image, target_resolution: tuple[int, int]) -> Image.Image:
+    """Fit a picture into a canvas without changing its shape.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        The picture.
+    target_resolution : tuple of int
+        Width and height of the canvas in pixels.
+
+    Returns
+    -------
+    PIL.Image.Image
+        An RGB canvas with the picture in its middle and black borders.
+    """
+    width, height = image.size
+    target_width, target_height = target_resolution
+    if target_width / width < target_height / height:
+        size = (target_width, min(math.ceil(height * (target_width / width)), target_height))
+    else:
+        size = (min(math.ceil(width * (target_height / height)), target_width), target_height)
+    canvas = Image.new("RGB", (target_width, target_height), (0, 0, 0))
+    canvas.paste(
+        image.convert("RGB").resize(size, Image.Resampling.BICUBIC),
+        ((target_width - size[0]) // 2, (target_height - size[1]) // 2),
+    )
+    return canvas
+
+
+def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
+    """Cut a picture into square tiles, row by row.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        The picture.
+    patch_size : int
+        Side of a tile in pixels. Tiles that reach over the border are filled with black.
+
+    Returns
+    -------
+    list of PIL.Image.Image
+        ``ceil(height / patch_size) * ceil(width / patch_size)`` tiles.
+    """
+    width, height = image.size
+    return [
+        image.crop((left, top, left + patch_size, top + patch_size))
+        for top in range(0, height, patch_size)
+        for left in range(0, width, patch_size)
+    ]
+
+
+def get_anyres_image_grid_shape(
+    image_size: tuple[int, int], grid_pinpoints: str | Sequence[Sequence[int]], patch_size: int
+) -> tuple[int, int]:
+    """Count the tiles that :func:`process_anyres_image` cuts a picture into.
+
+    Parameters
+    ----------
+    image_size : tuple of int
+        Width and height of the picture in pixels.
+    grid_pinpoints : str or sequence of (int, int)
+        Widths and heights of the canvases to choose from, or a text that spells such a list.
+    patch_size : int
+        Side of a tile in pixels.
+
+    Returns
+    -------
+    tuple of int
+        Columns and rows of tiles; the overview that precedes them does not count.
+    """
+    width, height = select_best_resolution(image_size, _parse_grid_pinpoints(grid_pinpoints))
+    return width // patch_size, height // patch_size
+
+
+def process_anyres_image(
+    image: Image.Image, processor: CLIPImageProcessorPil, grid_pinpoints: str | Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Turn one picture into an overview and tiles, as LLaVA-NeXT does.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        The picture.
+    processor : CLIPImageProcessorPil
+        The vision tower's image processor.
+    grid_pinpoints : str or sequence of (int, int)
+        Widths and heights of the canvases to choose from, in pixels, or a text that spells such a list.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[1 + tiles, 3, height, width]`` float32, the overview first, then the tiles row by row.
+
+    Raises
+    ------
+    ValueError
+        If ``grid_pinpoints`` is no list of sizes.
+    """
+    image = image.convert("RGB")
+    canvas_size = select_best_resolution(image.size, _parse_grid_pinpoints(grid_pinpoints))
+    tiles = divide_to_patches(resize_and_pad_image(image, canvas_size), processor.crop_size["height"])
+    side = processor.size["shortest_edge"]
+    overview = image.resize((side, side), Image.Resampling.BICUBIC)
+    return processor([overview, *tiles], return_tensors="pt")["pixel_values"]
+
+
+def _parse_grid_pinpoints(grid_pinpoints: str | Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    if not isinstance(grid_pinpoints, str):
+        return grid_pinpoints
+    try:
+        return ast.literal_eval(grid_pinpoints)
+    except (SyntaxError, ValueError):
+        raise ValueError(f"image_grid_pinpoints: got {grid_pinpoints!r}, expected a list of [width, height]") from None
