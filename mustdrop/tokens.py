@@ -226,6 +226,10 @@ class Tokens:
         record.valid = valid
         return indices, record
 
+    def to(self, device: torch.device) -> Tokens:
+        """The record on a device; itself if it is there already (a model may be spread over several)."""
+        return self if self.image.device == device else self.map(lambda value: value.to(device))
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Tokens:
         """The same record with `function` applied to every tensor in it."""
         changed = {

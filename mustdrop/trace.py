@@ -36,7 +36,7 @@ class Trace:
         `kept[stage][layer]` -> sorted patches still stood for: stage "vision" after an encoder block that changed the
         tokens, "prefill" after a decoder layer that dropped some, "decode" in the cache of every decoder layer.
     cache_lengths : list of int
-        Positions each layer's cache holds for this prompt when prefill ends.
+        Positions each layer's cache holds for this prompt when prefill ends; empty without a cache.
     cache_bytes : int
         Bytes of these keys and values.
     """
@@ -100,7 +100,8 @@ class Trace:
     def times_ms(self) -> dict[str, float]:
         """Milliseconds per part (vision, prefill, selector, decode), a batch's time shared evenly by its prompts.
 
-        Empty unless the reducer was switched on with `timing=True`.
+        What the method itself needs, "selector", is also part of "vision" and "prefill". Empty unless the reducer was
+        switched on with `timing=True`.
         """
         return {part: 1000 * seconds / self._prompts for part, seconds in self._seconds.items()}
 

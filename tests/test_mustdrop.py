@@ -252,6 +252,16 @@ def test_traces_are_plain_json():
     assert json.loads(json.dumps(trace.to_dict()))["vision_tokens"] == trace.vision_tokens
 
 
+@torch.no_grad()
+def test_a_forward_pass_without_cache_is_traced_too():
+    model = ours()
+    with MustDrop(**MODERATE).on(model) as record:
+        model(input_ids=prompt(3, 6, seed=1), images=pictures(1, seed=1), use_cache=False)
+    (trace,) = record.traces
+    assert trace.vision_tokens == trace_of(MustDrop(**MODERATE)).vision_tokens
+    assert trace.cache_lengths == [] and trace.cache_bytes == 0
+
+
 def test_timing_is_off_unless_asked_for():
     inputs = {"images": pictures(1), "max_new_tokens": 3, "min_new_tokens": 3}
     with MustDrop().on(ours()) as record:

@@ -51,7 +51,7 @@ class OutputAwareCache(Reducer):
         for layer, tokens in enumerate(step.cached):
             if layer >= first and tokens is not step.final:
                 if id(tokens) not in keeps:
-                    keeps[id(tokens)] = survives.gather(1, tokens.source)
+                    keeps[id(tokens)] = survives.to(tokens.source.device).gather(1, tokens.source)
                 answer[layer] = keeps[id(tokens)]
             if self.output_threshold is not None:
                 seen = self._seen(step.attention[layer], tokens, row=0)

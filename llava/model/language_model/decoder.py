@@ -126,14 +126,17 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
                 call.entered.append(stream.tokens)
                 entering = stream
                 plan = self.plan(index, stream, call) if plans else None
-                stream = replace(stream, hidden=run_layer(layer, stream, cache, plan))
+                hidden = run_layer(layer, stream, cache, plan)
+                stream = replace(stream, hidden=hidden, tokens=stream.tokens.to(hidden.device))
                 if drops:
                     with call.timed("selector", hidden.device):
                         stream = self.reduce(index, entering, stream, cache, call)
                 call.left.append(stream.tokens)
                 if cuts:
                     last_rows.append(self.attention(index, last_row(entering), cache))
-            if cache is not None:
+            if cache is None:
+                call.finish_prefill([], [])
+            else:
                 self.finish_prefill(cache, stream.tokens, last_rows, call)
         return stream.hidden
 
