@@ -1,0 +1,194 @@
+"""Questions about pictures, in batches, to a loaded LLaVA: what the lmms-eval plugin and the calibration share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.utils import is_flash_attn_2_available
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.conversation import conv_templates
+from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+from llava.model.builder import load_pretrained_model
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def resolve_device(device: str | None = None) -> str:
+    """A usable device: by default ``cuda`` where there is one, else ``cpu``; ValueError if it cannot be used."""
+    if not device:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index
+    except RuntimeError:
+        raise ValueError(f"device: got {device!r}, expected cpu, cuda, cuda:1, ...") from None
+    if kind == "cuda" and (index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: got {device!r}, but there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def resolve_dtype(dtype: str, device: str) -> torch.dtype:
+    """The dtype of a name in ``DTYPES``; ``auto`` is float16 on a GPU (as LLaVA was released) and float32 on a CPU."""
+    if dtype == "auto":
+        return torch.float32 if device == "cpu" else torch.float16
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, expected auto or one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+@dataclass
+class LoadedModel:
+    """A model with what belongs to it.
+
+    Attributes
+    ----------
+    tokenizer, model, image_processor, context_len
+        As ``llava.model.builder.load_pretrained_model`` returns them.
+    conv_template : str
+        Name of the conversation template, a key of ``llava.conversation.conv_templates``.
+    """
+
+    tokenizer: object
+    model: torch.nn.Module
+    image_processor: object
+    context_len: int
+    conv_template: str = "vicuna_v1"
+
+    @classmethod
+    def load(
+        cls,
+        pretrained: str,
+        *,
+        device: str | None = None,
+        device_map: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str = "sdpa",
+        conv_template: str = "vicuna_v1",
+    ) -> LoadedModel:
+        """Load a checkpoint in evaluation mode.
+
+        Parameters
+        ----------
+        pretrained : str
+            Folder or hub id, in the original LLaVA format or Hugging Face's.
+        device : str, optional
+            By default ``cuda`` where there is one.
+        device_map : str, optional
+            ``auto`` spreads a model over several GPUs; by default it goes to ``device`` whole.
+        dtype, attn_implementation, conv_template : str
+            See ``resolve_dtype``, transformers and ``llava.conversation``.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown; nothing has been loaded then.
+        """
+        if conv_template not in conv_templates:
+            raise ValueError(
+                f"conv_template: got {conv_template!r}, expected one of {', '.join(sorted(conv_templates))}"
+            )
+        if attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+            raise ValueError(
+                "attn_implementation: flash_attention_2 is not installed here; pip install '.[flash]', or sdpa"
+            )
+        device = resolve_device(device)
+        torch_dtype = resolve_dtype(dtype, device)
+        tokenizer, model, image_processor, context_len = load_pretrained_model(
+            pretrained,
+            None,
+            get_model_name_from_path(pretrained),
+            device_map=device_map,
+            device=None if device_map else device,
+            torch_dtype=torch_dtype,
+            attn_implementation=attn_implementation,
+        )
+        return cls(tokenizer, model.eval(), image_processor, context_len, conv_template)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the model's first parameter."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What pictures are cast to."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id that fills short prompts on the left."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def prompt(self, question: str, images: int, answer: str | None = None) -> str:
+        """A one-turn conversation; image tokens are put before a question that has none.
+
+        Parameters
+        ----------
+        question : str
+            The user's turn.
+        images : int
+            How many pictures belong to it.
+        answer : str, optional
+            The model's turn; None ends the prompt where the model is to speak.
+        """
+        if images and DEFAULT_IMAGE_TOKEN not in question:
+            question = " ".join([DEFAULT_IMAGE_TOKEN] * images) + "\n" + question
+        conversation = conv_templates[self.conv_template].copy()
+        conversation.append_message(conversation.roles[0], question)
+        conversation.append_message(conversation.roles[1], answer)
+        return conversation.get_prompt()
+
+    def encode(self, prompt: str) -> Tensor:
+        """Ids of a prompt, int64 ``[length]``, ``IMAGE_TOKEN_INDEX`` for every picture."""
+        return tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+
+    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict:
+        """Arguments for ``model.generate``: a batch padded on the left.
+
+        Parameters
+        ----------
+        prompts : sequence of str
+            What ``prompt`` returns.
+        images : sequence of sequences of PIL.Image.Image
+            The pictures of every prompt, in the order of its image tokens; empty for text alone.
+
+        Returns
+        -------
+        dict
+            ``input_ids`` and ``attention_mask`` ``[batch, length]``, ``images`` (tensor, list or None),
+            ``image_sizes``, ``pad_token_id``.
+        """
+        ids = [self.encode(prompt) for prompt in prompts]
+        length = max(map(len, ids))
+        input_ids = torch.full((len(ids), length), self.pad_token_id)
+        attention_mask = torch.zeros((len(ids), length), dtype=torch.bool)
+        for row, prompt_ids in enumerate(ids):
+            input_ids[row, length - len(prompt_ids) :] = prompt_ids
+            attention_mask[row, length - len(prompt_ids) :] = True
+        pictures = [picture for own in images for picture in own]
+        return {
+            "input_ids": input_ids.to(self.device),
+            "attention_mask": attention_mask.to(self.device),
+            "images": self._pixels(pictures),
+            "image_sizes": [picture.size for picture in pictures] or None,
+            "pad_token_id": self.pad_token_id,
+        }
+
+    def _pixels(self, pictures: list[Image.Image]) -> Tensor | list[Tensor] | None:
+        if not pictures:
+            return None
+        pixels = process_images(pictures, self.image_processor, self.model.config)
+        if isinstance(pixels, list):
+            return [tiles.to(self.device, self.dtype) for tiles in pixels]
+        return pixels.to(self.device, self.dtype)
+
+    @torch.inference_mode()
+    def answer(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], **generation) -> list[str]:
+        """Generate for a batch; arguments as ``inputs`` takes them, ``generation`` as transformers does."""
+        ids = self.model.generate(**self.inputs(prompts, images), **generation)
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]

@@ -1,0 +1,363 @@
+"""lmms-eval's model ``llava_mustdrop``: LLaVA with a token reducer.
+
+    python -m lmms_eval eval --model llava_mustdrop --tasks gqa --batch_size 8 \\
+        --model_args pretrained=liuhaotian/llava-v1.5-7b,method=configs/methods/mustdrop_64.yaml
+
+Settings of the method may also be given inline, alone or on top of a file:
+``method=mustdrop,global_threshold=0.011,individual_threshold=0.01``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from PIL import Image
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from eval.inference import LoadedModel
+from eval.methods import read_method
+from eval.progress import progress
+from mustdrop import Trace, load_reducer
+
+SAMPLING_ONLY = ("temperature", "top_p", "top_k")
+COUNTS = (
+    "images", "text_tokens", "vision_tokens", "vision_tokens_after", "cache_lengths", "cache_bytes", "mean_tokens",
+    "mean_tokens_official", "times_ms",
+)  # fmt: skip
+NOT_FOR_GENERATE = ("until", "image_aspect_ratio", "max_agentic_steps")
+
+
+class LlavaMustDrop(lmms):
+    """LLaVA with a token reducer, as lmms-eval wants a model.
+
+    Parameters
+    ----------
+    pretrained : str
+        Folder or hub id of a LLaVA checkpoint.
+    method : str, optional
+        YAML file or name of a method; by default nothing is reduced.
+    device, device_map, dtype, attn_implementation, conv_template : str
+        As for ``eval.inference.LoadedModel.load``.
+    batch_size : int
+        Prompts per batch.
+    samples : str, optional
+        JSONL file that gets one line per answer: document, answer, and what happened to the vision tokens.
+    kept_patches : bool
+        Also write which patches every stage kept; long lines.
+    resume : bool
+        Answers that ``samples`` already holds are not generated again. The caller vouches that they come from the same
+        settings.
+    loaded : LoadedModel, optional
+        A model to use instead of loading one; it outlives this object.
+    description : str
+        Stands in front of the progress bar.
+    **fields
+        Settings of the method.
+
+    Attributes
+    ----------
+    records : list of dict
+        What ``samples`` holds, in the order of the answers.
+
+    Raises
+    ------
+    ValueError
+        With one line, before anything is loaded, if a setting is wrong.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str = "liuhaotian/llava-v1.5-7b",
+        method: str | dict | None = None,
+        device: str | None = None,
+        device_map: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str = "sdpa",
+        conv_template: str = "vicuna_v1",
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        samples: str | None = None,
+        kept_patches: bool = False,
+        resume: bool = False,
+        loaded: LoadedModel | None = None,
+        description: str = "answering",
+        **fields,
+    ) -> None:
+        super().__init__()
+        self.method = read_method(method, fields)
+        self.reducer = load_reducer(self.method)
+        self.batch_size = _positive("batch_size", batch_size)
+        self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if self._world_size > 1 and device_map is None and torch.cuda.is_available():
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        self._borrowed = loaded is not None
+        self.loaded = loaded or LoadedModel.load(
+            pretrained,
+            device=device,
+            device_map=device_map,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            conv_template=conv_template,
+        )
+        self.description = description
+        self.kept_patches = kept_patches
+        self.samples = _own_file(samples, self._rank, self._world_size)
+        self.records: list[dict] = []
+        self._answered: dict[tuple, dict] = {}
+        if self.samples is not None:
+            self._open_samples(resume)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the inputs; lmms-eval gathers counts there."""
+        return self.loaded.device
+
+    def clean(self) -> None:
+        """Free what a language-model judge may need: called by lmms-eval between answering and scoring."""
+        if not self._borrowed:
+            self.loaded = None
+        super().clean()
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answer one question per request; ``args``: context, generation settings, visuals, document, task, split."""
+        answers: list[str | None] = [None] * len(requests)
+        waiting = []
+        for index, request in enumerate(requests):
+            known = self._answered.get(_key(request.args[3:6]))
+            if known is None:
+                waiting.append(index)
+            else:
+                answers[index] = known["answer"]
+                self.records.append(known)
+        with progress(
+            description=self.description, total=len(requests), unit="question", disable=self._rank > 0
+        ) as bar:
+            bar.update(len(requests) - len(waiting))
+            for batch in self._batches(waiting, lambda i: requests[i].args[:2]):
+                contexts, settings, *_ = zip(*(requests[index].args for index in batch), strict=True)
+                visuals = [self._visuals(*requests[index].args[2:6]) for index in batch]
+                texts, traces = self._generate(contexts, visuals, settings[0])
+                for index, text, trace in zip(batch, texts, traces, strict=True):
+                    answers[index] = text
+                    self._record(requests[index].args[3:6], requests[index].args[0], text, trace)
+                bar.update(len(batch))
+        return answers
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """Answer until the task's ``doc_to_text`` says it is enough; returns every request's answers, round by round.
+
+        After a round, ``doc_to_text(document, previous_output, round_idx, previous_round_info)`` gives the next
+        visuals, the next context, whether to stop, the outputs to keep, and what it wants to be told next time.
+        """
+        outputs: list[list[str]] = [[] for _ in requests]
+        information: list[object] = [None] * len(requests)
+        contexts = [request.args[0] for request in requests]
+        visuals = [self._visuals(*request.args[2:3], *request.args[4:7]) for request in requests]
+        active, number = list(range(len(requests))), 0
+        while active:
+            number += 1
+            rounds = progress(description=f"{self.description}, round {number}", total=len(active), unit="question")
+            with rounds as bar:
+                for batch in self._batches(active, lambda i: (contexts[i], requests[i].args[1])):
+                    texts, traces = self._generate(
+                        [contexts[i] for i in batch], [visuals[i] for i in batch], requests[batch[0]].args[1]
+                    )
+                    for index, text, trace in zip(batch, texts, traces, strict=True):
+                        outputs[index].append(text)
+                        self._record(requests[index].args[4:7], contexts[index], text, trace, round=number)
+                    bar.update(len(batch))
+            going_on = []
+            for index in active:
+                _, _, _, doc_to_text, doc_id, task, split = requests[index].args
+                new_visuals, contexts[index], stop, kept, information[index] = doc_to_text(
+                    self.task_dict[task][split][doc_id],
+                    previous_output=outputs[index],
+                    round_idx=number,
+                    previous_round_info=information[index],
+                )
+                outputs[index] = outputs[index] if kept is None else list(kept)
+                if not stop:
+                    visuals[index] = new_visuals or []
+                    going_on.append(index)
+            active = going_on
+        return outputs
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Mean negative log-likelihood of a continuation, and whether greedy decoding would give it.
+
+        lmms-eval takes the smallest first value as the model's choice, so it is the loss and not its negative. The
+        continuation, which ends with the template's end of turn, is fed token by token after the prompt's prefill:
+        methods that look at the text must not see the answer they are scored on.
+        """
+        results: list[tuple[float, bool] | None] = [None] * len(requests)
+        with progress(description=self.description, total=len(requests), unit="choice", disable=self._rank > 0) as bar:
+            for batch in self._batches(range(len(requests)), lambda i: (requests[i].args[0], {})):
+                prompts, forced, visuals = [], [], []
+                for index in batch:
+                    context, continuation, doc_to_visual, doc_id, task, split = requests[index].args
+                    if callable(continuation):
+                        continuation = continuation(self.task_dict[task][split][doc_id])
+                    pictures = self._visuals(doc_to_visual, doc_id, task, split)
+                    prompt = self.loaded.prompt(context, len(pictures))
+                    whole = self.loaded.encode(self.loaded.prompt(context, len(pictures), str(continuation).strip()))
+                    prompts.append(prompt)
+                    forced.append(whole[len(self.loaded.encode(prompt)) :].tolist())
+                    visuals.append(pictures)
+                for index, result in zip(batch, self._score(prompts, visuals, forced), strict=True):
+                    results[index] = result
+                bar.update(len(batch))
+        return results
+
+    def _generate(
+        self, contexts: Sequence[str], visuals: Sequence[Sequence[Image.Image]], settings: dict
+    ) -> tuple[list[str], list[Trace]]:
+        """Answers to a batch of contexts, each cut where ``until`` says, and their traces."""
+        prompts = [
+            self.loaded.prompt(context, len(pictures)) for context, pictures in zip(contexts, visuals, strict=True)
+        ]
+        with self.reducer.on(self.loaded.model, timing=True) as run:
+            texts = self.loaded.answer(prompts, visuals, **_generation(settings))
+        return [_cut(text, settings.get("until")) for text in texts], run.traces
+
+    @torch.inference_mode()
+    def _score(self, prompts, visuals, forced: list[list[int]]) -> list[tuple[float, bool]]:
+        """Mean loss and greedy agreement of forced continuations (lists of ids) after a batch of prompts."""
+        teacher = _Teacher(forced, self.loaded.pad_token_id)
+        with self.reducer.on(self.loaded.model):
+            self.loaded.model.generate(
+                **self.loaded.inputs(prompts, visuals),
+                logits_processor=LogitsProcessorList([teacher]),
+                max_new_tokens=max(map(len, forced)),
+                do_sample=False,
+            )
+        means = [loss / max(len(ids), 1) for ids, loss in zip(forced, teacher.losses, strict=True)]
+        return list(zip(means, teacher.greedy, strict=True))
+
+    def _batches(self, indices: Iterable[int], describe: Callable[[int], tuple[str, dict]]) -> Iterator[list[int]]:
+        """Indices of requests that share generation settings, the longest contexts first, ``batch_size`` at a time."""
+        groups: dict[str, list[int]] = {}
+        for index in indices:
+            groups.setdefault(json.dumps(describe(index)[1], sort_keys=True, default=str), []).append(index)
+        for group in groups.values():
+            group.sort(key=lambda index: -len(describe(index)[0]))
+            for start in range(0, len(group), self.batch_size):
+                yield group[start : start + self.batch_size]
+
+    def _visuals(self, doc_to_visual: Callable, doc_id: int, task: str, split: str) -> list[Image.Image]:
+        """The pictures of a document."""
+        visuals = [visual for visual in doc_to_visual(self.task_dict[task][split][doc_id]) or [] if visual is not None]
+        for visual in visuals:
+            if not isinstance(visual, Image.Image):
+                raise ValueError(
+                    f"{task}: document {doc_id} brings a {type(visual).__name__}, only pictures are supported"
+                )
+        return visuals
+
+    def _record(self, document: Sequence, context: str, answer: str, trace: Trace, **more) -> None:
+        facts = trace.to_dict()
+        if not self.kept_patches:
+            facts = {name: facts[name] for name in COUNTS}
+        doc_id, task, split = document
+        record = {
+            "task": task,
+            "split": split,
+            "doc_id": doc_id,
+            **more,
+            "question": context,
+            "answer": answer,
+            **facts,
+        }
+        self.records.append(record)
+        if self.samples is not None:
+            with self.samples.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def _open_samples(self, resume: bool) -> None:
+        self.samples.parent.mkdir(parents=True, exist_ok=True)
+        known = _read_lines(self.samples) if resume and self.samples.is_file() else []
+        self._answered = {_key((line["doc_id"], line["task"], line["split"])): line for line in known}
+        self.samples.write_text("".join(json.dumps(line) + "\n" for line in known), encoding="utf-8")
+
+
+class _Teacher(LogitsProcessor):
+    """Makes ``generate`` emit given ids, and adds up what the model itself would have thought of them."""
+
+    def __init__(self, forced: list[list[int]], pad: int):
+        self.forced, self.pad, self.step = forced, pad, 0
+        self.losses, self.greedy = [0.0] * len(forced), [True] * len(forced)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """``scores`` are the logits ``[batch, vocabulary]`` of the next id; returns zero for it and -inf elsewhere."""
+        wanted = [ids[self.step] if self.step < len(ids) else self.pad for ids in self.forced]
+        losses = torch.nn.functional.cross_entropy(
+            scores.float(), torch.tensor(wanted, device=scores.device), reduction="none"
+        ).tolist()
+        best = scores.argmax(-1).tolist()
+        for row, ids in enumerate(self.forced):
+            if self.step < len(ids):
+                self.losses[row] += losses[row]
+                self.greedy[row] &= best[row] == wanted[row]
+        self.step += 1
+        only = torch.full_like(scores, float("-inf"))
+        only[torch.arange(len(wanted)), wanted] = 0
+        return only
+
+
+def _generation(settings: dict) -> dict:
+    """lmms-eval's generation settings as transformers takes them."""
+    kept = {name: value for name, value in settings.items() if name not in NOT_FOR_GENERATE and value is not None}
+    kept.setdefault("max_new_tokens", 1024)
+    kept["do_sample"] = bool(kept.get("do_sample", kept.get("temperature", 0) > 0)) and kept.get("temperature", 1) > 0
+    if not kept["do_sample"]:
+        for name in SAMPLING_ONLY:
+            kept.pop(name, None)
+    return kept
+
+
+def _cut(text: str, until: str | list[str] | None) -> str:
+    """A text up to the first of the given strings."""
+    for stop in [until] if isinstance(until, str) else until or []:
+        if stop:
+            text = text.split(stop)[0]
+    return text
+
+
+def _key(document: Sequence) -> tuple[str, str, str]:
+    return tuple(str(part) for part in document)
+
+
+def _positive(name: str, value: int | str) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name}: got {value!r}, expected a whole number above 0")
+    return number
+
+
+def _own_file(path: str | None, rank: int, world_size: int) -> Path | None:
+    """Every process writes a file of its own."""
+    if path is None:
+        return None
+    path = Path(path)
+    return path if world_size == 1 else path.with_suffix(f".rank{rank}{path.suffix}")
+
+
+def _read_lines(path: Path) -> list[dict]:
+    """The lines of a JSONL file; one that a killed run left half written is dropped."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines

@@ -1,0 +1,82 @@
+"""Command line of the mini stages: ``python -m llava.train.mini.run STAGE --work FOLDER``, alone or under torchrun.
+
+Every stage goes on where its checkpoint in the work folder stands, and does nothing if it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from llava.train.mini.endtoend import align_projector, tune
+from llava.train.mini.export import export
+from llava.train.mini.language import pretrain_language
+from llava.train.mini.optim import training_device
+from llava.train.mini.vision import pretrain_vision
+
+log = logging.getLogger(__name__)
+
+STAGES = ("vision", "language", "align", "tune", "export")
+
+
+def run_stage(options: argparse.Namespace) -> Path:
+    """Run one stage; returns what it wrote."""
+    files = {stage: options.work / f"{stage}.pt" for stage in STAGES}
+    steps = {} if options.lr is None else {"lr": options.lr}
+    if options.stage == "vision":
+        return pretrain_vision(files["vision"], options.phases, seed=options.seed, **steps)
+    if options.stage == "language":
+        return pretrain_language(
+            files["language"], options.phases, questions_per_step=options.questions, seed=options.seed, **steps
+        )
+    if options.stage == "align":
+        if files["align"].exists():
+            return files["align"]
+        return align_projector(
+            files["vision"], files["language"], files["align"], steps=int(options.phases), seed=options.seed, **steps
+        )
+    if options.stage == "tune":
+        return tune(
+            files["align"],
+            files["tune"],
+            options.phases,
+            questions_per_step=options.questions,
+            seed=options.seed,
+            **steps,
+        )
+    return export(files["tune"], options.output)
+
+
+def main() -> None:
+    """Parse the command line; start torch.distributed if launched by torchrun."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the stages' checkpoints")
+    parser.add_argument("--output", type=Path, help="export: folder of the Hugging Face checkpoint")
+    parser.add_argument("--phases", default="", help="GRID:STEPS,...; for align: the number of steps")
+    parser.add_argument("--questions", type=int, default=96, help="questions per step and process")
+    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.stage == "export" and options.output is None:
+        parser.error("export needs --output")
+    if options.stage != "export" and not options.phases:
+        parser.error(f"{options.stage} needs --phases")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if "RANK" in os.environ:
+        device = training_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    log.info("%s: wrote %s", options.stage, run_stage(options))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

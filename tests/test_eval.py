@@ -1,0 +1,390 @@
+"""The evaluation: synthetic task, lmms-eval plugin, runner, summary, calibration."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint import save_checkpoint
+from lmms_eval.api.instance import Instance
+from PIL import Image
+
+from eval import calibrate, run, summary, tasks
+from eval.inference import LoadedModel
+from eval.lmms import LlavaMustDrop
+from eval.methods import method_file, read_method
+from eval.tasks import mini_gqa
+from llava.train.mini import questions, scenes
+from mustdrop.cost import ModelShape
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
+    """A small random model whose name makes it the embedded one."""
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "llava-mini-random", tokenizer_folder)
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint) -> LoadedModel:
+    return LoadedModel.load(str(checkpoint), device="cpu")
+
+
+@pytest.fixture
+def small_task(tmp_path, monkeypatch) -> None:
+    """mini_gqa with six scenes, in a cache of its own."""
+    monkeypatch.setenv("MUSTDROP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(mini_gqa, "SCENES", 6)
+
+
+@pytest.fixture
+def configs(tmp_path) -> Path:
+    folder = tmp_path / "methods"
+    folder.mkdir()
+    (folder / "mustdrop_9.yaml").write_text("method: mustdrop\nglobal_threshold: 0.05\nindividual_threshold: 0.5\n")
+    return folder
+
+
+# The synthetic task
+
+
+def test_benchmark_is_large_balanced_and_held_out(monkeypatch):
+    monkeypatch.setattr(scenes, "render", lambda scene: None)
+    documents = list(mini_gqa.documents())
+    kinds = [document["type"] for document in documents]
+    held_out = {document["scene"] for document in documents}
+    assert len(documents) >= 1000 and len(held_out) >= 300
+    assert len({document["question_id"] for document in documents}) == len(documents)
+    assert all(kinds.count(kind) >= 150 for kind in questions.TYPES)
+    assert {scenes.split_of(scene) for scene in held_out} == {"test"}
+    trained = {scene for *_, scene in questions.scene_questions("train", 500, per_scene=1)}
+    assert {scenes.split_of(scene) for scene in trained} == {"train"} and not trained & held_out
+
+
+def test_benchmark_is_the_same_wherever_it_is_made(small_task, tmp_path, monkeypatch):
+    first = tasks.prepare("mini_gqa") / "mini_gqa.parquet"
+    content, written = first.read_bytes(), first.stat().st_mtime_ns
+    assert tasks.prepare("mini_gqa") / "mini_gqa.parquet" == first
+    assert first.stat().st_mtime_ns == written, "it was made twice"
+    monkeypatch.setenv("MUSTDROP_CACHE", str(tmp_path / "elsewhere"))
+    second = tasks.prepare("mini_gqa") / "mini_gqa.parquet"
+    assert second != first and second.read_bytes() == content
+
+
+# Summary
+
+
+def record(tokens: float, milliseconds: float = 1.0, layers: int = 32) -> dict:
+    return {
+        "images": [{"patches": 576, "tokens": 576}],
+        "text_tokens": 0,
+        "vision_tokens": [tokens] * layers,
+        "cache_lengths": [tokens] * layers,
+        "cache_bytes": 1000 * tokens,
+        "mean_tokens": float(tokens),
+        "mean_tokens_official": float(tokens),
+        "times_ms": {"prefill": milliseconds},
+    }
+
+
+def test_row_and_shares():
+    shape = ModelShape.named("llava-1.5-7b")
+    kinds = ["a", "a", "b", "b"]
+    plain = summary.row("vanilla", None, [1, 1, 1, 0], kinds, [record(576, t) for t in (1, 2, 3, 400)], shape)
+    cut = summary.row("mustdrop", 64, [1, 1, 0, 0], kinds, [record(64)] * 4, shape)
+    plain, cut = summary.with_shares([plain, cut])
+    assert (plain["retain"], plain["n"], plain["accuracy"], plain["prefill_ms"]) == (576, 4, 0.75, 2.5)
+    assert plain["flops_reduction"] == pytest.approx(0) and plain["share_of_vanilla"] == 1
+    assert cut["share_of_vanilla"] == pytest.approx(2 / 3)
+    assert cut["flops_reductions"]["vision-only"] == pytest.approx(0.891, abs=5e-4)
+    assert cut["flops_reduction"] < cut["flops_reductions"]["vision-only"]
+    assert cut["accuracy_by_type"] == {"a": {"accuracy": 1, "n": 2}, "b": {"accuracy": 0, "n": 2}}
+    low, high = cut["ci95"]
+    assert 0 < low < 0.5 < high < 1
+    assert "64.0" in summary.table([plain, cut], "github") and "50.0 (15.0-85.0)" in summary.table([cut], "simple")
+
+
+def test_wilson_interval_against_its_formula():
+    correct, n, z = 37, 60, 1.959964
+    share, width = correct / n, z * math.sqrt(correct * (n - correct) / n**3 + z * z / (4 * n * n))
+    middle = share + z * z / (2 * n)
+    expected = [(middle + sign * width) / (1 + z * z / n) for sign in (-1, 1)]
+    assert summary.confidence_interval(correct, n) == pytest.approx(expected, abs=1e-6)
+
+
+# Methods
+
+
+def test_settings_from_names_files_and_fields(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("method: mustdrop\nkey_rate: 0.1\n")
+    assert read_method() == {"method": "vanilla"}
+    assert read_method("mustdrop", {"filter_layers": "'[1, 2]'"}) == {"method": "mustdrop", "filter_layers": [1, 2]}
+    assert read_method(str(file), {"key_rate": 0.2}) == {"method": "mustdrop", "key_rate": 0.2}
+    with pytest.raises(ValueError, match=r"no file .*nowhere\.yaml"):
+        read_method("nowhere.yaml")
+
+
+def test_a_models_own_thresholds_come_first(configs):
+    published = configs / "mustdrop_9.yaml"
+    assert method_file("some/model", 9, configs=configs) == published
+    own = configs / "model" / "mustdrop_9.yaml"
+    own.parent.mkdir()
+    own.write_text(published.read_text())
+    assert method_file("some/model", 9, configs=configs) == own
+    with pytest.raises(ValueError, match=r"eval\.calibrate"):
+        method_file("some/model", 10, configs=configs)
+
+
+# The plugin
+
+
+def test_registered_with_lmms_eval():
+    from lmms_eval.models import get_model
+
+    assert get_model("llava_mustdrop") is LlavaMustDrop
+
+
+def test_bad_setting_is_named_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="key_rte"):
+        LlavaMustDrop(pretrained="nowhere/nothing", method="mustdrop", key_rte=0.1)
+    with pytest.raises(ValueError, match="batch_size"):
+        LlavaMustDrop(pretrained="nowhere/nothing", batch_size="many")
+
+
+DOCUMENTS = [
+    {"images": [Image.new("RGB", (90, 60), color)] * count, "text": text}
+    for color, count, text in [
+        ("red", 1, "What is this?"),
+        ("blue", 2, "How many?"),
+        ("green", 0, "Who are you today?"),
+    ]
+]
+
+
+def requests(kind: str, *middle, context: str | None = None) -> list[Instance]:
+    """One request per document; ``middle`` stands between the context and the document."""
+    return [
+        Instance(
+            request_type=kind,
+            arguments=(context or document["text"], *middle, index, "task", "test"),
+            idx=0,
+            metadata={"task": "task", "doc_id": index, "repeats": 1},
+        )
+        for index, document in enumerate(DOCUMENTS)
+    ]
+
+
+def plugin(loaded, **settings) -> LlavaMustDrop:
+    model = LlavaMustDrop(loaded=loaded, **settings)
+    model.task_dict["task"] = {"test": DOCUMENTS}
+    return model
+
+
+def visuals(document: dict) -> list:
+    return document["images"]
+
+
+@pytest.mark.parametrize("method", ["vanilla", "mustdrop"])
+def test_batches_answer_like_single_questions(loaded, method, tmp_path):
+    asked = requests("generate_until", {"max_new_tokens": 4, "temperature": 0, "until": ["\n\n"]}, visuals)
+    single = plugin(loaded, method=method)
+    batched = plugin(loaded, method=method, batch_size=3, samples=str(tmp_path / "s.jsonl"), kept_patches=True)
+    assert single.generate_until(asked) == batched.generate_until(asked)
+    lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert sorted(line["doc_id"] for line in lines) == [0, 1, 2] and all("kept" in line for line in lines)
+    counts = {line["doc_id"]: line["vision_tokens"][0] for line in lines}
+    assert counts == {r["doc_id"]: r["vision_tokens"][0] for r in single.records} and counts[2] == 0
+
+
+def test_loglikelihood_is_the_models_own_loss(loaded):
+    continuation = "a red stop sign"
+    asked = requests("loglikelihood", continuation, visuals)
+    results = plugin(loaded, batch_size=3).loglikelihood(asked)
+    for document, (loss, _) in zip(DOCUMENTS, results, strict=True):
+        prompts = [loaded.prompt(document["text"], len(document["images"]), answer) for answer in (None, continuation)]
+        start = len(loaded.encode(prompts[0]))
+        inputs = loaded.inputs(prompts[1:], [document["images"]])
+        labels = inputs["input_ids"].clone()
+        labels[:, :start] = -100
+        with torch.inference_mode():
+            expected = loaded.model(input_ids=inputs["input_ids"], labels=labels, images=inputs["images"]).loss
+        assert loss == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_greedy_answer_is_recognised_by_loglikelihood(loaded):
+    model = plugin(loaded, method="mustdrop", global_threshold=0.05)
+    prompt = loaded.prompt(DOCUMENTS[0]["text"], 1)
+    with model.reducer.on(loaded.model):
+        ids = loaded.model.generate(
+            **loaded.inputs([prompt], [DOCUMENTS[0]["images"]]), max_new_tokens=5, do_sample=False
+        )
+    (_, greedy), (_, other) = model._score([prompt] * 2, [DOCUMENTS[0]["images"]] * 2, [ids[0].tolist(), [5, 6, 7]])
+    assert greedy and not other
+
+
+def test_rounds_go_on_until_the_task_says_so(loaded):
+    seen = []
+
+    def doc_to_text(document, previous_output, round_idx, previous_round_info):
+        seen.append((document["text"], round_idx, previous_round_info))
+        stop = round_idx == (2 if document is DOCUMENTS[1] else 1)
+        return document["images"], "and now?", stop, previous_output, f"after {round_idx}"
+
+    asked = requests("generate_until_multi_round", {"max_new_tokens": 2}, visuals, doc_to_text)
+    outputs = plugin(loaded, batch_size=2).generate_until_multi_round(asked)
+    assert [len(answers) for answers in outputs] == [1, 2, 1]
+    assert ("How many?", 2, "after 1") in seen
+
+
+# The runner, end to end through lmms-eval
+
+
+def arguments(checkpoint, configs, out, *more) -> list[str]:
+    return [
+        "--model",
+        str(checkpoint),
+        "--configs",
+        str(configs),
+        "--retain",
+        "9",
+        "--out",
+        str(out),
+        "--limit",
+        "4",
+        *more,
+    ]
+
+
+def test_run_writes_a_summary_and_resumes(checkpoint, configs, small_task, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "results"
+    assert run.main(arguments(checkpoint, configs, out)) == 0
+    printed = capsys.readouterr().out
+    content = json.loads((out / "summary.json").read_text())
+    vanilla, cut = content["rows"]
+    needed = {"method", "retain", "accuracy", "ci95", "n", "share_of_vanilla", "mean_tokens", "mean_tokens_official"}
+    needed |= {"flops_reduction", "cache_bytes", "prefill_ms"}
+    assert all(needed <= set(row) for row in content["rows"])
+    assert (vanilla["method"], vanilla["retain"], vanilla["n"]) == ("vanilla", 36, 4)
+    assert (cut["method"], cut["retain"]) == ("mustdrop", 9) and cut["mean_tokens"] < vanilla["mean_tokens"]
+    assert 0 < cut["flops_reduction"] < 1 and cut["cache_bytes"] < vanilla["cache_bytes"]
+    provenance = content["provenance"]
+    needed = {"command", "config", "git_commit", "versions", "device", "dtype", "seed", "samples", "date"}
+    assert needed <= set(provenance)
+    assert "mustdrop" in printed and "mustdrop" in (out / "summary.md").read_text()
+
+    # A finished row is not computed again: nothing is loaded.
+    with monkeypatch.context() as patch:
+        patch.setattr(LoadedModel, "load", None)
+        assert run.main(arguments(checkpoint, configs, out)) == 0
+    assert json.loads((out / "summary.json").read_text())["rows"] == content["rows"]
+
+    # An interrupted row goes on after its last whole line.
+    (file,) = (out / "rows").glob("mustdrop_9-*.json")
+    answers = file.with_suffix(".jsonl")
+    lines = answers.read_text().splitlines()
+    answers.write_text("\n".join([*lines[:3], lines[3][:40]]))
+    file.unlink()
+    asked, answer = [], LoadedModel.answer
+
+    def counted(self, prompts, *rest, **settings):
+        asked.extend(prompts)
+        return answer(self, prompts, *rest, **settings)
+
+    monkeypatch.setattr(LoadedModel, "answer", counted)
+    assert run.main(arguments(checkpoint, configs, out)) == 0
+    assert len(asked) == 1 and len(answers.read_text().splitlines()) == 4
+    assert json.loads((out / "summary.json").read_text())["rows"][1]["accuracy"] == cut["accuracy"]
+
+    # Other settings are another row.
+    assert run.main(arguments(checkpoint, configs, out, "--batch-size", "1")) == 0
+    assert len(list((out / "rows").glob("mustdrop_9-*.json"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--model", "checkpoints/nowhere"], "MODEL: there is no folder 'checkpoints/nowhere'"),
+        (["--model", "no/such-model-at-all"], "MODEL: 'no/such-model-at-all'"),
+        (["--task", "gqqa"], "task: got 'gqqa'"),
+        (["--retain", "sixty"], "RETAIN: got 'sixty'"),
+        (["--retain", "33"], "RETAIN: no settings for 33 tokens"),
+        (["--limit", "0"], "LIMIT: got '0'"),
+        (["--batch-size", "-1"], "BATCH_SIZE: got '-1'"),
+        (["--out", "FILE/results"], "is a file, expected a folder"),
+    ],
+)
+def test_wrong_argument_is_one_line(checkpoint, configs, tmp_path, wrong, message):
+    file = tmp_path / "file"
+    file.touch()
+    wrong = [argument.replace("FILE", str(file)) for argument in wrong]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-X",
+            "importtime",
+            "-m",
+            "eval.run",
+            *arguments(checkpoint, configs, tmp_path / "out"),
+            *wrong,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2 and len(lines) == 1 and message in lines[0], done.stderr[-500:]
+    assert "| torch\n" not in done.stderr and "lmms_eval" not in done.stderr, "something heavy was imported"
+    assert not (tmp_path / "out").exists()
+
+
+# Calibration
+
+
+def staircase(scale: float) -> calibrate.Point:
+    """Falls from 100 to 10 in steps of one."""
+    tokens = max(10.0, 100.0 - max(0.0, 15 * math.log10(scale / 1e-4)))
+    return calibrate.Point(scale, tokens + 5, float(round(tokens)))
+
+
+def test_search_finds_targets_and_reuses_points():
+    known: dict[float, calibrate.Point] = {}
+    for target in (90, 50, 30):
+        found = calibrate.search(staircase, target, known, 0.02)
+        assert abs(found.tokens_official - target) <= 0.02 * target
+    before = len(known)
+    calibrate.search(staircase, 50, known, 0.02)
+    assert len(known) == before < 30
+
+
+@pytest.mark.parametrize(("target", "word"), [(5, "floor of 10.0"), (120, "above the 100.0")])
+def test_search_says_what_is_out_of_reach(target, word):
+    with pytest.raises(calibrate.OutOfReach, match=word):
+        calibrate.search(staircase, target, {}, 0.02)
+
+
+def test_calibration_writes_a_method_that_keeps_what_it_says(checkpoint, loaded, tmp_path, capsys):
+    argv = ["--model", str(checkpoint), "--retain", "12", "1", "--samples", "16", "--out", str(tmp_path)]
+    assert calibrate.main(argv) == 1
+    assert "1: out of reach" in capsys.readouterr().err
+    text = (tmp_path / "mustdrop_12.yaml").read_text()
+    settings = read_method(str(tmp_path / "mustdrop_12.yaml"))
+    assert settings["global_threshold"] / settings["individual_threshold"] == pytest.approx(1.1, rel=1e-3)
+    samples = calibrate.read_samples(None, ".", 16)
+    tokens, official = calibrate.measure_tokens(loaded, settings, samples, 8, "again")
+    assert official == pytest.approx(12, rel=0.02)
+    assert f"{official:.1f} by the authors' meter" in text and f"{tokens:.1f} if every layer" in text
+
+
+def test_calibration_reads_a_users_samples(tmp_path):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"image": "a.png", "question": "what?"}] * 3))
+    samples = calibrate.read_samples(str(data), str(tmp_path), 2)
+    assert len(samples) == 2 and samples[0][0].size == (20, 10) and samples[0][1] == "what?"

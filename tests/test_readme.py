@@ -1,0 +1,97 @@
+"""What the README tells people to do works: its Python, its commands with tiny limits, its links."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from itertools import takewhile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), ROOT / ".ci" / "run"])
+
+needs_model = pytest.mark.skipif(
+    not (ROOT / "checkpoints" / "llava-mini" / "config.json").is_file()
+    or not (ROOT / "configs" / "methods" / "llava-mini" / "mustdrop_64.yaml").is_file(),
+    reason="the embedded model or its thresholds are not checked out",
+)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every command of the README's bash blocks, without comments, variables in front included."""
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in text.splitlines() if line.strip()]
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess:
+    binaries = Path(sys.executable).parent
+    settings = {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_sound(script):
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    assert script.read_text().startswith("#!/usr/bin/env bash")
+
+
+@needs_model
+def test_python_runs(capsys):
+    (code,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts[0] <= 576 and counts[-1] < counts[0]
+
+
+@needs_model
+def test_main_job_runs(tmp_path):
+    assert ["bash", "scripts/eval_gqa.sh"] in commands()
+    done = shell("bash scripts/eval_gqa.sh", LIMIT="4", RETAIN="64", OUT=str(tmp_path / "out"), BATCH_SIZE="2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
+    assert [(row["method"], row["n"]) for row in rows] == [("vanilla", 4), ("mustdrop", 4)]
+    assert "mustdrop" in done.stdout
+
+
+def test_test_command_runs():
+    assert ["bash", "scripts/test.sh"] in commands()
+    done = shell("bash scripts/test.sh --collect-only -q tests/test_readme.py")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: " ".join(command)[:50])
+def test_commands_name_what_exists(command):
+    """Files, modules and options of every command exist, also of those that need a large model."""
+    words = [word for word in command if not re.match(r"[A-Z_]+=", word)]
+    if words[0] == "bash":
+        assert (ROOT / words[1]).is_file()
+        return
+    assert words[:2] == ["python", "-m"]
+    if not (ROOT / words[2].split(".")[0]).is_dir():  # somebody else's: that it is there is enough
+        assert importlib.util.find_spec(words[2])
+        return
+    program = shlex.join(takewhile(lambda word: not word.startswith("-"), words[2:]))
+    usage = shell(f"python -m {program} --help").stdout
+    assert all(word in usage for word in words if word.startswith("--"))
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+    for folder in re.findall(r"^(\w+)/ ", README, flags=re.MULTILINE):
+        assert (ROOT / folder).is_dir(), folder

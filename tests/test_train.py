@@ -1,0 +1,286 @@
+"""Every training stage runs for a few steps on tiny models, resumes, and produces what the next stage reads."""
+
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
+
+from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.train import dataset as conversations
+from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.mini import data, endtoend, evaluate, export, language, questions, scenes, vision
+from llava.train.mini.optim import parse_phases
+from llava.train.train import train
+from llava.train.trainer import PROJECTOR_FILE, ModalityLengthSampler
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints of every mini stage, and the exported folder, of a model with 32-wide parts."""
+    folder = tmp_path_factory.mktemp("stages")
+    tokenizer = data.build_tokenizer()
+    paths = {name: folder / f"{name}.pt" for name in ("vision", "language", "aligned", "tuned")}
+    tower = vision.vision_config(hidden_size=32, layers=3, heads=1)
+    vision.pretrain_vision(paths["vision"], "8:2,24:1", patches_per_step=128, config=tower)
+    text = language.language_config(tokenizer, hidden_size=32, layers=3)
+    language.pretrain_language(paths["language"], "8:2,24:1", questions_per_step=12, config=text)
+    endtoend.align_projector(paths["vision"], paths["language"], paths["aligned"], steps=3)
+    endtoend.tune(paths["aligned"], paths["tuned"], "8:1,24:1", questions_per_step=12)
+    paths["folder"] = export.export(paths["tuned"], folder / "model")
+    return paths
+
+
+def test_tokenizer_takes_any_text():
+    tokenizer = data.build_tokenizer()
+    assert tokenizer("red").input_ids[0] == tokenizer.bos_token_id
+    assert len(tokenizer) < 400
+    for text in ("KAV", "Is it 12.5% (or not)?"):
+        assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+    assert tokenizer.unk_token_id in tokenizer("wörld 世界").input_ids
+    before, after = data.prompt_parts("What color is the small star?")
+    assert tokenizer.unk_token_id not in tokenizer(before + after).input_ids
+    assert len(tokenizer(before).input_ids) == 1 + len(before.split())
+
+
+def test_training_words_are_single_tokens():
+    tokenizer = data.build_tokenizer()
+    for seed in range(20):
+        for question in data.ask_scene(scenes.generate_scene(seed), 20):
+            words = tokenizer.tokenize(question.text.rstrip("?"))
+            assert words == question.text.rstrip("?").split()
+            if question.type != "reading":
+                assert tokenizer.tokenize(question.answer) == [question.answer]
+
+
+def test_mentions_end_at_their_noun():
+    packer = data.Packer(data.build_tokenizer())
+    asked = data.ask_scene(scenes.generate_scene(3), 24)
+    text = packer([asked])
+    assert len(text.mentions) == sum(len(question.mentions) for question in asked)
+    for mention in text.mentions:
+        word = packer.tokenizer.convert_ids_to_tokens(int(text.ids[mention.row, mention.token]))
+        assert word == mention.meaning.phrase.split()[-1]
+
+
+def test_bad_phases_are_named():
+    with pytest.raises(ValueError, match="8x3"):
+        parse_phases("8x3")
+
+
+def test_window_equals_stock_tower():
+    torch.manual_seed(0)
+    tower = vision.new_tower(vision.vision_config(hidden_size=32, layers=3, heads=1)).eval()
+    batch = vision.collate([scenes.generate_scene(seed) for seed in range(2)])
+    with torch.no_grad():
+        own = vision.hidden_states(tower, batch.pixels, batch.positions)
+        stock = tower(batch.pixels, output_hidden_states=True).hidden_states
+    for left, right in zip(own, stock, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_packed_loss_equals_questions_asked_alone(stages):
+    mini = endtoend.MiniLlava.from_state_dict(torch.load(stages["tuned"], weights_only=True))
+    model = export.to_hugging_face(mini, torch.float32)
+    processor = AutoProcessor.from_pretrained(stages["folder"])
+    scene = scenes.generate_scene(5)
+    asked = data.ask_scene(scene, 4)
+    text = data.Packer(data.build_tokenizer())([asked])
+    total, count = 0.0, 0
+    with torch.no_grad():
+        packed, _ = language.answer_loss(mini.model, mini.vision_tokens(vision.collate([scene])), text)
+        for question in asked:
+            prompt = "<image>".join(data.prompt_parts(question.text)) + f" {question.answer}</s>"
+            inputs = processor(images=scenes.render(scene), text=prompt, return_tensors="pt")
+            answer = len(processor.tokenizer.tokenize(question.answer)) + 1
+            logits = model(**inputs).logits[0, -answer - 1 : -1]
+            total += torch.nn.functional.cross_entropy(logits, inputs["input_ids"][0, -answer:], reduction="sum").item()
+            count += answer
+    assert packed.item() == pytest.approx(total / count, rel=1e-3)
+
+
+def test_stages_resume(stages, tmp_path):
+    whole, halves = tmp_path / "whole.pt", tmp_path / "halves.pt"
+    settings = {"patches_per_step": 64, "config": vision.vision_config(hidden_size=32, layers=3, heads=1)}
+    vision.pretrain_vision(whole, "8:2", save_every=1, **settings)
+    before = vision.load_tower(whole)[0].state_dict()
+    shutil.copy(whole, halves)
+    vision.pretrain_vision(halves, "8:2", **settings)
+    after = vision.load_tower(halves)[0].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    endtoend.tune(stages["aligned"], stages["tuned"], "8:1,24:2", questions_per_step=12)
+    assert torch.load(stages["tuned"], weights_only=True)["step"] == 3
+
+
+def test_export_is_a_hugging_face_checkpoint(stages):
+    folder = stages["folder"]
+    model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for fast in (True, False):
+        assert AutoTokenizer.from_pretrained(folder, use_fast=fast)("red").input_ids[0] == 1
+    image, question, answer, kind, scene = next(questions.scene_questions("test", 1, 1))
+    results = evaluate.answer_all(
+        model.float(), AutoProcessor.from_pretrained(folder), [(image, question, answer, kind, scene)]
+    )
+    table = evaluate.summarize(results)
+    assert table["all"]["n"] == 1 and set(table) == {kind, "all"}
+
+
+def test_labels_cover_the_answers_alone():
+    tokenizer = data.build_tokenizer()
+    turns = [
+        {"from": "human", "value": "Is there a star?\n<image>"},
+        {"from": "gpt", "value": "yes"},
+        {"from": "human", "value": "What color is the star?"},
+        {"from": "gpt", "value": "red"},
+    ]
+    ids, labels = conversations.encode_conversation(turns, "v1", tokenizer)
+    assert ids.count(IMAGE_TOKEN_INDEX) == 1 and ids[0] == tokenizer.bos_token_id
+    learned = [label for label in labels if label != IGNORE_INDEX]
+    assert tokenizer.convert_ids_to_tokens(learned) == ["yes", "</s>", "red", "</s>"]
+    before, after = data.prompt_parts("Is there a star?")
+    assert ids[: ids.index(IMAGE_TOKEN_INDEX)] == tokenizer(before).input_ids
+    question, answer = data.Packer(tokenizer).encode("Is there a star?", "yes")
+    start = ids.index(IMAGE_TOKEN_INDEX) + 1
+    assert ids[start : start + len(question)] == question
+    assert labels[start : start + len(question)] == answer
+
+    ids, labels = conversations.encode_conversation(turns[:2], "plain", tokenizer)
+    assert ids[1] == IMAGE_TOKEN_INDEX and labels[2:] == ids[2:] and labels[:2] == [IGNORE_INDEX] * 2
+    with pytest.raises(ValueError, match="alternate"):
+        conversations.encode_conversation(turns[1:3], "v1", tokenizer)
+
+
+def test_modality_batches():
+    lengths = [5, -3, 7, 9, -2, 4, 6, -8]
+    order = list(ModalityLengthSampler(lengths, 2, seed=0))
+    assert sorted(order) == list(range(8))
+    for start in range(0, 6, 2):
+        assert len({lengths[index] > 0 for index in order[start : start + 2]}) == 1
+
+
+def arguments(output: Path, **settings) -> TrainingArguments:
+    defaults = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_steps": 1,
+    }
+    return TrainingArguments(output_dir=str(output), **defaults | settings)
+
+
+def write_json(folder: Path) -> DataArguments:
+    """A LLaVA JSON file with three pictures and a text-only example."""
+    records = []
+    for seed in range(3):
+        scenes.render(scenes.generate_scene(seed)).save(folder / f"{seed}.png")
+        question = data.ask_scene(scenes.generate_scene(seed), 1)[0]
+        turns = [{"from": "human", "value": f"<image>\n{question.text}"}, {"from": "gpt", "value": question.answer}]
+        records.append({"id": seed, "image": f"{seed}.png", "conversations": turns})
+    turns = [{"from": "human", "value": "Is there a star?"}, {"from": "gpt", "value": "no"}]
+    records.append({"id": 3, "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(records))
+    return DataArguments(data_path=str(folder / "data.json"), image_folder=str(folder))
+
+
+def test_alignment_then_full_tuning_on_llava_json(stages, tmp_path):
+    files = write_json(tmp_path)
+    base = str(stages["folder"])
+    align = ModelArguments(base, version="plain", tune_mm_mlp_adapter=True)
+    aligned = train(align, files, arguments(tmp_path / "align", mm_projector_lr=1e-3))
+    adapter = aligned / PROJECTOR_FILE
+    assert set(torch.load(adapter, weights_only=True)) == {
+        f"model.mm_projector.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
+    }
+    train(align, files, arguments(tmp_path / "align", max_steps=3))
+    assert (tmp_path / "align" / "checkpoint-3").is_dir()
+
+    tune = ModelArguments(base, pretrain_mm_mlp_adapter=str(adapter))
+    tuned = train(tune, files, arguments(tmp_path / "tune", learning_rate=1e-3, group_by_modality_length=True))
+    from llava.model.builder import load_pretrained_model
+
+    _, before, _, _ = load_pretrained_model(base)
+    _, after, processor, _ = load_pretrained_model(str(tuned))
+    assert processor.crop_size["height"] == 336
+    own, other = before.state_dict(), after.state_dict()
+    assert own.keys() == other.keys()
+    changed = {name for name in own if not torch.equal(own[name], other[name])}
+    assert any("mm_projector" in name for name in changed) and any(".layers.0." in name for name in changed)
+    assert not any("vision_tower" in name for name in changed)
+
+
+def test_alignment_from_a_language_model_and_a_tower(stages, tmp_path):
+    """The way real LLaVA begins: a LLaMA without a projector, and a CLIP folder."""
+    mini = endtoend.MiniLlava.from_state_dict(torch.load(stages["tuned"], weights_only=True))
+    mini.model.save_pretrained(tmp_path / "llama")
+    data.build_tokenizer().save_pretrained(tmp_path / "llama")
+    mini.tower.save_pretrained(tmp_path / "clip")
+    export.new_processor(export.to_hugging_face(mini).config).image_processor.save_pretrained(tmp_path / "clip")
+    model = ModelArguments(
+        str(tmp_path / "llama"), version="plain", vision_tower=str(tmp_path / "clip"), tune_mm_mlp_adapter=True
+    )
+    output = train(model, DataArguments(mini_scenes=2), arguments(tmp_path / "align", max_steps=1))
+    state = torch.load(output / PROJECTOR_FILE, weights_only=True)
+    assert state["model.mm_projector.0.weight"].shape == (32, 32)
+
+
+def test_tuning_on_scenes(stages, tmp_path):
+    model = ModelArguments(str(stages["folder"]), freeze_backbone=True)
+    assert train(model, DataArguments(mini_scenes=4), arguments(tmp_path / "scenes", max_steps=1)).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("model", "files", "message"),
+    [
+        ({"version": "v9"}, {"mini_scenes": 1}, "version: 'v9'"),
+        ({"tune_mm_mlp_adapter": True, "freeze_mm_mlp_adapter": True}, {"mini_scenes": 1}, "at most one"),
+        ({}, {}, "data_path"),
+        ({}, {"data_path": "nowhere.json"}, "nowhere.json"),
+        ({}, {"mini_scenes": 1, "image_aspect_ratio": "wide"}, "image_aspect_ratio: 'wide'"),
+    ],
+)
+def test_bad_arguments_are_named(model, files, message):
+    with pytest.raises(ValueError, match=message):
+        ModelArguments("base", **model).check()
+        DataArguments(**files).check()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None or "TEST_DEEPSPEED" not in os.environ,
+    reason="needs deepspeed, g++ and TEST_DEEPSPEED=1 (the first run compiles for minutes)",
+)
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_deepspeed(stages, tmp_path, stage):
+    config = json.loads((ROOT / "configs" / "deepspeed" / f"{stage}.json").read_text())
+    config["optimizer"] = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}}
+    (tmp_path / "deepspeed.json").write_text(json.dumps(config))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    one_process = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    command = [
+        sys.executable, "-m", "llava.train.train", "--model_name_or_path", str(stages["folder"]), "--mini_scenes", "2",
+        "--output_dir", str(tmp_path / "out"), "--deepspeed", str(tmp_path / "deepspeed.json"), "--max_steps", "1",
+        "--per_device_train_batch_size", "2", "--use_cpu", "True", "--bf16", "True",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, env=os.environ | one_process, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out" / "config.json").is_file()
