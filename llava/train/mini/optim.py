@@ -53,12 +53,17 @@ class MuonWithAdamW:
             optimizer.zero_grad(set_to_none=True)
 
     def _average_gradients(self) -> None:
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        """Mean over processes; a parameter that some process's batch did not use counts as zero there."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([parameter.grad.flatten() for parameter in self.parameters])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        for parameter, mean in zip(
+            self.parameters, flat.split([item.numel() for item in self.parameters]), strict=True
+        ):
+            parameter.grad.copy_(mean.view_as(parameter))
 
     def state_dict(self) -> list[dict]:
         return [optimizer.state_dict() for optimizer in self.optimizers]
