@@ -22,24 +22,16 @@ def read_method(method: str | dict | None = None, fields: dict | None = None) ->
     Raises
     ------
     ValueError
-        If the file is missing or is not a mapping with a ``method``.
+        If the file is missing or is no mapping.
     """
     import yaml
+
+    from mustdrop.config import read_settings
 
     settings = method or {"method": VANILLA}
     if isinstance(method, str):
         path = Path(method)
-        if path.suffix in (".yaml", ".yml"):
-            if not path.is_file():
-                raise ValueError(f"method: there is no file {method!r}")
-            try:
-                settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except yaml.YAMLError as error:
-                raise ValueError(f"method: {method!r} is no YAML ({' '.join(str(error).split())})") from error
-            if not isinstance(settings, dict) or "method" not in settings:
-                raise ValueError(f"method: {method!r} must be a mapping with the key 'method'")
-        else:
-            settings = {"method": method}
+        settings = read_settings(path) if path.suffix in (".yaml", ".yml") else {"method": method}
     overrides = {}
     for name, value in (fields or {}).items():
         overrides[name] = yaml.safe_load(value.strip("'\"")) if isinstance(value, str) else value

@@ -23,7 +23,7 @@ def load_reducer(source: str | Path | Mapping[str, Any]) -> Reducer:
     ValueError
         With one line that names the field, the value and what would be right.
     """
-    settings = dict(source) if isinstance(source, Mapping) else _read(Path(source))
+    settings = dict(source) if isinstance(source, Mapping) else read_settings(Path(source))
     where = "" if isinstance(source, Mapping) else f"{source}: "
     name = settings.pop("method", None)
     if name not in METHODS:
@@ -43,7 +43,8 @@ def load_reducer(source: str | Path | Mapping[str, Any]) -> Reducer:
         raise ValueError(f"{where}{error}") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
+    """The mapping in a method's YAML file, unchecked but for being one; ValueError with one line otherwise."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a method file is YAML with a field 'method'")
     try:
