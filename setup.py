@@ -22,7 +22,8 @@ CORE = [
 # lmms-eval asks for some forty packages, most of them for tasks and models that are not used here. `eval-light` holds
 # what its evaluator needs; lmms-eval itself is then installed with --no-deps, scripts/setup.sh does both. `eval` is the
 # whole of it.
-TABLES = ["scipy", "matplotlib"]
+TABLES = ["scipy", "matplotlib", "jinja2"]
+SWEEPS = ["submitit", "rich"]
 EVAL_LIGHT = [
     "datasets",
     "evaluate",
@@ -35,13 +36,14 @@ EVAL_LIGHT = [
     "requests",
     "av>=12,<16",
     *TABLES,
+    *SWEEPS,
 ]
 EXTRAS = {
-    "eval": ["lmms-eval==0.7.3", *TABLES],
+    "eval": ["lmms-eval==0.7.3", *TABLES, *SWEEPS],
     "eval-light": EVAL_LIGHT,
     "train": ["deepspeed>=0.16", "datasets", "peft"],
     "flash": ["flash-attn"],
-    "cluster": ["submitit"],
+    "cluster": SWEEPS,
     "demo": ["gradio"],
     "test": ["pytest", "ruff"],
 }
@@ -56,8 +58,11 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["llava", "llava.*", "mustdrop", "mustdrop.*", "eval", "eval.*"]),
-    package_data={"eval": ["**/*.yaml"]},
+    package_data={"eval": ["**/*.yaml", "**/*.j2"]},
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"lmms_eval.models": ["llava_mustdrop = eval:manifest"]},
+    entry_points={
+        "console_scripts": ["mustdrop = eval.cli:main"],
+        "lmms_eval.models": ["llava_mustdrop = eval:manifest"],
+    },
 )

@@ -1,113 +1,33 @@
-"""Find thresholds that make a method keep a wanted average number of vision tokens, and write them as YAML.
+"""Find the settings that make a method keep a wanted average number of vision tokens, and write them as YAML.
 
-    python -m eval.calibrate --model checkpoints/llava-mini --retain 192 128 64 --out configs/methods/llava-mini
+    mustdrop calibrate --model checkpoints/llava-mini --retain 192 128 64
 
 The wanted number is the mean per decoder layer by the authors' meter. A method's thresholds move together, in the ratio
-of the published ones, so that one number is searched for, by bisection on a logarithmic scale. Only prefill is run.
-Samples come from training data: the synthetic training scenes for the embedded model, --data for any other.
+of the published ones, so that one number is searched for, by bisection on a logarithmic scale; a method that reckons
+itself from a wanted number of tokens is checked, and corrected if the data make it keep another. Only prefill is run.
+Samples come from training data: the synthetic tasks' training split for the embedded model, --data for any other.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from eval.methods import CONFIGS, read_method
 from eval.progress import progress, quiet
 from eval.settings import EMBEDDED, check_model, check_out, is_embedded, retained_tokens, whole_number
-
-KNOBS = {"mustdrop": {"global_threshold": 0.011, "individual_threshold": 0.01}}
-"""Per method: the fields that are scaled together, at their published values for 64 tokens."""
-
-LOWEST, HIGHEST = 1e-6, 1e2
-"""Scales at which nothing and everything that may be dropped is dropped: attention shares lie between 0 and 1."""
-
-STEPS = 16
-
-
-@dataclass(frozen=True)
-class Point:
-    """Token counts, means over the samples, at one scale of the knobs."""
-
-    scale: float
-    tokens: float
-    tokens_official: float
-
-
-class OutOfReach(ValueError):
-    """No setting of the knobs gives the wanted number."""
-
-
-def search(measure: Callable[[float], Point], target: float, known: dict[float, Point], tolerance: float) -> Point:
-    """The scale whose ``tokens_official`` comes closest to a target, to within ``tolerance`` of it.
-
-    Parameters
-    ----------
-    measure : callable
-        Scale -> ``Point``; the count falls as the scale rises, apart from small wiggles.
-    target : float
-        Wanted ``tokens_official``.
-    known : dict
-        Points measured already, by scale; gets the new ones.
-    tolerance : float
-        Relative.
-
-    Raises
-    ------
-    OutOfReach
-        If the target lies below the count that is left when everything droppable is dropped, above the count when
-        nothing is, or in a jump between two counts.
-    """
-
-    def at(scale: float) -> Point:
-        if scale not in known:
-            known[scale] = measure(scale)
-        return known[scale]
-
-    def error(point: Point) -> float:
-        return abs(point.tokens_official - target) / target
-
-    low, high = at(LOWEST), at(HIGHEST)
-    best = min(known.values(), key=error)
-    if error(best) <= tolerance:
-        return best
-    if target < high.tokens_official:
-        raise OutOfReach(
-            f"{target:g} tokens is below the floor of {high.tokens_official:.1f}: layers before the first filter see "
-            "every token and key tokens are never dropped; a smaller key_rate or an earlier filter lowers it"
-        )
-    if target > low.tokens_official:
-        raise OutOfReach(
-            f"{target:g} tokens is above the {low.tokens_official:.1f} that merging leaves before any threshold drops "
-            "one; a larger similarity_threshold raises it"
-        )
-    for point in known.values():  # the tightest bracket that earlier searches leave
-        if point.tokens_official >= target and point.scale > low.scale:
-            low = point
-    for point in known.values():
-        if point.tokens_official < target and low.scale < point.scale < high.scale:
-            high = point
-    for _ in range(STEPS):
-        middle = at(math.sqrt(low.scale * high.scale))
-        if error(middle) < error(best):
-            best = middle
-        if error(best) <= tolerance / 2:
-            break
-        low, high = (middle, high) if middle.tokens_official >= target else (low, middle)
-    if error(best) > tolerance:
-        raise OutOfReach(f"{target:g} tokens lies in a jump; the closest is {best.tokens_official:.1f}")
-    return best
-
-
-def thresholds(method: str, scale: float) -> dict[str, float]:
-    """The knobs of a method at a scale, rounded to four digits as they are written."""
-    return {name: float(f"{value * scale:.4g}") for name, value in KNOBS[method].items()}
+from mustdrop.calibrate import (
+    RANGE,
+    OutOfReach,
+    Point,
+    calibrated_methods,
+    kind_of_knob,
+    search,
+    settings_at,
+)
 
 
 def measure_tokens(loaded, settings: dict, samples: list[tuple], batch_size: int, label: str) -> tuple[float, float]:
@@ -125,16 +45,21 @@ def measure_tokens(loaded, settings: dict, samples: list[tuple], batch_size: int
     return tuple(sum(column) / len(column) for column in zip(*counts, strict=True))
 
 
-def read_samples(data: str | None, image_folder: str, count: int) -> list[tuple]:
-    """``(PIL image, question)`` pairs: from a JSON list of ``{"image", "question"}``, or from the training scenes."""
+def read_samples(task: str | None, data: str | None, image_folder: str, count: int) -> list[tuple]:
+    """``(PIL image, question)`` pairs: from a JSON list of ``{"image", "question"}``, or from a task's training split.
+
+    The synthetic tasks' questions come in equal shares.
+    """
     from llava.mm_utils import load_image
 
-    if data is None:
-        from llava.train.mini.questions import scene_questions
+    if data is not None:
+        entries, folder = json.loads(Path(data).read_text(encoding="utf-8")), Path(image_folder)
+        return [(load_image(folder / entry["image"]), entry["question"]) for entry in islice(entries, count)]
+    from eval.tasks import SUITE, training_questions
 
-        return [(image, question) for image, question, *_ in scene_questions("train", count, per_scene=1)]
-    entries = json.loads(Path(data).read_text(encoding="utf-8"))
-    return [(load_image(Path(image_folder) / entry["image"]), entry["question"]) for entry in islice(entries, count)]
+    tasks = SUITE if task == "mini" else (task,)
+    shares = [count // len(tasks) + (number < count % len(tasks)) for number in range(len(tasks))]
+    return [pair for name, share in zip(tasks, shares, strict=True) for pair in training_questions(name, share)]
 
 
 def as_yaml(settings: dict, target: int, point: Point, notes: list[str]) -> str:
@@ -153,13 +78,13 @@ def as_yaml(settings: dict, target: int, point: Point, notes: list[str]) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     new = argparse.ArgumentParser(
-        prog="python -m eval.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="mustdrop calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     new.add_argument("--model", default=EMBEDDED, help="folder or hub id of a LLaVA checkpoint (%(default)s)")
     new.add_argument("--retain", nargs="+", default="192 128 64", help="wanted mean tokens per layer (192 128 64)")
-    new.add_argument("--samples", default=64, help="number of calibration samples (%(default)s)")
+    new.add_argument("--samples", default=200, help="number of calibration samples (%(default)s)")
     new.add_argument("--out", help="folder of the YAML files (default: configs/methods/MODEL)")
-    new.add_argument("--method", default="mustdrop", help=f"one of {', '.join(KNOBS)}")
+    new.add_argument("--method", default="mustdrop", help=f"one of {', '.join(calibrated_methods())} (%(default)s)")
     new.add_argument(
         "--set",
         metavar="FIELD=VALUE",
@@ -167,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="fix other fields of the method, for instance key_rate=0.04; they are written to the file too",
     )
+    new.add_argument("--task", help="synthetic task whose training split is used, mini for all (default: mini)")
     new.add_argument("--data", help='JSON list of {"image": file, "question": text}; never the benchmark itself')
     new.add_argument("--image-folder", default=".", help="where the images of --data are (%(default)s)")
     new.add_argument("--tolerance", type=float, default=0.02, help="relative error that is good enough (%(default)s)")
@@ -197,48 +123,55 @@ def main(argv: list[str] | None = None) -> int:
 
 def calibrate(
     args, argv: list[str], model: str, base: dict, targets: list[int], samples: int, batch_size: int, out: Path
-):
+) -> int:
     """Search for every target and write the files; returns the exit status."""
     from eval.inference import LoadedModel
     from eval.provenance import provenance
 
     quiet()
-    pairs = read_samples(args.data, args.image_folder, samples)
+    task = None if args.data else args.task or "mini"
+    pairs = read_samples(task, args.data, args.image_folder, samples)
     loaded = LoadedModel.load(model, device=args.device, dtype=args.dtype, conv_template=args.conv_template)
-    facts = provenance(argv, "eval.calibrate")
-    source = Path(args.data).name if args.data else "synthetic training scenes"
+    facts = provenance(["eval.calibrate", *argv])
+    source = Path(args.data).name if args.data else f"the training split of {task} (synthetic)"
     dtype = str(loaded.dtype).removeprefix("torch.")
     notes = [
         f"Samples: {len(pairs)} of {source}. Model: {Path(model).name}, {dtype}. Date: {facts['date'][:10]}.",
         f"Made by: {facts['command']}",
     ]
-
-    def measure(scale: float) -> Point:
-        settings = {**base, **thresholds(args.method, scale)}
-        return Point(scale, *measure_tokens(loaded, settings, pairs, batch_size, f"thresholds x {scale:.4g}"))
-
+    method, kind = base["method"], kind_of_knob(base["method"])
     known: dict[float, Point] = {}
     missed = 0
     for target in targets:
+        if kind == "retain":
+            known = {}  # a scale means another setting for every target
+
+        def measure(scale: float, target: int = target) -> Point:
+            settings = {**base, **settings_at(method, target, scale)}
+            try:
+                counts = measure_tokens(loaded, settings, pairs, batch_size, f"{method} for {target}, x {scale:.4g}")
+            except ValueError as error:  # the method itself knows that it cannot
+                raise OutOfReach(str(error)) from None
+            return Point(scale, *counts)
+
         try:
-            point = search(measure, target, known, args.tolerance)
+            point = search(measure, target, known, args.tolerance, RANGE[kind])
         except OutOfReach as error:
             print(f"{target}: out of reach. {error}", file=sys.stderr)
             missed += 1
             continue
-        settings = {**base, **thresholds(args.method, point.scale)}
-        file = out / f"{args.method}_{target}.yaml"
+        found = settings_at(method, target, point.scale)
+        file = out / f"{method}_{target}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(as_yaml(settings, target, point, notes), encoding="utf-8")
-        found = ", ".join(f"{name} {value:g}" for name, value in thresholds(args.method, point.scale).items())
-        print(f"{target}: {point.tokens_official:.1f} tokens by the authors' meter, {found} -> {file}")
+        file.write_text(as_yaml({**base, **found}, target, point, notes), encoding="utf-8")
+        shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
+        print(f"{target}: {point.tokens_official:.1f} tokens by the authors' meter, {shown} -> {file}")
     return 1 if missed else 0
 
 
 def _base(args) -> dict:
     """The method without its knobs, checked."""
-    if args.method not in KNOBS:
-        raise ValueError(f"method: got {args.method!r}, expected one of {', '.join(KNOBS)}")
+    kind_of_knob(args.method)
     wrong = [pair for pair in args.set if "=" not in pair]
     if wrong:
         raise ValueError(f"set: got {wrong[0]!r}, expected FIELD=VALUE")
@@ -251,10 +184,14 @@ def _base(args) -> dict:
 
 def _check_data(args, model: str) -> None:
     """See that the samples can be read, and fit the model."""
+    from eval.tasks import GROUP, SUITE
+
+    if args.task is not None and args.task not in (*SUITE, GROUP):
+        raise ValueError(f"task: got {args.task!r}, expected one of {', '.join([*SUITE, GROUP])}, or --data")
     if args.data is None:
         if not is_embedded(model):
             raise ValueError(
-                "data: give --data, a JSON list of images and questions; the synthetic scenes are for llava-mini"
+                "data: give --data, a JSON list of images and questions; the synthetic tasks are for llava-mini"
             )
         return
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,9 +20,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def resolve_device(device: str | None = None) -> str:
-    """A usable device: by default ``cuda`` where there is one, else ``cpu``; ValueError if it cannot be used."""
+    """A usable device; ValueError if it cannot be used.
+
+    By default ``cuda`` where there is one, else ``cpu``; every process of a distributed run takes the GPU of its own.
+    """
     if not device:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        return f"cuda:{os.environ['LOCAL_RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "cuda"
     try:
         kind, index = torch.device(device).type, torch.device(device).index
     except RuntimeError:
@@ -160,7 +166,7 @@ class LoadedModel:
         Returns
         -------
         dict
-            ``input_ids`` and ``attention_mask`` ``[batch, length]``, ``images`` (tensor, list or None),
+            ``input_ids`` and ``attention_mask`` ``[batch, length]``, ``images`` (list of tensors or None),
             ``image_sizes``, ``pad_token_id``.
         """
         ids = [self.encode(prompt) for prompt in prompts]
@@ -179,13 +185,26 @@ class LoadedModel:
             "pad_token_id": self.pad_token_id,
         }
 
-    def _pixels(self, pictures: list[Image.Image]) -> Tensor | list[Tensor] | None:
+    def _pixels(self, pictures: list[Image.Image]) -> list[Tensor] | None:
+        """One tensor per picture; equal pictures are prepared once and are one tensor, which is then encoded once."""
         if not pictures:
             return None
-        pixels = process_images(pictures, self.image_processor, self.model.config)
-        if isinstance(pixels, list):
-            return [tiles.to(self.device, self.dtype) for tiles in pixels]
-        return pixels.to(self.device, self.dtype)
+        keys = [(picture.mode, picture.size, hash(picture.tobytes())) for picture in pictures]
+        different = dict(zip(keys, pictures, strict=True))
+        pixels = process_images(list(different.values()), self.image_processor, self.model.config)
+        ready = {key: tiles.to(self.device, self.dtype) for key, tiles in zip(different, pixels, strict=True)}
+        return [ready[key] for key in keys]
+
+    def seen(self, picture: Image.Image) -> Image.Image | None:
+        """A picture as the vision tower sees it, padded or cropped and resized; None if it is cut into tiles."""
+        pixels = process_images([picture], self.image_processor, self.model.config)[0]
+        if pixels.dim() != 3:
+            return None
+        mean, std = (
+            torch.tensor(values)[:, None, None]
+            for values in (self.image_processor.image_mean, self.image_processor.image_std)
+        )
+        return Image.fromarray(((pixels * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
     @torch.inference_mode()
     def answer(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], **generation) -> list[str]:

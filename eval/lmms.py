@@ -23,6 +23,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from eval.inference import LoadedModel
 from eval.methods import read_method
 from eval.progress import progress
+from eval.rows import flops, shape_of
+from eval.samples import pack_stages, question_id, read_lines, write_lines
 from mustdrop import Trace, load_reducer
 
 SAMPLING_ONLY = ("temperature", "top_p", "top_k")
@@ -30,6 +32,10 @@ COUNTS = (
     "images", "text_tokens", "vision_tokens", "vision_tokens_after", "cache_lengths", "cache_bytes", "mean_tokens",
     "mean_tokens_official", "times_ms",
 )  # fmt: skip
+LENGTH_STEP = 64
+"""Contexts whose lengths in characters fall into the same step keep their order, and so share their pictures."""
+
+PICTURES = 24
 NOT_FOR_GENERATE = ("until", "image_aspect_ratio", "max_agentic_steps")
 
 
@@ -47,9 +53,12 @@ class LlavaMustDrop(lmms):
     batch_size : int
         Prompts per batch.
     samples : str, optional
-        JSONL file that gets one line per answer: document, answer, and what happened to the vision tokens.
+        JSONL file that gets one line per answer: document, answer, and what happened to the vision tokens; several
+        processes write one each, ``.rank0.jsonl`` and so on.
     kept_patches : bool
-        Also write which patches every stage kept; long lines.
+        Also write which patches every stage kept; ``eval.samples.patches`` reads them.
+    pictures : str, optional
+        Folder that gets the pictures of two dozen of the documents, as the vision tower sees them.
     resume : bool
         Answers that ``samples`` already holds are not generated again. The caller vouches that they come from the same
         settings.
@@ -85,7 +94,8 @@ class LlavaMustDrop(lmms):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         samples: str | None = None,
-        kept_patches: bool = False,
+        kept_patches: bool = True,
+        pictures: str | None = None,
         resume: bool = False,
         loaded: LoadedModel | None = None,
         description: str = "answering",
@@ -96,8 +106,6 @@ class LlavaMustDrop(lmms):
         self.reducer = load_reducer(self.method)
         self.batch_size = _positive("batch_size", batch_size)
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if self._world_size > 1 and device_map is None and torch.cuda.is_available():
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self._borrowed = loaded is not None
         self.loaded = loaded or LoadedModel.load(
             pretrained,
@@ -107,9 +115,13 @@ class LlavaMustDrop(lmms):
             attn_implementation=attn_implementation,
             conv_template=conv_template,
         )
+        self.shape = shape_of(
+            self.loaded.model.config.to_dict(), "model", str(self.loaded.dtype).removeprefix("torch.")
+        )
         self.description = description
         self.kept_patches = kept_patches
-        self.samples = _own_file(samples, self._rank, self._world_size)
+        self.pictures = None if pictures is None else Path(pictures)
+        self.samples = None if samples is None else rank_files(Path(samples))[self._rank]
         self.records: list[dict] = []
         self._answered: dict[tuple, dict] = {}
         if self.samples is not None:
@@ -137,17 +149,26 @@ class LlavaMustDrop(lmms):
             else:
                 answers[index] = known["answer"]
                 self.records.append(known)
+        shown = {int(place * len(requests) / PICTURES) for place in range(PICTURES)}
         with progress(
             description=self.description, total=len(requests), unit="question", disable=self._rank > 0
         ) as bar:
             bar.update(len(requests) - len(waiting))
             for batch in self._batches(waiting, lambda i: requests[i].args[:2]):
                 contexts, settings, *_ = zip(*(requests[index].args for index in batch), strict=True)
-                visuals = [self._visuals(*requests[index].args[2:6]) for index in batch]
+                documents = [self._document(*requests[index].args[3:6]) for index in batch]
+                visuals = [
+                    self._visuals(requests[index].args[2], document)
+                    for index, document in zip(batch, documents, strict=True)
+                ]
                 texts, traces = self._generate(contexts, visuals, settings[0])
-                for index, text, trace in zip(batch, texts, traces, strict=True):
+                for index, document, pictures, text, trace in zip(
+                    batch, documents, visuals, texts, traces, strict=True
+                ):
                     answers[index] = text
-                    self._record(requests[index].args[3:6], requests[index].args[0], text, trace)
+                    self._record(requests[index].args[3:6], document, requests[index].args[0], text, trace)
+                    if index in shown:
+                        self._show(requests[index].args[3:5], pictures)
                 bar.update(len(batch))
         return answers
 
@@ -160,11 +181,19 @@ class LlavaMustDrop(lmms):
         outputs: list[list[str]] = [[] for _ in requests]
         information: list[object] = [None] * len(requests)
         contexts = [request.args[0] for request in requests]
-        visuals = [self._visuals(*request.args[2:3], *request.args[4:7]) for request in requests]
+        documents = [self._document(*request.args[4:7]) for request in requests]
+        visuals = [
+            self._visuals(request.args[2], document) for request, document in zip(requests, documents, strict=True)
+        ]
         active, number = list(range(len(requests))), 0
         while active:
             number += 1
-            rounds = progress(description=f"{self.description}, round {number}", total=len(active), unit="question")
+            rounds = progress(
+                description=f"{self.description}, round {number}",
+                total=len(active),
+                unit="question",
+                disable=self._rank > 0,
+            )
             with rounds as bar:
                 for batch in self._batches(active, lambda i: (contexts[i], requests[i].args[1])):
                     texts, traces = self._generate(
@@ -172,13 +201,14 @@ class LlavaMustDrop(lmms):
                     )
                     for index, text, trace in zip(batch, texts, traces, strict=True):
                         outputs[index].append(text)
-                        self._record(requests[index].args[4:7], contexts[index], text, trace, round=number)
+                        self._record(
+                            requests[index].args[4:7], documents[index], contexts[index], text, trace, round=number
+                        )
                     bar.update(len(batch))
             going_on = []
             for index in active:
-                _, _, _, doc_to_text, doc_id, task, split = requests[index].args
-                new_visuals, contexts[index], stop, kept, information[index] = doc_to_text(
-                    self.task_dict[task][split][doc_id],
+                new_visuals, contexts[index], stop, kept, information[index] = requests[index].args[3](
+                    documents[index],
                     previous_output=outputs[index],
                     round_idx=number,
                     previous_round_info=information[index],
@@ -202,10 +232,11 @@ class LlavaMustDrop(lmms):
             for batch in self._batches(range(len(requests)), lambda i: (requests[i].args[0], {})):
                 prompts, forced, visuals = [], [], []
                 for index in batch:
-                    context, continuation, doc_to_visual, doc_id, task, split = requests[index].args
+                    context, continuation, doc_to_visual, *where = requests[index].args
+                    document = self._document(*where)
                     if callable(continuation):
-                        continuation = continuation(self.task_dict[task][split][doc_id])
-                    pictures = self._visuals(doc_to_visual, doc_id, task, split)
+                        continuation = continuation(document)
+                    pictures = self._visuals(doc_to_visual, document)
                     prompt = self.loaded.prompt(context, len(pictures))
                     whole = self.loaded.encode(self.loaded.prompt(context, len(pictures), str(continuation).strip()))
                     prompts.append(prompt)
@@ -242,49 +273,66 @@ class LlavaMustDrop(lmms):
         return list(zip(means, teacher.greedy, strict=True))
 
     def _batches(self, indices: Iterable[int], describe: Callable[[int], tuple[str, dict]]) -> Iterator[list[int]]:
-        """Indices of requests that share generation settings, the longest contexts first, ``batch_size`` at a time."""
+        """Indices of requests that share generation settings, ``batch_size`` at a time.
+
+        The longest contexts come first, so that a batch has little padding and memory runs out at once or never; among
+        contexts of about one length the order stays, because neighbours often share a picture.
+        """
         groups: dict[str, list[int]] = {}
         for index in indices:
             groups.setdefault(json.dumps(describe(index)[1], sort_keys=True, default=str), []).append(index)
         for group in groups.values():
-            group.sort(key=lambda index: -len(describe(index)[0]))
+            group.sort(key=lambda index: -(len(describe(index)[0]) // LENGTH_STEP))
             for start in range(0, len(group), self.batch_size):
                 yield group[start : start + self.batch_size]
 
-    def _visuals(self, doc_to_visual: Callable, doc_id: int, task: str, split: str) -> list[Image.Image]:
+    def _document(self, doc_id: int, task: str, split: str) -> dict:
+        """A document of a task; its pictures are decoded here, so that it is asked for once."""
+        return self.task_dict[task][split][doc_id]
+
+    def _visuals(self, doc_to_visual: Callable, document: dict) -> list[Image.Image]:
         """The pictures of a document."""
-        visuals = [visual for visual in doc_to_visual(self.task_dict[task][split][doc_id]) or [] if visual is not None]
+        visuals = [visual for visual in doc_to_visual(document) or [] if visual is not None]
         for visual in visuals:
             if not isinstance(visual, Image.Image):
-                raise ValueError(
-                    f"{task}: document {doc_id} brings a {type(visual).__name__}, only pictures are supported"
-                )
+                raise ValueError(f"a document brings a {type(visual).__name__}, only pictures are supported")
         return visuals
 
-    def _record(self, document: Sequence, context: str, answer: str, trace: Trace, **more) -> None:
+    def _record(self, where: Sequence, document: dict, context: str, answer: str, trace: Trace, **more) -> None:
         facts = trace.to_dict()
-        if not self.kept_patches:
-            facts = {name: facts[name] for name in COUNTS}
-        doc_id, task, split = document
+        doc_id, task, split = where
         record = {
             "task": task,
             "split": split,
             "doc_id": doc_id,
+            "question_id": question_id(document, doc_id),
             **more,
             "question": context,
             "answer": answer,
-            **facts,
+            **{name: facts[name] for name in COUNTS},
         }
+        if self.shape is not None:
+            record["flops"] = flops(record, self.shape)
+        if self.kept_patches:
+            record["kept"] = pack_stages(facts["kept"], sum(image["patches"] for image in facts["images"]))
         self.records.append(record)
         if self.samples is not None:
             with self.samples.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
+    def _show(self, where: Sequence, pictures: Sequence[Image.Image]) -> None:
+        """Keep a document's picture; several, or pictures cut into tiles, have no one grid to draw on."""
+        if self.pictures is None or len(pictures) != 1 or (seen := self.loaded.seen(pictures[0])) is None:
+            return
+        doc_id, task = where
+        folder = self.pictures / task
+        folder.mkdir(parents=True, exist_ok=True)
+        seen.save(folder / f"{doc_id}.jpg", quality=88)
+
     def _open_samples(self, resume: bool) -> None:
-        self.samples.parent.mkdir(parents=True, exist_ok=True)
-        known = _read_lines(self.samples) if resume and self.samples.is_file() else []
+        known = read_lines(self.samples) if resume and self.samples.is_file() else []
         self._answered = {_key((line["doc_id"], line["task"], line["split"])): line for line in known}
-        self.samples.write_text("".join(json.dumps(line) + "\n" for line in known), encoding="utf-8")
+        write_lines(self.samples, known)
 
 
 class _Teacher(LogitsProcessor):
@@ -344,20 +392,9 @@ def _positive(name: str, value: int | str) -> int:
     return number
 
 
-def _own_file(path: str | None, rank: int, world_size: int) -> Path | None:
-    """Every process writes a file of its own."""
-    if path is None:
-        return None
-    path = Path(path)
-    return path if world_size == 1 else path.with_suffix(f".rank{rank}{path.suffix}")
-
-
-def _read_lines(path: Path) -> list[dict]:
-    """The lines of a JSONL file; one that a killed run left half written is dropped."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+def rank_files(samples: Path) -> list[Path]:
+    """The files that the processes of this run write instead of one: itself if there is one process."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes == 1:
+        return [samples]
+    return [samples.with_suffix(f".rank{rank}{samples.suffix}") for rank in range(processes)]

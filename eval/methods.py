@@ -38,24 +38,42 @@ def read_method(method: str | dict | None = None, fields: dict | None = None) ->
     return {**settings, **overrides}
 
 
-def method_file(model: str, retain: int, method: str = "mustdrop", configs: Path = CONFIGS) -> Path:
-    """The YAML file that makes a model keep about ``retain`` vision tokens.
+def method_at(model: str, method: str, retain: int, configs: Path = CONFIGS) -> tuple[dict, Path | None]:
+    """The settings that make a model keep about ``retain`` vision tokens per layer.
 
-    The model's own folder, which ``eval.calibrate`` fills, comes before the published thresholds.
+    A file comes first: the model's own, which calibration writes, then the published one. Without a file, a method
+    that can work its settings out for itself gets the field ``retain``.
+
+    Returns
+    -------
+    settings : dict
+        Ready for ``mustdrop.load_reducer``.
+    file : pathlib.Path or None
+        Where they were read.
 
     Raises
     ------
     ValueError
-        If there is neither.
+        If the method is unknown, or there is neither file nor field.
     """
-    name = Path(model).name
-    candidates = [configs / name / f"{method}_{retain}.yaml", configs / f"{method}_{retain}.yaml"]
+    candidates = [configs / Path(model).name / f"{method}_{retain}.yaml", configs / f"{method}_{retain}.yaml"]
+    from mustdrop import load_reducer
+
     for candidate in candidates:
         if candidate.is_file():
-            return candidate
+            settings = read_method(str(candidate))
+            try:
+                load_reducer(settings)
+            except ValueError as error:
+                raise ValueError(f"{_shown(candidate)}: {error}") from None
+            return settings, candidate
+    settings = {"method": method, "retain": retain}
+    if hasattr(load_reducer({"method": method}), "retain"):
+        load_reducer(settings)
+        return settings, None
     raise ValueError(
-        f"RETAIN: no settings for {retain} tokens; make {_shown(candidates[0])} with "
-        f"python -m eval.calibrate --model {model} --retain {retain}"
+        f"RETAIN: no settings of {method} for {retain} tokens; make {_shown(candidates[0])} with "
+        f"mustdrop calibrate --model {model} --method {method} --retain {retain}"
     )
 
 

@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -23,10 +24,10 @@ def digest(value: object) -> str:
 
 
 def code_fingerprint() -> str:
-    """Hash of the Python code that decides a result: ``llava``, ``mustdrop`` and the answering half of ``eval``."""
+    """Hash of the Python code that decides a result: ``llava``, ``mustdrop`` and the answering part of ``eval``."""
     files = [path for package in ("llava", "mustdrop") for path in (ROOT / package).rglob("*.py")]
     files = [path for path in files if "train" not in path.relative_to(ROOT).parts]
-    files += [ROOT / "eval" / name for name in ("inference.py", "lmms.py", "summary.py")]
+    files += [ROOT / "eval" / name for name in ("inference.py", "lmms.py", "rows.py", "runner.py", "samples.py")]
     hashes = {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     return digest(hashes)
 
@@ -81,10 +82,13 @@ def device_name(device: str) -> str:
     return f"{_cpu_name()}, {torch.get_num_threads()} threads"
 
 
-def provenance(argv: list[str], module: str, **more) -> dict:
-    """The ``provenance`` object of a result file: the command, code, versions, date, and whatever else is given."""
+def provenance(command: Sequence[str], **more) -> dict:
+    """The ``provenance`` object of a result file: the command, code, versions, date, and whatever else is given.
+
+    `command` is what follows ``python -m``: module and arguments.
+    """
     return {
-        "command": shlex.join(["python", "-m", module, *argv]),
+        "command": shlex.join(["python", "-m", *command]),
         **more,
         "git_commit": git_commit(),
         "code": code_fingerprint(),

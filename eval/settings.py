@@ -4,63 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-from eval.methods import method_file
-from eval.tasks import BENCHMARKS, Benchmark, is_local
+from eval.cell import Cell
+from eval.methods import method_at
+from eval.tasks import BENCHMARKS, GROUP, SUITE, TASKS, mirrored
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = "checkpoints/llava-mini"
+DEFAULT_BATCH_SIZE = 8
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """A checked run.
-
-    Attributes
-    ----------
-    task, metric : str
-        lmms-eval's task and the per-sample score to average.
-    model : str
-        Folder or hub id.
-    methods : tuple of (name, retain or None, settings source)
-        What to evaluate, the untouched model first; the source is a YAML path or a settings dictionary.
-    limit : int or None
-        Number of questions.
-    out : pathlib.Path
-        Folder of ``summary.json``.
-    batch_size : int or None
-        None: chosen for the device.
-    device, dtype, attn_implementation, conv_template : str
-        As in ``eval.inference``; an empty device means the best there is.
-    seed : int
-        Of everything random.
-    """
-
-    task: str
-    metric: str
-    model: str
-    methods: tuple[tuple[str, int | None, object], ...]
-    limit: int | None
-    out: Path
-    batch_size: int | None
-    device: str
-    device_map: str | None
-    dtype: str
-    attn_implementation: str
-    conv_template: str
-    seed: int
-
-    @property
-    def model_name(self) -> str:
-        """The last part of the model's path or id."""
-        return Path(self.model).name
-
-
-def check(args) -> Settings:
-    """Turn parsed arguments into settings.
+def cells(args) -> list[Cell]:
+    """Turn the parsed arguments of ``eval.run`` into cells: per task the untouched model, then every budget.
 
     Parameters
     ----------
@@ -72,32 +30,35 @@ def check(args) -> Settings:
     ValueError
         With one line that names the argument, the value and what would be right.
     """
-    task, metric = _task(args.task, args.model)
+    named = benchmarks(args.task)
     limit = whole_number("LIMIT", args.limit)
-    batch_size = whole_number("BATCH_SIZE", args.batch_size)
+    batch_size = whole_number("BATCH_SIZE", args.batch_size) or DEFAULT_BATCH_SIZE
     retains = retained_tokens(args.retain)
     model = check_model(args.model)
-    methods = [("vanilla", None, {"method": "vanilla"})]
-    methods += [(args.method, retain, method_file(model, retain, args.method, args.configs)) for retain in retains]
-    name = f"{task}-{Path(model).name}" + (f"-limit{limit}" if limit else "")
-    out = check_out(Path(args.out or Path("results") / name))
-    if not is_local(task) and BENCHMARKS[args.task].gated:
-        _check_token(task)
-    return Settings(
-        task=task,
-        metric=metric,
-        model=model,
-        methods=tuple(methods),
-        limit=limit,
-        out=out,
-        batch_size=batch_size,
-        device=args.device or "",
-        device_map=args.device_map,
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation,
-        conv_template=args.conv_template,
-        seed=args.seed,
-    )
+    tasks = check_tasks(named, model, limit)
+    common = {
+        "model": model,
+        "limit": limit,
+        "batch_size": batch_size,
+        "seed": args.seed,
+        "device": args.device or None,
+        "device_map": args.device_map,
+        "dtype": args.dtype,
+        "attn_implementation": args.attn_implementation,
+        "conv_template": args.conv_template,
+    }
+    methods = [(retain, method_at(model, args.method, retain, args.configs)[0]) for retain in retains]
+    return [
+        cell
+        for benchmark, task in tasks
+        for cell in (
+            Cell(**common, benchmark=benchmark, task=task),
+            *(
+                Cell(**common, benchmark=benchmark, task=task, method=args.method, retain=retain, settings=settings)
+                for retain, settings in methods
+            ),
+        )
+    ]
 
 
 def is_embedded(model: str) -> bool:
@@ -145,15 +106,42 @@ def check_out(out: Path) -> Path:
     return out.expanduser()
 
 
-def _task(name: str, model: str) -> tuple[str, str]:
-    """lmms-eval's task for a benchmark's name, and the metric; the embedded model gets the synthetic one."""
-    local = {benchmark.mini: benchmark for benchmark in BENCHMARKS.values()}
-    if name in local:
-        return name, local[name].metric
-    if name not in BENCHMARKS:
-        raise ValueError(f"task: got {name!r}, expected one of {', '.join([*BENCHMARKS, *local])}")
-    benchmark: Benchmark = BENCHMARKS[name]
-    return (benchmark.mini if is_embedded(model) else benchmark.stock), benchmark.metric
+def benchmarks(names: str | Sequence[str]) -> list[str]:
+    """Names of benchmarks or of synthetic tasks, ``mini`` standing for all of the latter.
+
+    Raises
+    ------
+    ValueError
+        If a name is neither.
+    """
+    known = [*BENCHMARKS, *SUITE, GROUP]
+    found: dict[str, None] = {}
+    for name in [names] if isinstance(names, str) else names:
+        if name not in known:
+            raise ValueError(f"task: got {name!r}, expected some of {', '.join(known)}")
+        found.update(dict.fromkeys(SUITE if name == GROUP else [name]))
+    return list(found)
+
+
+def check_tasks(names: Sequence[str], model: str, limit: int | None) -> list[tuple[str, str]]:
+    """Pairs of benchmark and lmms-eval task; the embedded model gets the synthetic tasks, each once.
+
+    Raises
+    ------
+    ValueError
+        If a task cannot be run here.
+    """
+    pairs: dict[str, str] = {}
+    for name in names:
+        if name in SUITE:
+            task, benchmark = name, mirrored(name)
+        else:
+            task, benchmark = BENCHMARKS[name].mini if is_embedded(model) else BENCHMARKS[name].stock, name
+            _check_access(task)
+        if limit and limit % TASKS[task].group:
+            raise ValueError(f"LIMIT: got {limit}, but {task} scores questions by {TASKS[task].group}")
+        pairs.setdefault(task, benchmark)
+    return [(benchmark, task) for task, benchmark in pairs.items()]
 
 
 def whole_number(name: str, value: str | int | None) -> int | None:
@@ -197,11 +185,13 @@ def _check_hub(model: str) -> None:
         raise ValueError(f"MODEL: {model!r} could not be looked up on the hub ({reason})") from None
 
 
-def _check_token(task: str) -> None:
-    """lmms-eval's GQA is downloaded with a token only; without one it would fail minutes later."""
+def _check_access(task: str) -> None:
+    """See that what a task needs from the internet is there; without it, it would fail minutes later."""
     from huggingface_hub import constants, get_token
 
-    if get_token() is None and not constants.HF_HUB_OFFLINE:
+    if TASKS[task].gated and get_token() is None and not constants.HF_HUB_OFFLINE:
         raise ValueError(
             f"task: lmms-eval downloads {task} with a Hugging Face token; run 'hf auth login' or set HF_TOKEN"
         )
+    if TASKS[task].judge and not os.environ.get("OPENAI_API_KEY"):
+        raise ValueError(f"task: a language model on the internet scores {task}; set OPENAI_API_KEY")

@@ -1,130 +1,87 @@
-"""From answers and traces to the rows of a table."""
+"""The finished cells of a run as tables: ``summary.json`` and ``summary.md``."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from statistics import fmean, median
+from pathlib import Path
 
-from scipy.stats import binomtest
 from tabulate import tabulate
 
-from mustdrop.cost import CONVENTIONS
-from mustdrop.macs import Workload
-from mustdrop.shape import ModelShape
+from eval.cell import Cell, write_json
 
-FLOPS_CONVENTION = "with-text-tower"
-"""The convention of ``flops_reduction``: everything one prompt computes up to its first new token."""
-
-REPORTED_CONVENTIONS = ("with-text-tower", "with-text", "vision-only")
+CI95 = (
+    "accuracy: Wilson score interval over questions (scipy.stats.binomtest) where every score is 0 or 1; else, and for "
+    "other scores, percentile bootstrap over questions (scipy.stats.bootstrap)"
+)
 
 
-def confidence_interval(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a share; it treats questions as independent, though several may share a picture."""
-    interval = binomtest(correct, n).proportion_ci(confidence_level=level, method="wilson")
-    return float(interval.low), float(interval.high)
+def write(out: Path, cells: Sequence[tuple[Cell, Path]]) -> str:
+    """Write the summary of finished cells, given with their files; returns it as text for a terminal."""
+    from eval.rows import FLOPS_CONVENTION, REPORTED_CONVENTIONS
+    from mustdrop.cost import CONVENTIONS
 
-
-def flops_reductions(records: Sequence[dict], shape: ModelShape | None) -> dict[str, float]:
-    """Share of the FLOPs that is saved over all prompts with pictures, per convention.
-
-    Parameters
-    ----------
-    records : sequence of dict
-        Traces as ``mustdrop.Trace.to_dict`` gives them.
-    shape : ModelShape or None
-        None where the model's configuration is unknown to ``mustdrop.cost``; then nothing is reported.
-    """
-    if shape is None:
-        return {}
-    full, reduced = dict.fromkeys(REPORTED_CONVENTIONS, 0.0), dict.fromkeys(REPORTED_CONVENTIONS, 0.0)
-    for record in records:
-        if not record["images"]:
-            continue
-        entering = [image["tokens"] - shape.feature_cls for image in record["images"]]
-        work = Workload.of(
-            shape,
-            record["vision_tokens"],
-            text_tokens=record["text_tokens"],
-            image_tokens=entering,
-            cache_lengths=record["cache_lengths"],
-        )
-        untouched = Workload.of(shape, text_tokens=work.text_tokens, image_tokens=[shape.patches] * len(entering))
-        for name in REPORTED_CONVENTIONS:
-            full[name] += CONVENTIONS[name].count(shape, untouched)
-            reduced[name] += CONVENTIONS[name].count(shape, work)
-    return {name: 1 - reduced[name] / full[name] for name in REPORTED_CONVENTIONS if full[name]}
-
-
-def shape_of(config: dict, name: str, dtype: str) -> ModelShape | None:
-    """The model's sizes for ``mustdrop.cost``, None where they cannot be read."""
-    try:
-        return ModelShape.from_config(config, name=name, dtype=dtype)
-    except ValueError:
-        return None
-
-
-def row(
-    method: str, retain: int | None, scores: Sequence[float], kinds: Sequence[str], records: Sequence[dict], shape
-) -> dict:
-    """One row of the table, without the share of vanilla.
-
-    Parameters
-    ----------
-    method, retain
-        What was evaluated; None for the untouched model, whose measured count is put there.
-    scores : sequence of float
-        0 or 1 per question.
-    kinds : sequence of str
-        Type of every question.
-    records : sequence of dict
-        ``LlavaMustDrop.records``: traces and answers, in any order.
-    shape : ModelShape or None
-        See ``flops_reductions``.
-    """
-    n, correct = len(scores), round(sum(scores))
-    tokens = fmean(record["mean_tokens"] for record in records)
-    reductions = flops_reductions(records, shape)
-    return {
-        "method": method,
-        "retain": round(tokens) if retain is None else retain,
-        "accuracy": fmean(scores),
-        "ci95": list(confidence_interval(correct, n)),
-        "n": n,
-        "mean_tokens": tokens,
-        "mean_tokens_official": fmean(record["mean_tokens_official"] for record in records),
-        "flops_reduction": reductions.get(FLOPS_CONVENTION),
-        "flops_reductions": reductions,
-        "cache_bytes": fmean(record["cache_bytes"] for record in records),
-        **{f"{part}_ms": _median_ms(records, part) for part in ("vision", "prefill", "selector", "decode")},
-        "accuracy_by_type": by_type(scores, kinds),
+    results = [json.loads(file.read_text(encoding="utf-8")) for _, file in cells]
+    rows = with_shares([result["row"] for result in results])
+    last, cell = results[-1], cells[-1][0]
+    facts = {
+        **last["provenance"],
+        "config": {**last["identity"], "tasks": sorted({row["task"] for row in rows})},
+        "samples": rows[0]["n"],
+        "flops_convention": FLOPS_CONVENTION,
+        "flops_conventions": {name: CONVENTIONS[name].explanation for name in REPORTED_CONVENTIONS},
+        "ci95": CI95,
+        "times": f"median over prompts, a batch's time shared by its {cell.batch_size} prompts, vision by its pictures",
     }
+    write_json(out / "summary.json", {"rows": rows, "provenance": facts})
+    (out / "summary.md").write_text(text(rows, facts, "github"), encoding="utf-8")
+    return text(rows, facts, "simple")
 
 
-def by_type(scores: Sequence[float], kinds: Sequence[str]) -> dict[str, dict]:
-    """``{type: {"accuracy": share, "n": questions}}``, sorted by name."""
-    groups: dict[str, list[float]] = {}
-    for score, kind in zip(scores, kinds, strict=True):
-        groups.setdefault(kind, []).append(score)
-    return {kind: {"accuracy": fmean(groups[kind]), "n": len(groups[kind])} for kind in sorted(groups)}
+def text(rows: Sequence[dict], facts: dict, style: str) -> str:
+    """Tables per model and task, and what the columns mean; ``style`` is tabulate's."""
+    parts = []
+    for model, task in dict.fromkeys((row["model"], row["task"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["task"]) == (model, task)]
+        synthetic = ", synthetic" if own[0]["synthetic"] else ""
+        heading = f"{task}, {model}: {own[0]['n']} questions{synthetic}"
+        parts += [f"# {heading}" if style == "github" else f"\n{heading}", table(own, style), table_by_type(own, style)]
+    parts.append(
+        f"{facts['device']}, {facts['dtype']}, batch {facts['config']['batch_size']}, {facts['date'][:10]}, "
+        f"commit {(facts['git_commit'] or 'none')[:12]}.\n"
+        f"tokens: mean per decoder layer; official: the same by the authors' meter.\n"
+        f"FLOPs saved: {facts['flops_conventions'][facts['flops_convention']]}.\n"
+        f"vision only: {facts['flops_conventions']['vision-only']}.\n"
+        f"ms: {facts['times']}."
+    )
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def with_shares(rows: Sequence[dict]) -> list[dict]:
-    """The rows with ``share_of_vanilla``, the accuracy divided by the untouched model's; None without such a row."""
-    vanilla = next((row["accuracy"] for row in rows if row["method"] == "vanilla"), None)
-    return [{**row, "share_of_vanilla": row["accuracy"] / vanilla if vanilla else None} for row in rows]
+    """The rows with ``share_of_vanilla``, the score divided by the untouched model's; None without such a row."""
+
+    def questions(row: dict) -> tuple:
+        return row["model"], row["task"], row["seed"], row["limit"]
+
+    vanilla = {questions(row): row["score"] for row in rows if row["method"] == "vanilla"}
+    shares = [row["score"] / vanilla[questions(row)] if vanilla.get(questions(row)) else None for row in rows]
+    return [{**row, "share_of_vanilla": share} for row, share in zip(rows, shares, strict=True)]
 
 
 def table(rows: Sequence[dict], style: str) -> str:
-    """The rows as text: ``simple`` for a terminal, ``github`` for Markdown."""
+    """The rows of one task: ``simple`` for a terminal, ``github`` for Markdown."""
+    plain = rows[0]["metric"] in ("exact_match", "accuracy")
+    score = [] if plain else [f"{rows[0]['metric']} (95 % CI)"]
     headers = [
-        "method", "retain", "accuracy % (95 % CI)", "of vanilla", "tokens", "official", "FLOPs saved", "vision only",
-        "cache MB", "vision ms", "prefill ms",
+        "method", "retain", *score, "accuracy % (95 % CI)", "of vanilla", "tokens", "official", "FLOPs saved",
+        "vision only", "cache MB", "vision ms", "prefill ms",
     ]  # fmt: skip
     lines = [
         [
             row["method"],
             row["retain"],
-            f"{100 * row['accuracy']:.1f} ({100 * row['ci95'][0]:.1f}-{100 * row['ci95'][1]:.1f})",
+            *([] if plain else [_interval(row["score"], row["score_ci95"], 1)]),
+            _interval(row["accuracy"], row["ci95"], 100),
             _percent(row["share_of_vanilla"]),
             f"{row['mean_tokens']:.1f}",
             f"{row['mean_tokens_official']:.1f}",
@@ -155,9 +112,9 @@ def _type_cell(cell: dict | None) -> str:
     return f"{100 * cell['accuracy']:.1f} (n={cell['n']})" if cell else "-"
 
 
-def _median_ms(records: Sequence[dict], part: str) -> float | None:
-    times = [record["times_ms"][part] for record in records if part in record["times_ms"]]
-    return median(times) if times else None
+def _interval(value: float, interval: Sequence[float], scale: float) -> str:
+    low, high = (scale * bound for bound in interval)
+    return f"{scale * value:.1f} ({low:.1f}-{high:.1f})"
 
 
 def _percent(share: float | None) -> str:

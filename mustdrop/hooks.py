@@ -22,9 +22,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -164,13 +165,19 @@ class Reducer:
         Rotary positions of the tokens that stay: those they had in the full prompt, or 0..n-1 after every change.
     decode_positions : {"continue", "cache_length"}
         Position of generated tokens: the one after the prompt's last, or the length of the layer's cache.
+    knobs : mapping of str to float
+        Thresholds that calibration scales together, at reference values; the higher, the fewer tokens stay.
     """
 
     positions: str = "original"
     decode_positions: str = "continue"
+    knobs: ClassVar[Mapping[str, float]] = {}
 
     def check(self, layers: int, blocks: int) -> None:
         """Raise ValueError if the settings do not fit a model of `layers` decoder layers and `blocks` ViT blocks."""
+
+    def check_tokens(self, layers: int, tokens: int) -> None:
+        """Raise ValueError if the settings are out of reach for images of `tokens` vision tokens."""
 
     def does(self, hook: str) -> bool:
         """Whether a hook is overridden; models skip idle ones altogether."""
@@ -204,7 +211,8 @@ class Reducer:
         Parameters
         ----------
         model
-            A model with the seam: it has the attributes `reducer`, `run` and `depths`.
+            A model with the seam: it has the attributes `reducer`, `run` and `depths`, and may have a vision tower that
+            knows its `num_patches`.
         timing : bool
             Also measure `Trace.times_ms` (synchronises with the device; leave off when timing from outside).
 
@@ -213,11 +221,14 @@ class Reducer:
         TypeError
             If the model has no seam.
         ValueError
-            If the settings do not fit the model's depth.
+            If the settings do not fit the model's depth, or are out of reach for its number of vision tokens.
         """
         if not hasattr(model, "reducer"):
             raise TypeError(f"{type(model).__name__} has no hook points: load it with llava.model.builder")
         self.check(*model.depths)
+        tower = getattr(model, "get_vision_tower", lambda: None)()
+        if tower is not None:
+            self.check_tokens(model.depths[0], tower.num_patches)
         before = model.reducer, model.run
         model.reducer, model.run = self, Run(timing)
         try:
@@ -246,6 +257,7 @@ class Call:
         self.state: dict = {}
         self.vision: dict[int, Tensor] = {}  # owner map after each vision block that changed the tokens
         self.images: list[list[tuple[int, Tensor]]] = []  # per prompt and image: tokens spliced in, owner map
+        self.tiles: list[list[int]] = []  # per prompt and image: its row in what the vision encoder computed
         self.decided: list[int] = []  # decoder layers after which the reducer chose
         self.entered: list[Tokens] = []  # per decoder layer
         self.left: list[Tokens] = []

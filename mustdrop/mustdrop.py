@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mustdrop.checks import one_of, require
 from mustdrop.compose import Compose
@@ -53,6 +54,8 @@ class MustDrop(Compose):
     ValueError
         With one line that names the field, the value and what would be right.
     """
+
+    knobs: ClassVar[Mapping[str, float]] = {"global_threshold": 0.011, "individual_threshold": 0.01}
 
     global_threshold: float = 0.011
     individual_threshold: float = 0.01

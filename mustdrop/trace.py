@@ -43,7 +43,7 @@ class Trace:
 
     def __init__(self, call: Call, row: int, prompt: int):
         self._call, self._row, self._prompt = call, row, prompt
-        self._seconds, self._prompts = call.seconds, len(call.images)
+        self._seconds, self._shares = call.seconds, _shares(call, prompt)
 
     @cached_property
     def _facts(self) -> dict:
@@ -51,8 +51,7 @@ class Trace:
         call, row = self._call, self._row
         images = call.images[self._prompt]
         entered = call.entered[0]
-        first = sum(len(before) for before in call.images[: self._prompt])
-        in_vision = {block: owner[first : first + len(images)].reshape(-1) for block, owner in call.vision.items()}
+        in_vision = {block: owner[call.tiles[self._prompt]].reshape(-1) for block, owner in call.vision.items()}
         in_cache = {id(tokens): self._patches(tokens) for tokens in {id(t): t for t in call.cached}.values()}
         kept: dict[str, dict[int, list[int]]] = {"vision": {}, "prefill": {}, "decode": {}}
         if images:
@@ -100,10 +99,11 @@ class Trace:
     def times_ms(self) -> dict[str, float]:
         """Milliseconds per part (vision, prefill, selector, decode), a batch's time shared evenly by its prompts.
 
-        What the method itself needs, "selector", is also part of "vision" and "prefill". Empty unless the reducer was
+        "vision" is what the prompt's own pictures took, even if other prompts of the batch shared their encoding. What
+        the method itself needs, "selector", is also part of "vision" and "prefill". Empty unless the reducer was
         switched on with `timing=True`.
         """
-        return {part: 1000 * seconds / self._prompts for part, seconds in self._seconds.items()}
+        return {part: 1000 * seconds * self._shares[part == "vision"] for part, seconds in self._seconds.items()}
 
     def to_dict(self) -> dict:
         """Everything above as plain lists and numbers, ready for JSON."""
@@ -112,6 +112,12 @@ class Trace:
 
     def __repr__(self) -> str:
         return f"Trace(vision_tokens={self.vision_tokens}, mean_tokens={self.mean_tokens:.1f})"
+
+
+def _shares(call: Call, prompt: int) -> tuple[float, float]:
+    """A prompt's part of a batch's time, and of the time that its pictures took."""
+    encoded = len({tile for tiles in call.tiles for tile in tiles})
+    return 1 / len(call.images), len(call.tiles[prompt]) / max(encoded, 1)
 
 
 def _token_patches(images: list[tuple[int, Tensor]]) -> list[list[list[int]]]:

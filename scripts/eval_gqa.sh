@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Accuracy, tokens, FLOPs, cache and time of MustDrop against the untouched model, on GQA.
+# Accuracy, tokens, FLOPs, cache and time of MustDrop against the untouched model on GQA; eval_pope.sh, eval_mme.sh and
+# the others beside this script do the same on other benchmarks.
 #
 #   bash scripts/eval_gqa.sh                                        the embedded model on the synthetic mini_gqa
 #   MODEL=liuhaotian/llava-v1.5-7b bash scripts/eval_gqa.sh         a hub id or a folder, on the real GQA

@@ -65,7 +65,7 @@ mustdrop_complete() {
 import importlib.metadata as metadata, importlib.util as util, sys
 needed = (
     "torch transformers accelerate sentencepiece safetensors einops tabulate tqdm datasets evaluate lmms_eval loguru "
-    "sacrebleu pytablewriter tenacity scipy pytest ruff"
+    "sacrebleu pytablewriter tenacity scipy matplotlib jinja2 submitit rich pytest ruff"
 ).split()
 missing = [name for name in needed if util.find_spec(name) is None]
 sys.exit(bool(missing) or int(metadata.version("transformers").split(".")[0]) != 5)
@@ -88,6 +88,7 @@ mustdrop_install() {
         echo "torch==2.13.0" >"$constraints"
     fi
     python -m pip install --quiet --constraint "$constraints" torch || return 1
+    rm -rf "$1/mustdrop.egg-info" # an old one would hide what the new one says
     PYTHONWARNINGS=ignore python -m pip install --quiet --constraint "$constraints" --editable "$1[eval-light,test]" || return 1
     # Without its dependencies: they are forty packages for other models, torchvision among them.
     python -m pip install --quiet --no-deps lmms-eval==0.7.3

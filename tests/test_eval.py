@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +16,11 @@ from checkpoint import save_checkpoint
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
-from eval import calibrate, run, summary, tasks
+from eval import calibrate, rows, run, samples, settings, summary, tasks
+from eval.cell import Cell
 from eval.inference import LoadedModel
 from eval.lmms import LlavaMustDrop
-from eval.methods import method_file, read_method
+from eval.methods import method_at, read_method
 from eval.tasks import mini_gqa
 from llava.train.mini import questions, scenes
 from mustdrop.cost import ModelShape
@@ -93,13 +96,27 @@ def record(tokens: float, milliseconds: float = 1.0, layers: int = 32) -> dict:
     }
 
 
-def test_row_and_shares():
+def row(method: str, scores: list[float], records: list[dict]) -> dict:
     shape = ModelShape.named("llava-1.5-7b")
-    kinds = ["a", "a", "b", "b"]
-    plain = summary.row("vanilla", None, [1, 1, 1, 0], kinds, [record(576, t) for t in (1, 2, 3, 400)], shape)
-    cut = summary.row("mustdrop", 64, [1, 1, 0, 0], kinds, [record(64)] * 4, shape)
+    records = [{**record, "flops": rows.flops(record, shape)} for record in records]
+    names = {
+        "model": "m",
+        "task": "t",
+        "method": method,
+        "retain": 64,
+        "seed": 0,
+        "limit": None,
+        "metric": "exact_match",
+    }
+    answers = rows.answered(scores, ["a", "a", "b", "b"])
+    return {**names, "metric": "exact_match", "score": 100 * answers["accuracy"], **answers, **rows.measured(records)}
+
+
+def test_row_and_shares():
+    plain = row("vanilla", [1, 1, 1, 0], [record(576, t) for t in (1, 2, 3, 400)])
+    cut = row("mustdrop", [1, 1, 0, 0], [record(64)] * 4)
     plain, cut = summary.with_shares([plain, cut])
-    assert (plain["retain"], plain["n"], plain["accuracy"], plain["prefill_ms"]) == (576, 4, 0.75, 2.5)
+    assert (plain["n"], plain["accuracy"], plain["prefill_ms"], plain["mean_tokens"]) == (4, 0.75, 2.5, 576)
     assert plain["flops_reduction"] == pytest.approx(0) and plain["share_of_vanilla"] == 1
     assert cut["share_of_vanilla"] == pytest.approx(2 / 3)
     assert cut["flops_reductions"]["vision-only"] == pytest.approx(0.891, abs=5e-4)
@@ -108,6 +125,7 @@ def test_row_and_shares():
     low, high = cut["ci95"]
     assert 0 < low < 0.5 < high < 1
     assert "64.0" in summary.table([plain, cut], "github") and "50.0 (15.0-85.0)" in summary.table([cut], "simple")
+    assert summary.with_shares([cut])[0]["share_of_vanilla"] is None
 
 
 def test_wilson_interval_against_its_formula():
@@ -115,7 +133,22 @@ def test_wilson_interval_against_its_formula():
     share, width = correct / n, z * math.sqrt(correct * (n - correct) / n**3 + z * z / (4 * n * n))
     middle = share + z * z / (2 * n)
     expected = [(middle + sign * width) / (1 + z * z / n) for sign in (-1, 1)]
-    assert summary.confidence_interval(correct, n) == pytest.approx(expected, abs=1e-6)
+    assert rows.share_interval(correct, n) == pytest.approx(expected, abs=1e-6)
+
+
+def test_bootstrap_interval_of_a_mean_is_the_normal_one():
+    values = torch.arange(400).remainder(4).double().numpy()
+    low, high = rows.bootstrap_interval(lambda drawn: values[drawn].mean(), len(values))
+    width = 1.96 * values.std() / 20
+    assert (low, high) == pytest.approx((1.5 - width, 1.5 + width), abs=0.02)
+    assert rows.bootstrap_interval(lambda drawn: 7.0, 1) == (7, 7)
+
+
+def test_kept_patches_survive_packing():
+    kept = {"vision": {0: [0, 7, 8]}, "prefill": {1: [8], 3: [8], 5: []}, "decode": {}}
+    packed = samples.pack_stages(kept, 9)
+    assert packed == {"vision": {"0": "8180"}, "prefill": {"1": "0080", "5": "0000"}, "decode": {}}
+    assert samples.patches("8180", 9).nonzero()[0].tolist() == [0, 7, 8]
 
 
 # Methods
@@ -133,13 +166,17 @@ def test_settings_from_names_files_and_fields(tmp_path):
 
 def test_a_models_own_thresholds_come_first(configs):
     published = configs / "mustdrop_9.yaml"
-    assert method_file("some/model", 9, configs=configs) == published
+    assert method_at("some/model", "mustdrop", 9, configs)[1] == published
     own = configs / "model" / "mustdrop_9.yaml"
     own.parent.mkdir()
     own.write_text(published.read_text())
-    assert method_file("some/model", 9, configs=configs) == own
-    with pytest.raises(ValueError, match=r"eval\.calibrate"):
-        method_file("some/model", 10, configs=configs)
+    settings, file = method_at("some/model", "mustdrop", 9, configs)
+    assert file == own and settings["global_threshold"] == 0.05
+    with pytest.raises(ValueError, match="mustdrop calibrate --model some/model --method mustdrop --retain 10"):
+        method_at("some/model", "mustdrop", 10, configs)
+    own.write_text("method: mustdrop\nkey_rte: 1\n")
+    with pytest.raises(ValueError, match=r"mustdrop_9\.yaml: .*key_rte"):
+        method_at("some/model", "mustdrop", 9, configs)
 
 
 # The plugin
@@ -195,7 +232,7 @@ def visuals(document: dict) -> list:
 def test_batches_answer_like_single_questions(loaded, method, tmp_path):
     asked = requests("generate_until", {"max_new_tokens": 4, "temperature": 0, "until": ["\n\n"]}, visuals)
     single = plugin(loaded, method=method)
-    batched = plugin(loaded, method=method, batch_size=3, samples=str(tmp_path / "s.jsonl"), kept_patches=True)
+    batched = plugin(loaded, method=method, batch_size=3, samples=str(tmp_path / "s.jsonl"))
     assert single.generate_until(asked) == batched.generate_until(asked)
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert sorted(line["doc_id"] for line in lines) == [0, 1, 2] and all("kept" in line for line in lines)
@@ -286,7 +323,7 @@ def test_run_writes_a_summary_and_resumes(checkpoint, configs, small_task, tmp_p
     assert json.loads((out / "summary.json").read_text())["rows"] == content["rows"]
 
     # An interrupted row goes on after its last whole line.
-    (file,) = (out / "rows").glob("mustdrop_9-*.json")
+    (file,) = (out / "cells" / "mini_gqa").glob("mustdrop_9-*.json")
     answers = file.with_suffix(".jsonl")
     lines = answers.read_text().splitlines()
     answers.write_text("\n".join([*lines[:3], lines[3][:40]]))
@@ -302,9 +339,16 @@ def test_run_writes_a_summary_and_resumes(checkpoint, configs, small_task, tmp_p
     assert len(asked) == 1 and len(answers.read_text().splitlines()) == 4
     assert json.loads((out / "summary.json").read_text())["rows"][1]["accuracy"] == cut["accuracy"]
 
+    # The lines say how each question was answered, and which patches were kept.
+    line = json.loads(answers.read_text().splitlines()[0])
+    assert {"question_id", "type", "target", "score", "flops", "kept", "times_ms"} <= set(line)
+    assert line["flops"]["with-text"]["used"] < line["flops"]["with-text"]["full"]
+    assert samples.patches(line["kept"]["vision"]["0"], 36).any()
+    assert {path.name for path in (out / "pictures" / "mini_gqa").iterdir()} == {f"{i}.jpg" for i in range(4)}
+
     # Other settings are another row.
     assert run.main(arguments(checkpoint, configs, out, "--batch-size", "1")) == 0
-    assert len(list((out / "rows").glob("mustdrop_9-*.json"))) == 2
+    assert len(list((out / "cells" / "mini_gqa").glob("mustdrop_9-*.json"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -314,8 +358,8 @@ def test_run_writes_a_summary_and_resumes(checkpoint, configs, small_task, tmp_p
         (["--model", "no/such-model-at-all"], "MODEL: 'no/such-model-at-all'"),
         (["--task", "gqqa"], "task: got 'gqqa'"),
         (["--retain", "sixty"], "RETAIN: got 'sixty'"),
-        (["--retain", "33"], "RETAIN: no settings for 33 tokens"),
         (["--limit", "0"], "LIMIT: got '0'"),
+        (["--task", "gqa", "mme", "--limit", "3"], "LIMIT: got 3, but mini_mme scores questions by 2"),
         (["--batch-size", "-1"], "BATCH_SIZE: got '-1'"),
         (["--out", "FILE/results"], "is a file, expected a folder"),
     ],
@@ -342,6 +386,41 @@ def test_wrong_argument_is_one_line(checkpoint, configs, tmp_path, wrong, messag
     assert done.returncode == 2 and len(lines) == 1 and message in lines[0], done.stderr[-500:]
     assert "| torch\n" not in done.stderr and "lmms_eval" not in done.stderr, "something heavy was imported"
     assert not (tmp_path / "out").exists()
+
+
+def test_budget_without_settings_is_one_line(checkpoint, configs, tmp_path, capsys):
+    assert run.main(arguments(checkpoint, configs, tmp_path / "out", "--retain", "33")) == 2
+    assert "RETAIN: no settings of mustdrop for 33 tokens" in capsys.readouterr().err
+
+
+def test_tasks_of_the_embedded_model_are_synthetic_and_run_once():
+    assert settings.benchmarks(["mini"]) == list(tasks.SUITE)
+    names = settings.benchmarks(["gqa", "vqav2", "pope", "mini_pope"])
+    assert settings.check_tasks(names, "x/llava-mini", None) == [("gqa", "mini_gqa"), ("pope", "mini_pope")]
+
+
+def test_identity_is_what_can_change_a_result(checkpoint):
+    cell = Cell(str(checkpoint), "gqa", "mini_gqa", settings={"method": "mustdrop"})
+    same = Cell(str(checkpoint), "vqav2", "mini_gqa", "another name", 64, {"method": "mustdrop"})
+    assert cell.key == same.key
+    changes = {"task": "mini_pope", "settings": {"method": "vanilla"}, "limit": 4, "dtype": "bfloat16", "seed": 1}
+    assert len({dataclasses.replace(cell, **{name: value}).key for name, value in changes.items()} | {cell.key}) == 6
+
+
+def test_several_processes_share_the_questions(checkpoint, configs, small_task, tmp_path):
+    """`accelerate launch` on two CPU processes gives the rows of one process."""
+    tasks.prepare("mini_gqa")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    for name, start in {"one": [sys.executable], "two": launch}.items():
+        command = [*start, "-m", "eval.run", *arguments(checkpoint, configs, tmp_path / name, "--limit", "5")]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text())["rows"] for name in ("one", "two"))
+    timeless = [[{k: v for k, v in row.items() if not k.endswith("_ms")} for row in rows] for rows in (one, two)]
+    assert timeless[0] == timeless[1] and two[1]["n"] == 5
+    (lines,) = (tmp_path / "two" / "cells" / "mini_gqa").glob("mustdrop_9-*.jsonl")
+    assert len(lines.read_text().splitlines()) == 5
 
 
 # Calibration
@@ -376,8 +455,8 @@ def test_calibration_writes_a_method_that_keeps_what_it_says(checkpoint, loaded,
     text = (tmp_path / "mustdrop_12.yaml").read_text()
     settings = read_method(str(tmp_path / "mustdrop_12.yaml"))
     assert settings["global_threshold"] / settings["individual_threshold"] == pytest.approx(1.1, rel=1e-3)
-    samples = calibrate.read_samples(None, ".", 16)
-    tokens, official = calibrate.measure_tokens(loaded, settings, samples, 8, "again")
+    pairs = calibrate.read_samples("mini", None, ".", 16)
+    tokens, official = calibrate.measure_tokens(loaded, settings, pairs, 8, "again")
     assert official == pytest.approx(12, rel=0.02)
     assert f"{official:.1f} by the authors' meter" in text and f"{tokens:.1f} if every layer" in text
 
@@ -386,5 +465,5 @@ def test_calibration_reads_a_users_samples(tmp_path):
     Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     data = tmp_path / "data.json"
     data.write_text(json.dumps([{"image": "a.png", "question": "what?"}] * 3))
-    samples = calibrate.read_samples(str(data), str(tmp_path), 2)
-    assert len(samples) == 2 and samples[0][0].size == (20, 10) and samples[0][1] == "what?"
+    pairs = calibrate.read_samples(None, str(data), str(tmp_path), 2)
+    assert len(pairs) == 2 and pairs[0][0].size == (20, 10) and pairs[0][1] == "what?"

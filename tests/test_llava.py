@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from tiny import SIDE, batch, expand_for_hugging_face, hugging_face, ours, pictures, prompt
+from tiny import SIDE, batch, expand_for_hugging_face, hugging_face, ours, pictures, prompt, run
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
+from mustdrop import load_reducer
 
 PATCHES = SIDE * SIDE
 
@@ -79,6 +80,24 @@ def test_images_as_a_list_and_as_tiles(place):
     expected = greedy(ours(), inputs=ids, images=pixels)
     images = list(pixels) if place == "list" else [image[None] for image in pixels]
     assert greedy(ours(), inputs=ids, images=images) == expected
+
+
+@pytest.mark.parametrize("method", [{"method": "vanilla"}, {"method": "mustdrop", "global_threshold": 0.05}], ids=str)
+def test_questions_about_one_picture_share_its_encoding(method, monkeypatch):
+    prompts, (first, second) = [prompt(3, 4, images=n, seed=n) for n in (1, 2, 1)], pictures(2)
+    order = [0, 1, 0, 1]
+    _, apart, traces = run(ours(), load_reducer(method), **batch(prompts), images=pictures(2)[order])
+    encoded, encode = [], type(ours()).encode_images
+    monkeypatch.setattr(
+        type(ours()),
+        "encode_images",
+        lambda self, images, call: encoded.append(len(images)) or encode(self, images, call),
+    )
+    shared = [(first, second)[number] for number in order]
+    _, together, shared_traces = run(ours(), load_reducer(method), **batch(prompts), images=shared)
+    assert encoded == [2]
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
+    assert [trace.to_dict() for trace in shared_traces] == [trace.to_dict() for trace in traces]
 
 
 @pytest.mark.parametrize("ids", [torch.tensor([[IMAGE_TOKEN_INDEX, 5]]), torch.tensor([[1, 5, IMAGE_TOKEN_INDEX]])])

@@ -146,6 +146,50 @@ def test_answers_are_balanced():
         assert 0.4 < first / (first + second) < 0.6
 
 
+def test_choices_offer_the_truth_once():
+    places: dict[int, list[str]] = {}
+    told = set()
+    for image, choice, scene in questions.choice_questions("test", 150, per_scene=8):
+        assert 2 <= len(choice.options) == len(set(choice.options)) <= 4
+        right = choice.options[questions.LETTERS.index(choice.answer)]
+        assert solve(scenes.generate_scene(scene), choice.question) == right
+        assert image.size == (336, 336)
+        places.setdefault(len(choice.options), []).append(choice.answer)
+        told.add(choice.type)
+    assert told == set(questions.TYPES)
+    for count, answers in places.items():
+        for letter in questions.LETTERS[:count]:
+            assert answers.count(letter) / len(answers) == pytest.approx(1 / count, abs=0.1)
+
+
+def test_choice_options_are_plausible():
+    for _, choice, scene in questions.choice_questions("test", 20, per_scene=10):
+        options = set(choice.options)
+        if choice.type == "existence":
+            assert options == {"yes", "no"}
+        elif choice.type == "relation":
+            assert options in ({"yes", "no"}, {"left", "right"}, {"above", "below"}, set(questions.DIRECTIONS))
+        elif choice.type == "counting":
+            assert options <= set("01234")
+        elif choice.type == "attribute":
+            assert any(options <= set(values) for values in questions.VALUES.values())
+        else:
+            words = {sign.word for sign in scenes.generate_scene(scene).signs}
+            assert len(options & words) == min(len(options), len(words))
+
+
+def test_choices_repeat_and_read_as_lines():
+    first, second = (
+        [item[1:] for item in questions.choice_questions("test", 3, per_scene=4, seed=2)] for _ in range(2)
+    )
+    assert first == second and len(first) == 12
+    assert {scenes.split_of(scene) for _, scene in first} == {"test"}
+    text = questions.choice_text("What color is the ring?", ("red", "blue", "green"))
+    assert text == "What color is the ring?\nA. red\nB. blue\nC. green"
+    with pytest.raises(ValueError, match="n_scenes: 10001"):
+        next(questions.choice_questions("test", 10_001))
+
+
 def test_scene_questions_repeat_and_stay_in_their_split():
     first = list(questions.scene_questions("test", 3, per_scene=4))
     second = list(questions.scene_questions("test", 3, per_scene=4))

@@ -2,6 +2,7 @@
 
 A stock benchmark is a task of lmms-eval. A synthetic one is a folder here with a ``documents()`` function and a YAML
 template; its data are generated once into a cache folder and then belong to lmms-eval as an ordinary parquet task.
+What lmms-eval makes of the answers is read by `question_scores`, `headline` and `statistic`.
 """
 
 from __future__ import annotations
@@ -9,38 +10,37 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-from dataclasses import dataclass
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from string import Template
 
+from eval.tasks.registry import BENCHMARKS, TASKS, Benchmark, Task, mirrored
+from eval.tasks.scores import headline, question_scores, statistic
+
+__all__ = [
+    "BENCHMARKS",
+    "GROUP",
+    "SUITE",
+    "TASKS",
+    "Benchmark",
+    "Task",
+    "cache_folder",
+    "fingerprint",
+    "headline",
+    "is_local",
+    "mirrored",
+    "prepare",
+    "question_scores",
+    "statistic",
+    "training_questions",
+]
+
 ROOT = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A benchmark under the name its script uses.
-
-    Attributes
-    ----------
-    stock : str
-        lmms-eval's task, for real checkpoints.
-    mini : str
-        The synthetic task that stands in for it when the model is the embedded one.
-    metric : str
-        The per-sample score, 0 or 1, that lmms-eval computes and whose mean is the accuracy.
-    gated : bool
-        Whether lmms-eval downloads its data only with a Hugging Face token.
-    """
-
-    stock: str
-    mini: str
-    metric: str
-    gated: bool = False
-
-
-BENCHMARKS = {"gqa": Benchmark(stock="gqa", mini="mini_gqa", metric="exact_match", gated=True)}
+GENERATOR = ROOT.parents[1] / "llava" / "train" / "mini"
+SUITE = tuple(name for name, task in TASKS.items() if task.synthetic)
+GROUP = "mini"
+"""lmms-eval's name for all of `SUITE` at once."""
 
 
 def cache_folder() -> Path:
@@ -50,14 +50,18 @@ def cache_folder() -> Path:
 
 
 def is_local(task: str) -> bool:
-    """Whether a task is one of ours."""
-    return (ROOT / task / f"{task}.yaml").is_file()
+    """Whether a task, or a group of them, is ours."""
+    return task in (*SUITE, GROUP)
 
 
 def fingerprint(task: str) -> str:
-    """Hash of all that decides what a local task's data and scoring are: generator, template, libraries that draw."""
-    generator = [ROOT.parents[1] / "llava" / "train" / "mini" / name for name in ("scenes.py", "questions.py")]
+    """Hash of all that decides a local task's data and scoring: generator, template, libraries that draw."""
     digest = hashlib.sha256()
+    if task == GROUP:
+        for member in SUITE:
+            digest.update(fingerprint(member).encode())
+        return digest.hexdigest()[:12]
+    generator = [GENERATOR / "scenes.py", GENERATOR / "questions.py", ROOT / "existence.py"]
     for path in [*generator, *sorted((ROOT / task).glob("*.py")), ROOT / task / f"{task}.yaml"]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     for package in ("numpy", "pillow"):
@@ -66,40 +70,62 @@ def fingerprint(task: str) -> str:
 
 
 def prepare(task: str) -> Path:
-    """Make a local task's data and YAML, unless they are there already.
+    """Make the data and YAML of a local task, or of all of them, unless the data are there already.
 
     Parameters
     ----------
     task : str
-        Name of a folder of ``eval/tasks``.
+        One of `SUITE`, or `GROUP` for all of them.
 
     Returns
     -------
     pathlib.Path
         The folder to give to lmms-eval as ``include_path``.
     """
-    folder = cache_folder() / f"{task}-{fingerprint(task)}"
-    data = folder / f"{task}.parquet"
-    if not data.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_parquet(importlib.import_module(f"eval.tasks.{task}").documents(), data, f"{task}: data")
-    template = Template((ROOT / task / f"{task}.yaml").read_text(encoding="utf-8"))
-    filled = template.substitute(gqa=_stock_yaml("gqa"), data=data, cache=folder / "datasets")
-    _replace(folder / f"{task}.yaml", filled.encode())
+    folder = _folder(task)
+    for member in SUITE if task == GROUP else (task,):
+        data = _data(member)
+        template = Template((ROOT / member / f"{member}.yaml").read_text(encoding="utf-8"))
+        filled = template.substitute(lmms_eval=_stock_tasks(), data=data, cache=data.parent / "datasets")
+        _replace(folder / f"{member}.yaml", filled.encode())
+    if task == GROUP:
+        _replace(folder / f"{GROUP}.yaml", f"group: {GROUP}\ntask: [{', '.join(SUITE)}]\n".encode())
     return folder
 
 
-def _stock_yaml(task: str) -> Path:
-    """The YAML of a task inside the installed lmms-eval, found without importing it."""
-    package = importlib.util.find_spec("lmms_eval")
-    return Path(package.submodule_search_locations[0]) / "tasks" / task / f"{task}.yaml"
+def training_questions(task: str, count: int) -> list[tuple]:
+    """The first ``(PIL image, prompt)`` pairs of a synthetic task's training split, one per picture.
+
+    Its pictures come from the scenes that training drew from, never from the benchmark's.
+    """
+    documents = importlib.import_module(f"eval.tasks.{task}").documents(max(count, 1), split="train")
+    first = {document["scene"]: document for document in reversed(list(documents))}
+    pairs = [(document["image"], document.get("prompt", document["question"])) for document in first.values()]
+    return pairs[::-1][:count]
+
+
+def _folder(task: str) -> Path:
+    return cache_folder() / f"{task}-{fingerprint(task)}"
+
+
+def _data(task: str) -> Path:
+    """A task's parquet file, generated if it is not there."""
+    path = _folder(task) / f"{task}.parquet"
+    if not path.is_file():
+        _write_parquet(importlib.import_module(f"eval.tasks.{task}").documents(), path, f"{task}: data")
+    return path
+
+
+def _stock_tasks() -> Path:
+    """The folder of the installed lmms-eval's tasks, found without importing it."""
+    return Path(importlib.util.find_spec("lmms_eval").submodule_search_locations[0]) / "tasks"
 
 
 def _write_parquet(documents, path: Path, description: str) -> None:
     """Write documents with a PIL ``image`` as parquet; a picture that several questions share is stored once."""
     import pyarrow as arrow
     import pyarrow.parquet as parquet
-    from datasets import Features, Image, Value
+    from datasets import Features, Image, List, Value
 
     from eval.progress import progress
 
@@ -111,10 +137,8 @@ def _write_parquet(documents, path: Path, description: str) -> None:
             last.save(buffer, format="PNG", compress_level=1)
             encoded = buffer.getvalue()
         rows.append({**document, "image": {"bytes": encoded, "path": None}})
-    kinds = {int: "int64", str: "string"}
-    features = Features(
-        {name: Image() if name == "image" else Value(kinds[type(value)]) for name, value in rows[0].items()}
-    )
+    kinds = {int: Value("int64"), str: Value("string"), list: List(Value("string")), dict: Image()}
+    features = Features({name: kinds[type(value)] for name, value in rows[0].items()})
     table = arrow.Table.from_pylist(rows, schema=features.arrow_schema)
     buffer = arrow.BufferOutputStream()
     # One dictionary large enough for every picture: repeated pictures become references to it.
@@ -124,6 +148,7 @@ def _write_parquet(documents, path: Path, description: str) -> None:
 
 def _replace(path: Path, content: bytes) -> None:
     """Write a file in one step, so that runs side by side never see half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_bytes(content)
     temporary.replace(path)

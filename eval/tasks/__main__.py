@@ -1,9 +1,9 @@
-"""``python -m eval.tasks mini_gqa``: make a synthetic task and print the folder for ``lmms-eval --include_path``."""
+"""``python -m eval.tasks mini``: make a synthetic task, or all, and print the folder for ``--include_path``."""
 
 import argparse
 
-from eval.tasks import ROOT, is_local, prepare
+from eval.tasks import GROUP, SUITE, prepare
 
 parser = argparse.ArgumentParser(prog="python -m eval.tasks", description=__doc__)
-parser.add_argument("task", choices=sorted(path.name for path in ROOT.iterdir() if is_local(path.name)))
+parser.add_argument("task", choices=[GROUP, *SUITE])
 print(prepare(parser.parse_args().task))

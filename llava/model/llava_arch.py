@@ -116,7 +116,8 @@ class LlavaMetaForCausalLM:
             Training targets; image positions become `IGNORE_INDEX`. With labels, prompts longer than the
             configuration's `tokenizer_model_max_length` are cut, as in LLaVA's training.
         images : `[images, 3, height, width]`, or a list of images or of stacks of tiles `[tiles, 3, height, width]`
-            In the order in which the prompts mention them. A text-only prompt of a mixed batch may bring a dummy.
+            In the order in which the prompts mention them. A text-only prompt of a mixed batch may bring a dummy. A
+            tensor that stands in a list several times is encoded once: questions about one picture share its encoding.
         padding_side : {"left", "right"}
             Where shorter prompts are padded.
 
@@ -131,27 +132,28 @@ class LlavaMetaForCausalLM:
         chunks = [_split_at_images(row) for row in rows]
         stacks = _image_stacks(images)
         assigned = _assign_images(len(stacks), [len(row) - 1 for row in chunks])
-        encoded = (
-            self.encode_images(torch.cat([stacks[i] for own in assigned for i in own]), call) if any(assigned) else None
-        )
+        distinct, first_tile = _distinct(stacks, [i for own in assigned for i in own])
+        encoded = self.encode_images(torch.cat(distinct), call) if distinct else None
         counts = [] if encoded is None else encoded.counts.tolist()
 
         embedding = self.get_input_embeddings()
         ids = torch.tensor([i for row in chunks for chunk in row for i in chunk], device=embedding.weight.device)
         text = embedding(ids.long())
         sequences = [_Sequence(self.reducer.positions == "renumber") for _ in rows]
-        tile = used = 0
+        used = 0
         for number, (sequence, own, row) in enumerate(zip(sequences, assigned, chunks, strict=True)):
             targets = None if labels is None else labels[number][keep[number]].to(text.device)
             start = 0
+            tiles: list[int] = []
             for place, chunk in enumerate(row):
-                for _ in range(len(stacks[own[place - 1]]) if place else 0):
-                    sequence.add_image(encoded, tile, counts[tile], wants_labels=targets is not None)
-                    tile += 1
+                for offset in range(len(stacks[own[place - 1]]) if place else 0):
+                    tiles.append(first_tile[own[place - 1]] + offset)
+                    sequence.add_image(encoded, tiles[-1], counts[tiles[-1]], wants_labels=targets is not None)
                 end = start + len(chunk)
                 sequence.add_text(text[used : used + len(chunk)], None if targets is None else targets[start:end])
                 used, start = used + len(chunk), end + 1
             call.images.append(sequence.images)
+            call.tiles.append(tiles)
         limit = getattr(self.config, "tokenizer_model_max_length", None) if labels is not None else None
         return _pad(sequences, padding_side, limit, call)
 
@@ -189,6 +191,7 @@ def text_prompt(
     none, nothing = torch.full_like(column, -1), torch.zeros_like(column, dtype=torch.bool)
     position = column if position_ids is None else position_ids.expand(batch, -1)
     call.images.extend([] for _ in range(batch))
+    call.tiles.extend([] for _ in range(batch))
     return Prompt(embeds, Tokens(position, column, none, none, nothing, nothing, valid), labels, call)
 
 
@@ -288,6 +291,21 @@ def _split_at_images(row: list[int]) -> list[list[int]]:
 def _image_stacks(images: Tensor | list[Tensor] | None) -> list[Tensor]:
     """Images as stacks of tiles `[tiles, 3, height, width]`, one tile for a plain image."""
     return [] if images is None else [image if image.dim() == 4 else image[None] for image in images]
+
+
+def _distinct(stacks: list[Tensor], used: list[int]) -> tuple[list[Tensor], dict[int, int]]:
+    """The different stacks among the used ones, and for each used number where its first tile comes to lie."""
+    places: dict[tuple, int] = {}
+    distinct, first_tile, tiles = [], {}, 0
+    for number in used:
+        stack = stacks[number]
+        memory = stack.device, stack.data_ptr(), stack.shape, stack.stride()
+        if memory not in places:
+            places[memory] = tiles
+            distinct.append(stack)
+            tiles += len(stack)
+        first_tile[number] = places[memory]
+    return distinct, first_tile
 
 
 def _assign_images(images: int, wanted: list[int]) -> list[list[int]]:

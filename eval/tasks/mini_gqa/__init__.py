@@ -10,8 +10,8 @@ PER_SCENE = 3
 SEED = 0
 
 
-def documents() -> Iterator[dict]:
-    """The benchmark's documents.
+def documents(n_scenes: int | None = None, split: str = SPLIT) -> Iterator[dict]:
+    """The benchmark's documents, of all ``SCENES`` or of the first ``n_scenes``.
 
     Yields
     ------
@@ -23,7 +23,7 @@ def documents() -> Iterator[dict]:
 
     mix = dict.fromkeys(TYPES, 1 / len(TYPES))
     for index, (image, question, answer, kind, scene) in enumerate(
-        scene_questions(SPLIT, SCENES, PER_SCENE, SEED, mix=mix)
+        scene_questions(split, n_scenes or SCENES, PER_SCENE, SEED, mix=mix)
     ):
         yield {
             "question_id": f"mini_gqa-{index:05d}",

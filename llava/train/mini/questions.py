@@ -3,11 +3,13 @@
 Five types, reported separately: ``attribute``, ``existence``, ``counting``, ``relation`` and ``reading``. An object is
 named by attributes that no other object of the scene shares, so a named object is always one object. Scribbles are
 never named and never counted; signs are named by the colour of their frame.
+
+Any of them can be asked with options to choose from (:class:`Choice`); the answer is then a letter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +23,9 @@ VALUES = {"size": scenes.SIZES, "pattern": scenes.PATTERNS, "color": scenes.COLO
 MAX_COUNT = 4
 #: Smallest distance, in patches, between two objects whose places are compared.
 MIN_GAP = 2
+#: Letters of the options of a multiple-choice question.
+LETTERS = "ABCD"
+DIRECTIONS = ("left", "right", "above", "below")
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,16 @@ class Question:
     answer: str
     type: str
     mentions: tuple[Mention, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question with options: its plain text, the options in the order of ``LETTERS``, the right letter, its type."""
+
+    question: str
+    options: tuple[str, ...]
+    answer: str
+    type: str
 
 
 def mention(scene: Scene, text: str, entities: list[Entity]) -> Mention:
@@ -206,6 +221,14 @@ def ask(rng: np.random.Generator, scene: Scene, count: int, mix: dict[str, float
     return list(questions.values())
 
 
+def split_scenes(split: str, n_scenes: int, seed: int = 0) -> Iterator[Scene]:
+    """Full-size scenes of a split; every ``seed`` has ten thousand of its own."""
+    if n_scenes > 10_000:
+        raise ValueError(f"n_scenes: {n_scenes} exceeds the 10000 scenes of one seed")
+    for index in range(n_scenes):
+        yield scenes.generate_scene(scenes.scene_seed(split, 10_000 * seed + index))
+
+
 def scene_questions(
     split: str, n_scenes: int, per_scene: int = 5, seed: int = 0, mix: dict[str, float] | None = None
 ) -> Iterator[tuple[Image.Image, str, str, str, int]]:
@@ -215,11 +238,60 @@ def scene_questions(
     split (disjoint blocks of ten thousand) and the questions. The default mix of types follows training; pass equal
     shares for a balanced task.
     """
-    if n_scenes > 10_000:
-        raise ValueError(f"n_scenes: {n_scenes} exceeds the 10000 scenes of one seed")
-    for index in range(n_scenes):
-        scene = scenes.generate_scene(scenes.scene_seed(split, 10_000 * seed + index))
+    for scene in split_scenes(split, n_scenes, seed):
         image = scenes.render(scene)
         rng = np.random.default_rng((scene.seed, seed, 2))
         for question in ask(rng, scene, per_scene, mix):
             yield image, question.text, question.answer, question.type, scene.seed
+
+
+def choice_text(question: str, options: Sequence[str]) -> str:
+    """The prompt of a multiple-choice question: the question, then a line ``A. red`` for each option."""
+    lines = (f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    return "\n".join((question, *lines))
+
+
+def distractors(rng: np.random.Generator, scene: Scene, question: Question) -> list[str]:
+    """Wrong answers to a question, the most plausible first: what the scene shows elsewhere, then what it might."""
+    if question.answer in ("yes", "no"):
+        tempting, others = [], ["yes", "no"]
+    elif question.type == "reading":
+        tempting = [sign.word for sign in scene.signs]
+        letters = [str(letter) for letter in rng.choice(scenes.ALPHABET, len(LETTERS), replace=False)]
+        others = [letter + question.answer[1:] for letter in letters]
+    elif question.type == "relation":
+        tempting = [side for side in DIRECTIONS if side in question.text.split()]
+        others = list(DIRECTIONS)
+    elif question.type == "counting":
+        tempting, others = [], [str(number) for number in range(MAX_COUNT + 1)]
+    else:
+        (name,) = (name for name, values in VALUES.items() if question.answer in values)
+        tempting, others = [getattr(item, name) for item in scene.objects], list(VALUES[name])
+    shuffled = [str(item) for part in (tempting, others) if part for item in rng.permutation(part)]
+    return [answer for answer in dict.fromkeys(shuffled) if answer != question.answer]
+
+
+def multiple_choice(rng: np.random.Generator, scene: Scene, question: Question) -> Choice:
+    """Offer a question's answer among one to three distractors, more rather than fewer; its place is random."""
+    wrong = distractors(rng, scene, question)
+    if question.type == "relation" and len(wrong) > 1:
+        count = int(rng.choice((1, 3)))
+    else:
+        counts = np.arange(1, min(len(wrong), len(LETTERS) - 1) + 1)
+        count = int(rng.choice(counts, p=counts / counts.sum()))
+    options = [str(option) for option in rng.permutation([question.answer, *wrong[:count]])]
+    return Choice(question.text, tuple(options), LETTERS[options.index(question.answer)], question.type)
+
+
+def choice_questions(
+    split: str, n_scenes: int, per_scene: int = 5, seed: int = 0, mix: dict[str, float] | None = None
+) -> Iterator[tuple[Image.Image, Choice, int]]:
+    """Full-size pictures with multiple-choice questions, ``(image, choice, scene_id)``, grouped by scene.
+
+    Scenes, ``seed`` and ``mix`` (of the underlying types) are as in :func:`scene_questions`; the questions differ.
+    """
+    for scene in split_scenes(split, n_scenes, seed):
+        image = scenes.render(scene)
+        rng = np.random.default_rng((scene.seed, seed, 5))
+        for question in ask(rng, scene, per_scene, mix):
+            yield image, multiple_choice(rng, scene, question), scene.seed

@@ -1,0 +1,38 @@
+"""The command ``mustdrop``: everything that can be run, under one name.
+
+mustdrop calibrate --help
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "run": ("eval.run", "evaluate a method at several budgets on some benchmarks"),
+    "sweep": ("eval.sweep.__main__", "evaluate models x tasks x methods x budgets from a YAML file, here or on SLURM"),
+    "calibrate": ("eval.calibrate", "find the settings that keep a wanted number of tokens"),
+    "table": ("eval.table", "results beside published figures, as terminal, Markdown, LaTeX or CSV table"),
+    "plots": ("eval.plots", "accuracy against tokens, FLOPs and time, as PNG and SVG"),
+    "significance": ("eval.significance", "paired comparison of methods on the same questions"),
+    "report": ("eval.report", "one HTML file with tables, plots, settings and pictures of what was kept"),
+    "cost": ("mustdrop.cost", "FLOPs and cache of a model at given token counts"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``mustdrop COMMAND ...``; returns the command's exit status, 2 for an unknown command."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: mustdrop COMMAND [--help] ...\n\ncommands:")
+        for name, (_, purpose) in COMMANDS.items():
+            print(f"  {name:<14}{purpose}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"error: command: got {argv[0]!r}, expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""From answers and traces to the numbers of one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, median
+
+import numpy as np
+from scipy.stats import binomtest, bootstrap
+
+from mustdrop.cost import CONVENTIONS
+from mustdrop.macs import Workload
+from mustdrop.shape import ModelShape
+
+FLOPS_CONVENTION = "with-text-tower"
+"""The convention of ``flops_reduction``: everything one prompt computes up to its first new token."""
+
+REPORTED_CONVENTIONS = ("with-text-tower", "with-text", "vision-only")
+TIMES = ("vision", "prefill", "selector", "decode")
+RESAMPLES = 2000
+
+
+def share_interval(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a share; it treats questions as independent, though several may share a picture."""
+    interval = binomtest(correct, n).proportion_ci(confidence_level=level, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray], float], units: int, level: float = 0.95, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a score.
+
+    Parameters
+    ----------
+    statistic : callable
+        The score of the resampled units whose indices, int ``[units]``, it is given.
+    units : int
+        How many units there are to draw from: questions, or pairs of them.
+    level : float
+        Of the interval.
+    resamples : int
+        Number of draws, always the same ones.
+    """
+    if units < 2:
+        value = float(statistic(np.arange(units)))
+        return value, value
+    drawn = bootstrap(
+        (np.arange(units),), statistic, n_resamples=resamples, vectorized=False, confidence_level=level,
+        method="percentile", rng=np.random.default_rng(0),
+    )  # fmt: skip
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+
+
+def shape_of(config: dict, name: str, dtype: str) -> ModelShape | None:
+    """The model's sizes for ``mustdrop.cost``, None where they cannot be read."""
+    try:
+        return ModelShape.from_config(config, name=name, dtype=dtype)
+    except ValueError:
+        return None
+
+
+def flops(record: Mapping, shape: ModelShape) -> dict[str, dict[str, int]]:
+    """Multiply-adds of one prompt: ``{convention: {"full": untouched, "used": with the reducer}}``.
+
+    Parameters
+    ----------
+    record : mapping
+        A trace as ``mustdrop.Trace.to_dict`` gives it.
+    shape : ModelShape
+        Of the model. A prompt without pictures gives an empty dictionary.
+    """
+    if not record["images"]:
+        return {}
+    work = Workload.of(
+        shape,
+        record["vision_tokens"],
+        text_tokens=record["text_tokens"],
+        image_tokens=[image["tokens"] - shape.feature_cls for image in record["images"]],
+        cache_lengths=record["cache_lengths"],
+    )
+    full = Workload.of(shape, text_tokens=work.text_tokens, image_tokens=[shape.patches] * len(record["images"]))
+    return {
+        name: {"full": round(CONVENTIONS[name].count(shape, full)), "used": round(CONVENTIONS[name].count(shape, work))}
+        for name in REPORTED_CONVENTIONS
+    }
+
+
+def flops_reductions(records: Sequence[Mapping]) -> dict[str, float]:
+    """Share of the FLOPs that is saved over all prompts with pictures, per convention; empty where unknown."""
+    counted = [record["flops"] for record in records if record.get("flops")]
+    if not counted:
+        return {}
+    return {
+        name: 1 - sum(one[name]["used"] for one in counted) / sum(one[name]["full"] for one in counted)
+        for name in REPORTED_CONVENTIONS
+    }
+
+
+def measured(records: Sequence[Mapping]) -> dict:
+    """What prompts took, on average: tokens, FLOPs, cache, and times (medians over prompts, None if not measured)."""
+    reductions = flops_reductions(records)
+    return {
+        "mean_tokens": fmean(record["mean_tokens"] for record in records),
+        "mean_tokens_official": fmean(record["mean_tokens_official"] for record in records),
+        "flops_reduction": reductions.get(FLOPS_CONVENTION),
+        "flops_reductions": reductions,
+        "cache_bytes": fmean(record["cache_bytes"] for record in records),
+        **{f"{part}_ms": _median_ms(records, part) for part in TIMES},
+    }
+
+
+def answered(scores: Sequence[float], kinds: Sequence[str]) -> dict:
+    """Accuracy over questions with its interval, in all and per type.
+
+    Parameters
+    ----------
+    scores : sequence of float
+        0 to 1 per question; Wilson's interval if every one is 0 or 1, else the bootstrap's.
+    kinds : sequence of str
+        Type of every question.
+    """
+    values, groups = np.asarray(scores, float), {}
+    for score, kind in zip(scores, kinds, strict=True):
+        groups.setdefault(kind, []).append(score)
+    binary = np.isin(values, (0, 1)).all()
+    interval = (
+        share_interval(int(values.sum()), len(values))
+        if binary
+        else bootstrap_interval(lambda drawn: values[drawn].mean(), len(values))
+    )
+    return {
+        "accuracy": float(values.mean()),
+        "ci95": list(interval),
+        "n": len(values),
+        "accuracy_by_type": {
+            kind: {"accuracy": fmean(groups[kind]), "n": len(groups[kind])} for kind in sorted(groups)
+        },
+    }
+
+
+def _median_ms(records: Sequence[dict], part: str) -> float | None:
+    times = [record["times_ms"][part] for record in records if part in record["times_ms"]]
+    return median(times) if times else None

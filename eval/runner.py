@@ -1,0 +1,189 @@
+"""Running cells through lmms-eval, and writing what came out."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from eval import provenance, rows
+from eval.cell import Cell, write_json
+from eval.progress import quiet
+from eval.samples import read_lines, write_lines
+
+
+def evaluate(
+    cells: Sequence[Cell], out: Path, *, command: Sequence[str], force: bool = False, verbose: bool = False
+) -> Iterator[tuple[Cell, dict]]:
+    """Evaluate cells one after the other; neighbours that share a model share its loading.
+
+    A finished cell is not computed again, and one that was interrupted goes on where it stopped.
+
+    Parameters
+    ----------
+    cells : sequence of Cell
+        What to do.
+    out : pathlib.Path
+        Results folder.
+    command : sequence of str
+        The command line, for the record.
+    force : bool
+        Compute finished and interrupted cells anew.
+    verbose : bool
+        Let lmms-eval log.
+
+    Yields
+    ------
+    cell, row : Cell, dict
+        As soon as each is finished; of a distributed run, only the first process gets them.
+
+    Raises
+    ------
+    ValueError
+        If a model or a task cannot be loaded.
+    """
+    loaded, tasks = _Loaded(), {}
+    for cell in cells:
+        if cell.finished(out) and not force:
+            yield cell, cell.read(out)
+            continue
+        if not verbose:
+            quiet()
+        start = time.perf_counter()
+        model = loaded.get(cell)
+        if cell.task not in tasks:
+            tasks[cell.task] = _task_manager(cell.task)
+        row = _evaluate(cell, out, model, tasks[cell.task], force, verbose)
+        if row is None:
+            continue
+        found = {"device": provenance.device_name(str(model.device)), "dtype": str(model.dtype).removeprefix("torch.")}
+        facts = provenance.provenance(command, **found, seed=cell.seed)
+        seconds = round(time.perf_counter() - start, 1)
+        write_json(cell.file(out), {"row": row, "identity": cell.identity(), "provenance": facts, "seconds": seconds})
+        yield cell, row
+
+
+class _Loaded:
+    """The model that was loaded last."""
+
+    def __init__(self) -> None:
+        self.settings: tuple = ()
+        self.model = None
+
+    def get(self, cell: Cell):
+        """The model of a cell, an ``eval.inference.LoadedModel``."""
+        from eval.inference import LoadedModel
+
+        options = {
+            name: getattr(cell, name)
+            for name in ("device", "device_map", "dtype", "attn_implementation", "conv_template")
+        }
+        settings = (cell.model, *options.values())
+        if settings != self.settings:
+            self.model = None  # the old one's memory first
+            self.model = LoadedModel.load(cell.model, **options)
+            self.settings = settings
+        return self.model
+
+
+def _task_manager(task: str):
+    """lmms-eval's index of tasks, with the local data ready; only what is needed, for the whole index takes seconds."""
+    from lmms_eval.tasks import TaskManager
+
+    from eval.tasks import is_local, prepare
+
+    local = is_local(task)
+    return TaskManager(
+        verbosity="WARNING", include_path=str(prepare(task)) if local else None, include_defaults=not local
+    )
+
+
+def _evaluate(cell: Cell, out: Path, loaded, manager, force: bool, verbose: bool) -> dict | None:
+    """One cell's row, through lmms-eval; None in all processes but the first."""
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.models import get_model
+
+    from eval.lmms import rank_files
+
+    samples = cell.file(out).with_suffix(".jsonl")
+    model = get_model("llava_mustdrop")(
+        method=cell.settings,
+        loaded=loaded,
+        batch_size=cell.batch_size,
+        samples=str(samples),
+        pictures=str(out / "pictures"),
+        resume=not force,
+        description=f"{cell.task} {cell.label}",
+    )
+    results = simple_evaluate(
+        model=model,
+        tasks=[cell.task],
+        task_manager=manager,
+        limit=cell.limit,
+        batch_size=cell.batch_size,
+        bootstrap_iters=0,
+        random_seed=cell.seed,
+        numpy_random_seed=cell.seed,
+        torch_random_seed=cell.seed,
+        fewshot_random_seed=cell.seed,
+        verbosity="INFO" if verbose else "WARNING",
+        # where some tasks leave files for a server to score; the second is what the command line would say
+        cli_args=Namespace(output_path=str(out), process_with_media=True),
+    )
+    if results is None:
+        return None
+    scored = results["samples"][cell.task]
+    files = rank_files(samples)
+    lines = list({line["doc_id"]: line for file in files for line in read_lines(file)}.values())
+    write_lines(samples, _with_scores(lines, cell.task, scored))
+    for file in set(files) - {samples}:
+        file.unlink()
+    row = {
+        "model": cell.model_name,
+        "task": cell.task,
+        "benchmark": cell.benchmark,
+        "method": cell.method,
+        "retain": cell.retain,
+        "seed": cell.seed,
+        "limit": cell.limit,
+        **_scores(cell.task, results["results"][cell.task], scored),
+        **rows.measured(lines),
+    }
+    if cell.retain is None:
+        row["retain"] = round(row["mean_tokens"])
+    return row
+
+
+def _scores(task: str, results: Mapping, scored: Sequence[Mapping]) -> dict:
+    """The headline score in the units papers print, and the accuracy over questions, each with its interval."""
+    from eval.tasks import TASKS, headline, question_scores, statistic
+
+    answers = rows.answered(question_scores(task, scored), [kind(sample["doc"]) for sample in scored])
+    resampled, units = statistic(task, scored)
+    return {
+        "synthetic": TASKS[task].synthetic,
+        "metric": " + ".join(TASKS[task].metrics),
+        "score": headline(task, results),
+        "score_ci95": list(rows.bootstrap_interval(resampled, units)),
+        **answers,
+    }
+
+
+def _with_scores(lines: Sequence[dict], task: str, scored: Sequence[Mapping]) -> Iterator[dict]:
+    """The lines of answers with what lmms-eval made of them."""
+    from eval.tasks import question_scores
+
+    facts = {
+        sample["doc_id"]: {"type": kind(sample["doc"]), "target": str(sample["target"]), "score": score}
+        for sample, score in zip(scored, question_scores(task, scored), strict=True)
+    }
+    for line in lines:
+        yield {**line, **facts.get(line["doc_id"], {})}
+
+
+def kind(document: Mapping) -> str:
+    """A question's type: ours, GQA's structural type, a category; ``all`` where there is none."""
+    types = document.get("types")
+    structural = types.get("structural") if isinstance(types, Mapping) else None
+    return document.get("type") or structural or document.get("category") or "all"

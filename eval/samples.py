@@ -1,0 +1,61 @@
+"""The per-sample lines of an evaluation: reading them, and the patches they say were kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+QUESTION_IDS = ("question_id", "questionId", "index", "id")
+"""Where benchmarks keep a question's own name."""
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a JSONL file; one that a killed run left half written ends it."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def write_lines(path: Path, lines: Iterable[Mapping]) -> None:
+    """Write a JSONL file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    temporary.replace(path)
+
+
+def question_id(document: Mapping, doc_id: int) -> str:
+    """The question's own name where the benchmark gives one, else the number of its document."""
+    return str(next((document[name] for name in QUESTION_IDS if document.get(name) is not None), doc_id))
+
+
+def pack(kept: Iterable[int], patches: int) -> str:
+    """A set of patches as hexadecimal digits: one bit per patch in raster order, most significant first."""
+    mask = np.zeros(patches, dtype=bool)
+    mask[list(kept)] = True
+    return np.packbits(mask).tobytes().hex()
+
+
+def patches(packed: str, count: int) -> np.ndarray:
+    """What `pack` packed, bool ``[count]``."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(packed), dtype=np.uint8), count=count).astype(bool)
+
+
+def pack_stages(kept: Mapping[str, Mapping[int, list[int]]], count: int) -> dict[str, dict[str, str]]:
+    """``Trace.kept`` for a JSONL line: ``{stage: {layer: packed}}``; a layer that keeps what the layer before kept is
+    left out."""
+    packed: dict[str, dict[str, str]] = {}
+    for stage, layers in kept.items():
+        packed[stage], previous = {}, None
+        for layer, alive in layers.items():
+            if alive != previous:
+                packed[stage][str(layer)] = pack(alive, count)
+            previous = alive
+    return packed

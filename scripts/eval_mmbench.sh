@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# MustDrop against the untouched model on MMBench (English, dev): lmms-eval's mmbench_en_dev_static.
+# For the embedded model the synthetic mini_mmbench stands in. Settings as in eval_gqa.sh, or see --help.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+exec python -m eval.run --task mmbench "$@"

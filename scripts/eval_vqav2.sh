@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# MustDrop against the untouched model on VQAv2 (validation): lmms-eval's vqav2_val.
+# For the embedded model the synthetic mini_gqa stands in. Settings as in eval_gqa.sh, or see --help.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+exec python -m eval.run --task vqav2 "$@"
