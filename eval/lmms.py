@@ -299,7 +299,6 @@ class LlavaMustDrop(lmms):
         return visuals
 
     def _record(self, where: Sequence, document: dict, context: str, answer: str, trace: Trace, **more) -> None:
-        facts = trace.to_dict()
         doc_id, task, split = where
         record = {
             "task": task,
@@ -309,12 +308,12 @@ class LlavaMustDrop(lmms):
             **more,
             "question": context,
             "answer": answer,
-            **{name: facts[name] for name in COUNTS},
+            **{name: getattr(trace, name) for name in COUNTS},
         }
         if self.shape is not None:
             record["flops"] = flops(record, self.shape)
         if self.kept_patches:
-            record["kept"] = pack_stages(facts["kept"], sum(image["patches"] for image in facts["images"]))
+            record["kept"] = pack_stages(trace.kept, sum(image["patches"] for image in trace.images))
         self.records.append(record)
         if self.samples is not None:
             with self.samples.open("a", encoding="utf-8") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,8 +83,11 @@ class _Loaded:
         settings = (cell.model, *options.values())
         if settings != self.settings:
             self.model = None  # the old one's memory first
+            gc.unfreeze()
+            gc.collect()
             self.model = LoadedModel.load(cell.model, **options)
             self.settings = settings
+            gc.freeze()  # what has been imported and loaded stays: no need to look through it again and again
         return self.model
 
 

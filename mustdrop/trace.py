@@ -24,8 +24,6 @@ class Trace:
     ----------
     images : list of dict
         Per image: `patches` it was cut into and `tokens` that entered the language model.
-    tokens : list of list of int
-        For every vision token that entered the language model, the patches it stands for.
     key_tokens : list of int
         Which of these may not be dropped.
     text_tokens : int
@@ -51,18 +49,19 @@ class Trace:
         call, row = self._call, self._row
         images = call.images[self._prompt]
         entered = call.entered[0]
-        in_vision = {block: owner[call.tiles[self._prompt]].reshape(-1) for block, owner in call.vision.items()}
-        in_cache = {id(tokens): self._patches(tokens) for tokens in {id(t): t for t in call.cached}.values()}
+        owner = _owner(images)
+        alive = {id(tokens): tokens for tokens in (*(call.left[layer] for layer in call.decided), *call.cached)}
+        patches = {key: _patches(owner, tokens, row) for key, tokens in alive.items()}
         kept: dict[str, dict[int, list[int]]] = {"vision": {}, "prefill": {}, "decode": {}}
         if images:
-            kept["vision"] = {block: (owner >= 0).nonzero()[:, 0].tolist() for block, owner in in_vision.items()}
-            kept["prefill"] = {layer: self._patches(call.left[layer]) for layer in call.decided}
-            kept["decode"] = {layer: in_cache[id(tokens)] for layer, tokens in enumerate(call.cached)}
+            tiles = call.tiles[self._prompt]
+            kept["vision"] = {b: (o[tiles].reshape(-1) >= 0).nonzero()[:, 0].tolist() for b, o in call.vision.items()}
+            kept["prefill"] = {layer: patches[id(call.left[layer])] for layer in call.decided}
+            kept["decode"] = {layer: patches[id(tokens)] for layer, tokens in enumerate(call.cached)}
         key = entered.protected[row] & entered.vision[row]
         cache_lengths = [int(tokens.counts[row]) for tokens in call.cached]
         facts = {
             "images": [{"patches": len(owner), "tokens": tokens} for tokens, owner in images],
-            "tokens": [patches for image in _token_patches(images) for patches in image],
             "key_tokens": entered.index[row][key].tolist(),
             "text_tokens": int(entered.counts[row] - entered.vision[row].sum()),
             "vision_tokens": _vision_counts(call.entered, row),
@@ -71,14 +70,17 @@ class Trace:
             "cache_lengths": cache_lengths,
             "cache_bytes": sum(n * size for n, size in zip(cache_lengths, call.kv_bytes, strict=True)),
         }
-        self._call = None
+        self._owner, self._call = owner, None
         return facts
 
-    def _patches(self, tokens: Tokens) -> list[int]:
-        """Patches that the vision tokens of a record stand for, sorted."""
-        of_token = [patches for image in _token_patches(self._call.images[self._prompt]) for patches in image]
-        alive = tokens.index[self._row][tokens.vision[self._row]].tolist()
-        return sorted(patch for token in alive for patch in of_token[token])
+    @cached_property
+    def tokens(self) -> list[list[int]]:
+        """For every vision token that entered the language model, the patches it stands for."""
+        of_token: list[list[int]] = [[] for _ in range(sum(image["tokens"] for image in self.images))]
+        for patch, token in enumerate(self._owner.tolist()):
+            if token >= 0:
+                of_token[token].append(patch)
+        return of_token
 
     def __getattr__(self, name: str):
         if name.startswith("_") or name not in (facts := self._facts):
@@ -108,7 +110,7 @@ class Trace:
     def to_dict(self) -> dict:
         """Everything above as plain lists and numbers, ready for JSON."""
         means = {"mean_tokens": self.mean_tokens, "mean_tokens_official": self.mean_tokens_official}
-        return {**self._facts, **means, "times_ms": self.times_ms}
+        return {**self._facts, "tokens": self.tokens, **means, "times_ms": self.times_ms}
 
     def __repr__(self) -> str:
         return f"Trace(vision_tokens={self.vision_tokens}, mean_tokens={self.mean_tokens:.1f})"
@@ -120,17 +122,20 @@ def _shares(call: Call, prompt: int) -> tuple[float, float]:
     return 1 / len(call.images), len(call.tiles[prompt]) / max(encoded, 1)
 
 
-def _token_patches(images: list[tuple[int, Tensor]]) -> list[list[list[int]]]:
-    """Per image and token, the patches it stands for; patches are numbered through all images."""
-    result, offset = [], 0
+def _owner(images: list[tuple[int, Tensor]]) -> Tensor:
+    """For every patch of a prompt, which of its vision tokens stands for it: int64 `[patches]`, -1 for none."""
+    first, owners = 0, []
     for count, owner in images:
-        of_token: list[list[int]] = [[] for _ in range(count)]
-        for patch, token in enumerate(owner.tolist()):
-            if token >= 0:
-                of_token[token].append(patch + offset)
-        result.append(of_token)
-        offset += len(owner)
-    return result
+        owner = owner.cpu()
+        owners.append(torch.where(owner < 0, owner, owner + first))
+        first += count
+    return torch.cat(owners) if owners else torch.empty(0, dtype=torch.long)
+
+
+def _patches(owner: Tensor, tokens: Tokens, row: int) -> list[int]:
+    """Patches that the vision tokens of a record stand for, sorted."""
+    alive = tokens.index[row][tokens.vision[row]].cpu()
+    return ((owner >= 0) & torch.isin(owner, alive)).nonzero()[:, 0].tolist()
 
 
 def _vision_counts(layers: list[Tokens], row: int) -> list[int]:

@@ -16,7 +16,7 @@ from checkpoint import save_checkpoint
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
-from eval import calibrate, rows, run, samples, settings, summary, tasks
+from eval import calibrate, cli, rows, run, samples, settings, summary, tasks
 from eval.cell import Cell
 from eval.inference import LoadedModel
 from eval.lmms import LlavaMustDrop
@@ -240,6 +240,13 @@ def test_batches_answer_like_single_questions(loaded, method, tmp_path):
     assert counts == {r["doc_id"]: r["vision_tokens"][0] for r in single.records} and counts[2] == 0
 
 
+def test_spread_over_devices_answers_alike(loaded, checkpoint):
+    spread = LoadedModel.load(str(checkpoint), device_map="auto")
+    asked = requests("generate_until", {"max_new_tokens": 4}, visuals)
+    settings = {"method": "mustdrop", "batch_size": 3}
+    assert plugin(spread, **settings).generate_until(asked) == plugin(loaded, **settings).generate_until(asked)
+
+
 def test_loglikelihood_is_the_models_own_loss(loaded):
     continuation = "a red stop sign"
     asked = requests("loglikelihood", continuation, visuals)
@@ -421,6 +428,17 @@ def test_several_processes_share_the_questions(checkpoint, configs, small_task, 
     assert timeless[0] == timeless[1] and two[1]["n"] == 5
     (lines,) = (tmp_path / "two" / "cells" / "mini_gqa").glob("mustdrop_9-*.jsonl")
     assert len(lines.read_text().splitlines()) == 5
+
+
+def test_every_command_has_help(capsys):
+    assert cli.main([]) == 0
+    printed = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert name in printed
+        with pytest.raises(SystemExit) as left:
+            cli.main([name, "--help"])
+        assert left.value.code == 0 and "usage:" in capsys.readouterr().out
+    assert cli.main(["runn"]) == 2 and "'runn'" in capsys.readouterr().err
 
 
 # Calibration
