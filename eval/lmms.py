@@ -24,7 +24,7 @@ from eval.inference import LoadedModel
 from eval.methods import read_method
 from eval.progress import progress
 from eval.rows import flops, shape_of
-from eval.samples import pack_stages, question_id, read_lines, write_lines
+from eval.samples import names, pack_stages, read_lines, write_lines
 from mustdrop import Trace, load_reducer
 
 SAMPLING_ONLY = ("temperature", "top_p", "top_k")
@@ -304,11 +304,11 @@ class LlavaMustDrop(lmms):
             "task": task,
             "split": split,
             "doc_id": doc_id,
-            "question_id": question_id(document, doc_id),
+            **names(document, doc_id),
             **more,
             "question": context,
             "answer": answer,
-            **{name: getattr(trace, name) for name in COUNTS},
+            **{count: getattr(trace, count) for count in COUNTS},
         }
         if self.shape is not None:
             record["flops"] = flops(record, self.shape)

@@ -6,6 +6,7 @@ import gc
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from math import isclose
 from pathlib import Path
 
 from eval import provenance, rows
@@ -164,12 +165,16 @@ def _scores(task: str, results: Mapping, scored: Sequence[Mapping]) -> dict:
     from eval.tasks import TASKS, headline, question_scores, statistic
 
     answers = rows.answered(question_scores(task, scored), [kind(sample["doc"]) for sample in scored])
-    resampled, units = statistic(task, scored)
+    score = headline(task, results)
+    if isclose(score, 100 * answers["accuracy"]):  # the same thing has the same interval
+        interval = [100 * bound for bound in answers["ci95"]]
+    else:
+        interval = list(rows.bootstrap_interval(*statistic(task, scored)))
     return {
         "synthetic": TASKS[task].synthetic,
         "metric": " + ".join(TASKS[task].metrics),
-        "score": headline(task, results),
-        "score_ci95": list(rows.bootstrap_interval(resampled, units)),
+        "score": score,
+        "score_ci95": interval,
         **answers,
     }
 

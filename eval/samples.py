@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 QUESTION_IDS = ("question_id", "questionId", "index", "id")
-"""Where benchmarks keep a question's own name."""
+PICTURE_IDS = ("scene", "image_id", "imageId", "image_source")
+"""Where benchmarks keep a question's own name, and its picture's."""
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -31,9 +32,13 @@ def write_lines(path: Path, lines: Iterable[Mapping]) -> None:
     temporary.replace(path)
 
 
-def question_id(document: Mapping, doc_id: int) -> str:
-    """The question's own name where the benchmark gives one, else the number of its document."""
-    return str(next((document[name] for name in QUESTION_IDS if document.get(name) is not None), doc_id))
+def names(document: Mapping, doc_id: int) -> dict[str, str]:
+    """The question's own name and its picture's, where the benchmark gives them, else the number of its document."""
+
+    def first(keys: Iterable[str]) -> str:
+        return str(next((document[key] for key in keys if document.get(key) is not None), doc_id))
+
+    return {"question_id": first(QUESTION_IDS), "picture": first(PICTURE_IDS)}
 
 
 def pack(kept: Iterable[int], patches: int) -> str:

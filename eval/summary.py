@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from math import isclose
 from pathlib import Path
 
 from tabulate import tabulate
@@ -70,7 +71,7 @@ def with_shares(rows: Sequence[dict]) -> list[dict]:
 
 def table(rows: Sequence[dict], style: str) -> str:
     """The rows of one task: ``simple`` for a terminal, ``github`` for Markdown."""
-    plain = rows[0]["metric"] in ("exact_match", "accuracy")
+    plain = all(isclose(row["score"], 100 * row["accuracy"]) for row in rows)
     score = [] if plain else [f"{rows[0]['metric']} (95 % CI)"]
     headers = [
         "method", "retain", *score, "accuracy % (95 % CI)", "of vanilla", "tokens", "official", "FLOPs saved",

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from eval import cli
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), ROOT / ".ci" / "run"])
@@ -68,6 +70,30 @@ def test_main_job_runs(tmp_path):
     assert "mustdrop" in done.stdout
 
 
+@needs_model
+def test_sweep_and_everything_made_from_it_run(tmp_path):
+    """The README's commands on a sweep of one task and one budget; what they read and write is put into place here."""
+    sweep, out = tmp_path / "table1_mini.yaml", tmp_path / "results"
+    sweep.write_text("tasks: [mini_gqa]\nmethods: [mustdrop]\nretain: [64]\n")
+    places = {"configs/sweeps/table1_mini.yaml": str(sweep), "results/table1_mini": str(out)}
+    section = [command for command in commands() if set(places) & set(command)]
+    assert [command[0:2] for command in section] == [
+        ["bash", "scripts/sweep.sh"],
+        ["mustdrop", "table"],
+        ["mustdrop", "plots"],
+        ["mustdrop", "significance"],
+        ["mustdrop", "report"],
+    ]
+    for command in [section[0], section[0][:-1], *section[1:]]:
+        words = [places.get(word, word) for word in command]
+        if words[0] == "mustdrop":
+            words = [sys.executable, "-m", "eval.cli", *words[1:]]
+        done = shell(shlex.join(words), LIMIT="4", OUT=str(out))
+        assert done.returncode == 0, (words, done.stderr[-2000:])
+    made = {path.suffix for path in out.rglob("*") if path.is_file()}
+    assert {".json", ".jsonl", ".png", ".svg", ".html"} <= made
+
+
 def test_test_command_runs():
     assert ["bash", "scripts/test.sh"] in commands()
     done = shell("bash scripts/test.sh --collect-only -q tests/test_readme.py")
@@ -81,6 +107,8 @@ def test_commands_name_what_exists(command):
     if words[0] == "bash":
         assert (ROOT / words[1]).is_file()
         return
+    if words[0] == "mustdrop":
+        words[:2] = ["python", "-m", cli.COMMANDS[words[1]][0]]
     assert words[:2] == ["python", "-m"]
     if not (ROOT / words[2].split(".")[0]).is_dir():  # somebody else's: that it is there is enough
         assert importlib.util.find_spec(words[2])

@@ -1,0 +1,201 @@
+"""Finished cells, read from results folders for tables, plots, significance and reports."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+VANILLA = "vanilla"
+NEEDED = ("model", "task", "benchmark", "synthetic", "method", "retain", "seed", "n", "limit", "score", "score_ci95")
+SAME_QUESTIONS = ("model", "task", "limit", "seed")
+AVERAGED = (
+    "mean_tokens", "mean_tokens_official", "flops_reduction", "cache_bytes", "vision_ms", "prefill_ms", "selector_ms",
+    "decode_ms", "accuracy",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished cell.
+
+    Attributes
+    ----------
+    row : dict
+        Its numbers, with ``share_of_vanilla``: the headline score divided by the untouched model's on the same
+        questions with the same seed; None where that is missing.
+    identity, provenance : dict
+        What decided the numbers and where they were made.
+    file : pathlib.Path
+        The JSON file.
+    """
+
+    row: dict
+    identity: dict
+    provenance: dict
+    file: Path
+
+    @property
+    def label(self) -> str:
+        """Method and budget, as on the command line: ``vanilla``, ``mustdrop_64``."""
+        return label(self.row["method"], self.row["retain"])
+
+    @property
+    def samples(self) -> Path:
+        """The per-sample lines."""
+        return self.file.with_suffix(".jsonl")
+
+    def lines(self) -> Iterator[dict]:
+        """The per-sample lines, one at a time: a large benchmark's do not fit into memory.
+
+        Raises
+        ------
+        ValueError
+            If there are none.
+        """
+        if not self.samples.is_file():
+            raise ValueError(f"results: {self.row['task']}, {self.label} has no per-sample lines beside {self.file}")
+        with self.samples.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+    @property
+    def picture_folder(self) -> Path:
+        """Where some of the task's pictures lie."""
+        return self.file.parents[2] / "pictures" / self.row["task"]
+
+
+def label(method: str, retain: int | None) -> str:
+    """``mustdrop_64``; the untouched model's measured number of tokens is no budget."""
+    return method if method == VANILLA or retain is None else f"{method}_{retain}"
+
+
+def collect(folders: Iterable[str | Path]) -> tuple[list[Result], list[str]]:
+    """Read every finished cell below some folders.
+
+    Parameters
+    ----------
+    folders : iterable of str or pathlib.Path
+        Results folders, or folders that hold some at any depth.
+
+    Returns
+    -------
+    results : list of Result
+        One per model, task, method, budget and seed: the newest, and of several limits the largest.
+    notes : list of str
+        One line for everything that was left out.
+
+    Raises
+    ------
+    ValueError
+        If a folder is missing or has no finished cells, or a file is not a cell's.
+    """
+    newest: dict[tuple, Result] = {}
+    copies: dict[tuple, int] = {}
+    for file in dict.fromkeys(file.resolve() for folder in folders for file in _files(Path(folder))):
+        result = _read(file)
+        key = (*(result.row[name] for name in SAME_QUESTIONS), result.label)
+        copies[key] = copies.get(key, 0) + 1
+        newest[key] = max(newest.get(key, result), result, key=_age)
+    notes = [
+        f"{newest[key].row['task']}, {newest[key].label}: the newest of {count} results with different settings or code"
+        for key, count in copies.items()
+        if count > 1
+    ]
+    whole, left_out = _most_questions(list(newest.values()))
+    return _with_shares(whole), notes + left_out
+
+
+def merge_seeds(results: Iterable[Result]) -> list[dict]:
+    """One row per model, task, method and budget; several seeds become their mean.
+
+    ``seeds`` counts them and ``seed_spread`` is their standard deviation (None for one seed). ``score_ci95`` then
+    reaches from the lowest to the highest end of the seeds' intervals.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for result in results:
+        groups.setdefault((result.row["model"], result.row["task"], result.label), []).append(result.row)
+    return [_merge(rows) for rows in groups.values()]
+
+
+def ordered(rows: Iterable[dict]) -> list[dict]:
+    """Rows with the untouched model first, then by method, from many tokens to few."""
+    return sorted(rows, key=lambda row: (row["method"] != VANILLA, row["method"], -(row["retain"] or 0)))
+
+
+def _merge(rows: Sequence[dict]) -> dict:
+    scores = [row["score"] for row in rows]
+    means = {name: _mean([row.get(name) for row in rows]) for name in AVERAGED}
+    conventions = rows[0].get("flops_reductions") or {}
+    return {
+        **rows[0],
+        **means,
+        "flops_reductions": {
+            name: _mean([(row.get("flops_reductions") or {}).get(name) for row in rows]) for name in conventions
+        },
+        "score": fmean(scores),
+        "score_ci95": [min(row["score_ci95"][0] for row in rows), max(row["score_ci95"][1] for row in rows)],
+        "share_of_vanilla": _mean([row["share_of_vanilla"] for row in rows]),
+        "seeds": len(rows),
+        "seed_spread": stdev(scores) if len(rows) > 1 else None,
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean, None as soon as one is missing."""
+    return None if None in values else fmean(values)
+
+
+def _age(result: Result) -> tuple[str, float]:
+    return result.provenance.get("date", ""), result.file.stat().st_mtime
+
+
+def _most_questions(results: list[Result]) -> tuple[list[Result], list[str]]:
+    """Per model and task the results with the largest limit; others answer other questions."""
+    limits: dict[tuple, float] = {}
+    for row in (result.row for result in results):
+        key = (row["model"], row["task"])
+        limits[key] = max(limits.get(key, 0), row["limit"] or math.inf)
+    kept, notes = [], {}
+    for result in results:
+        row = result.row
+        if (row["limit"] or math.inf) == limits[row["model"], row["task"]]:
+            kept.append(result)
+        else:
+            notes[f"{row['task']}: results with LIMIT={row['limit']} are left out, there are some with more"] = None
+    return kept, list(notes)
+
+
+def _with_shares(results: list[Result]) -> list[Result]:
+    vanilla = {
+        tuple(result.row[name] for name in SAME_QUESTIONS): result.row["score"]
+        for result in results
+        if result.row["method"] == VANILLA
+    }
+    for result in results:
+        base = vanilla.get(tuple(result.row[name] for name in SAME_QUESTIONS))
+        result.row["share_of_vanilla"] = result.row["score"] / base if base else None
+    return results
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ValueError(f"results: there is no folder {str(folder)!r}")
+    files = sorted(folder.glob("*/*.json") if folder.name == "cells" else folder.rglob("cells/*/*.json"))
+    if not files:
+        raise ValueError(f"results: {str(folder)!r} holds no finished cells (cells/TASK/*.json)")
+    return files
+
+
+def _read(file: Path) -> Result:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        row = content["row"]
+        missing = [name for name in NEEDED if name not in row]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"results: {str(file)!r} is no cell's result, expected JSON with a field 'row'") from None
+    if missing:
+        raise ValueError(f"results: {str(file)!r} lacks row.{missing[0]}")
+    return Result(row, content.get("identity", {}), content.get("provenance", {}), file)

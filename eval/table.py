@@ -1,0 +1,304 @@
+"""The paper's tables: our results beside what papers print.
+
+    python -m eval.table configs/tables/table1.yaml --results results --format all --out tables
+
+A cell without a result is shown as missing. Synthetic results have no published counterpart and are never compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from tabulate import LATEX_ESCAPE_RULES, SEPARATING_LINE, tabulate
+
+from eval import published
+from eval.collect import VANILLA, Result, collect
+from eval.layout import Layout, Line, average_difference, lines, printed_average, printed_shares, read_layout
+from eval.published import AVERAGE
+from eval.settings import check_out
+
+STYLES = {"terminal": "simple", "markdown": "github", "latex": "latex_booktabs"}
+SUFFIXES = {"terminal": "txt", "markdown": "md", "latex": "tex", "csv": "csv"}
+CSV_FIELDS = (
+    "model", "task", "method", "retain", "ours", "ci_low", "ci_high", "n", "published", "source", "difference",
+    "beyond_noise", "seeds", "seed_spread", "synthetic", "over",
+)  # fmt: skip
+NOTHING = "-"
+RESULTS = Path("results")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
+    args = parser().parse_args(argv)
+    try:
+        layout = read_layout(args.table)
+        results, notes = _results(args.results)
+        found = lines(layout, results)
+        notes = [*notes, *origins(layout, results)]
+        if args.format == "all" and args.out is None:
+            raise ValueError("--format: all writes files, so it needs --out FOLDER")
+        styles = list(SUFFIXES) if args.format == "all" else [args.format]
+        if args.out is not None:
+            write(args.out, args.table.stem, {style: render(layout, found, style, notes) for style in styles})
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(render(layout, found, styles[0], notes), end="")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    new = argparse.ArgumentParser(
+        prog="python -m eval.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    new.add_argument("table", type=Path, help="YAML file, such as configs/tables/table1.yaml")
+    new.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        help="results folders, or folders that hold some (default: results; without any, published figures only)",
+    )
+    new.add_argument("--format", choices=[*SUFFIXES, "all"], default="terminal", help="(default: %(default)s)")
+    new.add_argument("--out", type=Path, help="folder that gets the table as a file named after the YAML")
+    return new
+
+
+def write(out: Path, stem: str, texts: Mapping[str, str]) -> None:
+    """Write a table in several styles into a folder."""
+    folder = check_out(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for style, text in texts.items():
+        (folder / f"{stem}.{SUFFIXES[style]}").write_text(text, encoding="utf-8")
+
+
+def _results(folders: list[Path] | None) -> tuple[list[Result], list[str]]:
+    if folders is None and not any(RESULTS.rglob("cells/*/*.json")):
+        return [], ["no results here: published figures only"]
+    return collect(folders or [RESULTS])
+
+
+def origins(layout: Layout, results: Sequence[Result]) -> list[str]:
+    """Where the shown results were made, commits, devices and dates, or that there are only others; in one line."""
+    shown = [row for line in lines(layout, results) for row in line.ours.values()]
+    tasks = {(row["model"], row["task"]) for row in shown}
+    made = [result.provenance for result in results if (result.row["model"], result.row["task"]) in tasks]
+    if results and not made:
+        others = sorted({f"{result.row['model']} on {result.row['task']}" for result in results})
+        return [f"none of the {len(results)} results belongs here, they are of {', '.join(others)}"]
+    if not made:
+        return []
+    facts = {
+        "commit": {(one.get("git_commit") or "none")[:12] for one in made},
+        "device": {f"{one.get('device')} {one.get('dtype')}" for one in made},
+        "date": {one.get("date", "unknown")[:10] for one in made},
+    }
+    return [f"{len(made)} results; " + "; ".join(f"{name} {', '.join(sorted(value))}" for name, value in facts.items())]
+
+
+def render(layout: Layout, found: Sequence[Line], style: str, notes: Sequence[str] = ()) -> str:
+    """The table as text.
+
+    Parameters
+    ----------
+    layout : Layout
+        What to show.
+    found : sequence of Line
+        What there is.
+    style : str
+        ``terminal``, ``markdown``, ``latex`` or ``csv``; the last has one line per figure and source, and no notes.
+    notes : sequence of str
+        Stand below the legend.
+    """
+    if style == "csv":
+        return _csv(layout, found)
+    body = body_rows(layout, found)
+    remarks = [*legend(layout, found), *notes]
+    if style == "markdown":  # a rule between rows is not Markdown's
+        text = _tabulate(layout, [row for row in body if row is not None], style)
+        return f"## {layout.title}\n\n{text}\n\n" + "".join(f"- {remark}\n" for remark in remarks)
+    text = _tabulate(layout, [SEPARATING_LINE if row is None else row for row in body], style)
+    if style == "terminal":
+        return f"{layout.title}\n\n{text}\n\n" + "".join(f"{remark}\n" for remark in remarks)
+    return _latex(text, " ".join(f"{remark}." for remark in (layout.title, *remarks)))
+
+
+def header(layout: Layout) -> list[str]:
+    """Titles of the columns of `body_rows`."""
+    return ["tokens", "method", "", *(_title(column) for column in layout.columns), AVERAGE]
+
+
+def body_rows(layout: Layout, found: Sequence[Line]) -> list[list[str] | None]:
+    """The table's rows as text, None between budgets."""
+    letters = _letters(layout, found)
+    body: list[list[str] | None] = []
+    for number, line in enumerate(found):
+        if number and line.retain != found[number - 1].retain:
+            body.append(None)
+        block = []
+        if "ours" in layout.show:
+            block.extend(_our_rows(layout, line, found[0]))
+        for row in line.printed:
+            if "published" in layout.show:
+                block.append(_published_row(layout, row, letters[row.source]))
+            if "difference" in layout.show and any(
+                line.difference(column, row) is not None for column in layout.columns
+            ):
+                block.append(_difference_row(layout, line, row, letters[row.source]))
+        tokens = "all" if line.method == VANILLA else str(line.retain)
+        body.extend([tokens, line.method, *row] if not place else ["", "", *row] for place, row in enumerate(block))
+    return body
+
+
+def legend(layout: Layout, found: Sequence[Line]) -> list[str]:
+    """What the marks mean, as far as they occur."""
+    ours = [row for line in found for row in line.ours.values()]
+    remarks = []
+    if "ours" in layout.show:
+        remarks.append(f"{NOTHING}: no result")
+    if ours:
+        remarks.append("ours: score ± the farther end of its 95 % interval; n: questions, as many as above unless said")
+    if any(row["seeds"] > 1 for row in ours):
+        remarks.append("several seeds: mean score, intervals joined; spread: standard deviation over (number of) seeds")
+    if any(row["synthetic"] for row in ours):
+        remarks.append("synthetic benchmark: no published figures exist, and none are comparable")
+    limits = {f"{row['task']} {row['limit']}" for row in ours if row["limit"]}
+    if limits:
+        remarks.append(f"only the first questions were asked: {', '.join(sorted(limits))}")
+    remarks.append("average: mean share of vanilla in %, over (columns with a result / all columns)")
+    remarks.extend(f"{letter}: {source}" for source, letter in _letters(layout, found).items())
+    if any(line.beyond_noise(column, row) for line in found for row in line.printed for column in layout.columns):
+        remarks.append("*: the published figure lies outside our 95 % interval, widened by the printed rounding")
+    return remarks
+
+
+def _our_rows(layout: Layout, line: Line, vanilla: Line) -> list[list[str]]:
+    """Scores; the numbers of questions where vanilla's line does not say them; the spread over seeds, if any."""
+    cells = [line.ours.get(column) for column in layout.columns]
+    shares = line.shares()
+    block = [["ours", *map(_score, layout.columns, cells), _average(shares.values(), layout)]]
+    said = {} if line is vanilla else {column: row["n"] for column, row in vanilla.ours.items()}
+    if any(row["n"] != said.get(column) for column, row in line.ours.items()):
+        block.append(["n", *(str(row["n"]) if row else "" for row in cells), ""])
+    if any(row["seeds"] > 1 for row in line.ours.values()):
+        block.append(["spread", *map(_spread, layout.columns, cells), ""])
+    return block
+
+
+def _published_row(layout: Layout, row: published.Row, letter: str) -> list[str]:
+    shares = printed_shares(row, layout.model, layout.columns)
+    average = f"{printed_average(row, layout.model, layout.columns):.1f} ({len(shares)}/{len(layout.columns)})"
+    figures = [_number(column, row.values.get(column)) for column in layout.columns]
+    return [f"published {letter}", *figures, average]
+
+
+def _difference_row(layout: Layout, line: Line, row: published.Row, letter: str) -> list[str]:
+    figures = []
+    for column in layout.columns:
+        mark = "*" if line.beyond_noise(column, row) else ""
+        figures.append(_number(column, line.difference(column, row), sign="+") + mark)
+    difference, over = average_difference(layout, line, row)
+    average = NOTHING if difference is None else f"{difference:+.1f} ({over}/{len(layout.columns)})"
+    return [f"difference {letter}", *figures, average]
+
+
+def _score(column: str, row: Mapping | None) -> str:
+    if row is None:
+        return NOTHING
+    half = max(row["score"] - row["score_ci95"][0], row["score_ci95"][1] - row["score"])
+    return f"{_number(row['benchmark'], row['score'])} ±{_number(row['benchmark'], half)}"
+
+
+def _spread(column: str, row: Mapping | None) -> str:
+    if row is None or row["seeds"] == 1:
+        return ""
+    return f"{_number(row['benchmark'], row['seed_spread'])} ({row['seeds']})"
+
+
+def _number(column: str, value: float | None, sign: str = "") -> str:
+    known = published.columns().get(column)
+    return NOTHING if value is None else f"{value:{sign}.{known.decimals if known else 1}f}"
+
+
+def _average(shares: Iterable[float], layout: Layout) -> str:
+    shares = list(shares)
+    return f"{fmean(shares):.1f} ({len(shares)}/{len(layout.columns)})" if shares else NOTHING
+
+
+def _title(column: str) -> str:
+    known = published.columns().get(column)
+    return known.title if known else column
+
+
+def _letters(layout: Layout, found: Sequence[Line]) -> dict[str, str]:
+    """A letter for every source that is shown."""
+    if not {"published", "difference"} & set(layout.show):
+        return {}
+    return dict(zip(dict.fromkeys(row.source for line in found for row in line.printed), "abcdefghij", strict=False))
+
+
+def _tabulate(layout: Layout, body: list, style: str) -> str:
+    align = ("right", "left", "left", *["right"] * (len(layout.columns) + 1))
+    return tabulate(body, header(layout), tablefmt=STYLES[style], disable_numparse=True, colalign=align)
+
+
+def _latex(tabular: str, caption: str) -> str:
+    """A table as wide as the page; needs the packages booktabs and graphicx."""
+    escaped = "".join(LATEX_ESCAPE_RULES.get(letter, letter) for letter in caption)
+    parts = [
+        r"\begin{table*}", r"\centering", rf"\caption{{{escaped}}}", r"\resizebox{\linewidth}{!}{%", tabular + "}",
+        r"\end{table*}",
+    ]  # fmt: skip
+    return "\n".join(parts).replace("±", r"$\pm$") + "\n"
+
+
+def _csv(layout: Layout, found: Sequence[Line]) -> str:
+    """One line per figure and source; empty where there is none."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CSV_FIELDS, lineterminator="\n")
+    writer.writeheader()
+    for line in found:
+        for printed in line.printed or [None]:
+            for column in layout.columns:
+                writer.writerow(_rounded(_csv_row(layout, line, printed, column)))
+            writer.writerow(_rounded(_csv_average(layout, line, printed)))
+    return text.getvalue()
+
+
+def _csv_row(layout: Layout, line: Line, printed: published.Row | None, column: str) -> dict:
+    row = {"model": layout.model, "task": column, "method": line.method, "retain": line.retain}
+    ours = line.ours.get(column)
+    if ours is not None:
+        low, high = ours["score_ci95"]
+        row |= {"ours": ours["score"], "ci_low": low, "ci_high": high}
+        row |= {name: ours[name] for name in ("n", "seeds", "seed_spread", "synthetic")}
+    if printed is not None and column in printed.values:
+        row |= {"published": printed.values[column], "source": printed.source}
+        row |= {"difference": line.difference(column, printed), "beyond_noise": line.beyond_noise(column, printed)}
+    return row
+
+
+def _rounded(row: Mapping) -> dict:
+    """Without the digits that binary fractions add."""
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+
+
+def _csv_average(layout: Layout, line: Line, printed: published.Row | None) -> dict:
+    shares = line.shares()
+    row = {"model": layout.model, "task": AVERAGE, "method": line.method, "retain": line.retain}
+    row |= {"ours": fmean(shares.values()) if shares else None, "over": f"{len(shares)}/{len(layout.columns)}"}
+    if printed is not None:
+        average = printed_average(printed, layout.model, layout.columns)
+        row |= {"published": average, "source": printed.source}
+        row |= {"difference": average_difference(layout, line, printed)[0]}
+    return row
+
+
+if __name__ == "__main__":
+    sys.exit(main())

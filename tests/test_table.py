@@ -1,0 +1,334 @@
+"""Tables: published figures, results read from folders, contents, comparison, formats, errors, significance."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fabricated import BUDGETS, results_folder, write_cell
+from scipy.stats import t as student
+
+from eval import published, significance, table
+from eval.collect import collect, merge_seeds
+from eval.layout import Layout, lines, read_layout
+
+ROOT = Path(__file__).resolve().parents[1]
+COLUMNS = ("gqa", "mme", "pope")
+REAL = Layout("A table", "llava-1.5-7b", COLUMNS, (64,), ("fastv", "mustdrop"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return results_folder(tmp_path_factory.mktemp("results"))
+
+
+def real(folder: Path, task: str, method: str, retain: int, score: float, half: float, **more) -> None:
+    """A cell of the real model, whose interval reaches ``half`` to both sides."""
+    write_cell(
+        folder, task, method, retain, benchmark=task, model="llava-v1.5-7b", synthetic=False, score=score,
+        score_ci95=[score - half, score + half], n=1000, **more,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def real_folder(tmp_path) -> Path:
+    """GQA agrees with the paper, MME does not, POPE has no result of mustdrop, fastv has none at all."""
+    real(tmp_path, "gqa", "vanilla", 576, 62.0, 1.0)
+    real(tmp_path, "mme", "vanilla", 576, 1800, 30)
+    real(tmp_path, "pope", "vanilla", 576, 86.0, 1.0)
+    real(tmp_path, "gqa", "mustdrop", 64, 54.04, 0.9)
+    real(tmp_path, "mme", "mustdrop", 64, 1500, 40)
+    return tmp_path
+
+
+# Published figures
+
+
+@pytest.mark.parametrize(
+    ("column", "method", "retain", "figures"),
+    [
+        ("gqa", "vanilla", None, [61.9]),
+        ("mme", "vanilla", 576, [1862]),
+        ("gqa", "mustdrop", 64, [53.1]),
+        ("mmbench_cn", "mustdrop", 128, [55.2]),
+        ("vizwiz", "sparsevlm", 192, [50.5]),
+        ("gqa", "fastv", 64, [46.1, 44.1]),
+        ("mmbench_cn", "visionzip", 64, []),
+        ("gqa", "mustdrop", 63, []),
+    ],
+)
+def test_published_figures(column, method, retain, figures):
+    found = published.find("llava-1.5-7b", column, method, retain)
+    assert [figure.value for figure in found] == figures
+    assert all(figure.source for figure in found)
+
+
+def test_published_names_and_other_models():
+    assert published.canonical("llava-v1.5-7b") == published.canonical("llava-1.5-7b-hf") == "llava-1.5-7b"
+    assert published.find("llava-mini", "gqa", "mustdrop", 64) == []
+    assert [figure.value for figure in published.find("llava-next-7b", "ocrbench", "mustdrop", 320)] == [382]
+    assert [figure.value for figure in published.find("llava-next-7b-efficiency", "seconds", "vanilla", None)] == [2176]
+
+
+@pytest.mark.parametrize("retain", [192, 128, 64])
+def test_published_averages_follow_from_the_published_figures(retain):
+    (row,) = published.rows("llava-1.5-7b", "mustdrop", retain)
+    (base,) = published.rows("llava-1.5-7b", "vanilla", None)
+    shares = [100 * row.values[column] / value for column, value in base.values.items()]
+    assert np.mean(shares) == pytest.approx(row.values["average"], abs=0.1)
+
+
+# Collecting
+
+
+def test_collect_finds_cells_at_any_depth_and_computes_shares(folder):
+    for start in (folder, folder.parent, folder / "cells"):
+        results, notes = collect([start])
+        assert len(results) == 9 and notes == []
+    shares = {(one.row["task"], one.label): one.row["share_of_vanilla"] for one in results}
+    assert shares["mini_gqa", "vanilla"] == 1 and shares["mini_gqa", "fastv_9"] == 0.5
+    assert results[0].samples.is_file() and results[0].picture_folder.is_dir()
+    assert len(collect([folder, folder])[0]) == 9
+
+
+def test_collect_keeps_the_newest_and_the_largest(tmp_path):
+    write_cell(tmp_path, "mini_gqa", date="2026-01-02", key="a" * 12)
+    write_cell(tmp_path, "mini_gqa", date="2026-01-03", key="b" * 12, score=50.0)
+    write_cell(tmp_path, "mini_gqa", date="2026-01-04", key="c" * 12, limit=10)
+    (result,), notes = collect([tmp_path])
+    assert result.row["score"] == 50.0
+    assert "mini_gqa, vanilla: the newest of 2 results" in notes[0] and "LIMIT=10 are left out" in notes[1]
+
+
+def test_seeds_are_averaged(tmp_path):
+    for seed, score in enumerate((60.0, 64.0)):
+        write_cell(tmp_path, "mini_gqa", score=score, score_ci95=[score - 1, score + 2], seed=seed)
+        write_cell(tmp_path, "mini_gqa", "mustdrop", 9, score=score / 2, score_ci95=[25, 35], seed=seed)
+    vanilla, cut = sorted(merge_seeds(collect([tmp_path])[0]), key=lambda row: row["method"] != "vanilla")
+    assert (vanilla["score"], vanilla["score_ci95"], vanilla["seeds"]) == (62.0, [59.0, 66.0], 2)
+    assert vanilla["seed_spread"] == pytest.approx(8**0.5) and cut["share_of_vanilla"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "there is no folder"), ({}, "no finished cells"), ({"a.json": "{"}, "no cell's result")]
+    + [({"a.json": '{"row": {"model": "m"}}'}, "lacks row.task")],
+)
+def test_wrong_results_are_one_line(tmp_path, content, message):
+    results = tmp_path / "results"
+    if content is not None:
+        (results / "cells" / "mini_gqa").mkdir(parents=True)
+        for name, text in content.items():
+            (results / "cells" / "mini_gqa" / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        collect([results])
+    assert "\n" not in str(error.value)
+
+
+# Contents
+
+
+def rows_of(text: str) -> dict[tuple[str, str], list[str]]:
+    """``{(method, what): cells}`` of a Markdown table."""
+    found, method = {}, ""
+    for line in text.splitlines():
+        if line.startswith("|"):
+            _, name, what, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            method = name or method
+            found[method, what] = cells
+    return found
+
+
+def test_table_compares_marks_and_shows_what_is_missing(real_folder):
+    found = lines(REAL, collect([real_folder])[0])
+    text = table.render(REAL, found, "markdown")
+    rows = rows_of(text)
+    assert rows["vanilla", "ours"][:2] == ["62.0 ±1.0", "1800 ±30"]
+    assert rows["vanilla", "published a"] == ["61.9", "1862", "85.9", "100.0 (3/3)"]
+    assert rows["mustdrop", "ours"] == ["54.0 ±0.9", "1500 ±40", "-", "85.2 (2/3)"]
+    assert rows["vanilla", "n"][:3] == ["1000"] * 3 and ("mustdrop", "n") not in rows
+    # 53.1 lies below 54.04 - 0.9, but not by more than it may have been rounded; 1612 is far from 1500.
+    assert rows["mustdrop", "difference a"][:3] == ["+0.9", "-112*", "-"]
+    assert rows["fastv", "ours"] == ["-", "-", "-", "-"]
+    assert rows["fastv", "published b"][0] == "44.1" and ("fastv", "difference a") not in rows
+    assert "- a: MustDrop-family tables" in text and "- b: later papers, run again" in text
+    assert "outside our 95 % interval" in text
+    expected = 100 * np.mean([54.04 / 62 - 53.1 / 61.9, 1500 / 1800 - 1612 / 1862])
+    assert rows["mustdrop", "difference a"][3] == f"{expected:+.1f} (2/3)"
+
+
+def test_vanilla_is_needed_for_an_average(real_folder):
+    next((real_folder / "cells" / "mme").glob("vanilla*.json")).unlink()
+    rows = rows_of(table.render(REAL, lines(REAL, collect([real_folder])[0]), "markdown"))
+    assert rows["mustdrop", "ours"][-1] == "87.2 (1/3)" and rows["vanilla", "ours"][1] == "-"
+
+
+def test_synthetic_results_are_never_compared(folder, tmp_path):
+    mini = Layout("Mini", "llava-mini", ("mini_gqa", "mini_pope"), BUDGETS, ("fastv", "mustdrop"))
+    text = table.render(mini, lines(mini, collect([folder])[0]), "markdown")
+    rows = rows_of(text)
+    assert "synthetic" in text and "published a" not in text and not any("difference" in what for _, what in rows)
+    assert rows["fastv", "ours"][1:] == ["-", "50.0 (1/2)"]  # at 9 tokens, the last block
+    # Nor does a synthetic result of the real model end up in a real benchmark's column.
+    write_cell(tmp_path, "mini_gqa", benchmark="gqa", model="llava-v1.5-7b")
+    assert not lines(REAL, collect([tmp_path])[0])[0].ours
+
+
+def test_two_checkpoints_of_one_model_are_not_mixed(real_folder):
+    write_cell(real_folder, "gqa", model="llava-1.5-7b-hf", synthetic=False, key="d" * 12)
+    with pytest.raises(ValueError, match="llava-1.5-7b-hf and llava-v1.5-7b"):
+        lines(REAL, collect([real_folder])[0])
+    one = Layout("A table", "llava-1.5-7b-hf", COLUMNS, (64,), ("mustdrop",))
+    (row,) = lines(one, collect([real_folder])[0])[0].ours.values()
+    assert row["model"] == "llava-1.5-7b-hf"
+
+
+# The command line
+
+
+def write_layout(path: Path, **changes) -> Path:
+    content = {"title": "T & U_1", "model": "llava-1.5-7b", "columns": list(COLUMNS), "budgets": [64]}
+    content |= {"methods": ["fastv", "mustdrop"]} | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    return path
+
+
+def test_all_formats_are_written(real_folder, tmp_path, capsys):
+    layout = write_layout(tmp_path / "small.yaml")
+    out = tmp_path / "tables"
+    assert table.main([str(layout), "--results", str(real_folder), "--format", "all", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert (out / "small.txt").read_text() == printed and "commit c0ffeec0ffee" in printed
+    assert (out / "small.md").read_text().startswith("## T & U_1")
+    latex = (out / "small.tex").read_text()
+    assert r"\begin{tabular}" in latex and r"T \& U\_1" in latex and r"54.0 $\pm$0.9" in latex and r"\toprule" in latex
+    assert latex.count("{") == latex.count("}")
+    rows = list(csv.DictReader((out / "small.csv").open()))
+    (mme,) = (row for row in rows if (row["task"], row["method"]) == ("mme", "mustdrop"))
+    assert [float(mme[name]) for name in ("ours", "ci_low", "ci_high", "n")] == [1500, 1460, 1540, 1000]
+    assert (mme["published"], float(mme["difference"]), mme["beyond_noise"]) == ("1612", -112, "True")
+    (pope,) = (row for row in rows if (row["task"], row["method"]) == ("pope", "mustdrop"))
+    assert pope["ours"] == pope["difference"] == "" and pope["published"] == "68.0"
+    assert [row["source"] for row in rows if (row["task"], row["method"]) == ("gqa", "fastv")] == [
+        "MustDrop-family tables",
+        "later papers, run again",
+    ]
+
+
+def test_terminal_table_of_the_paper_is_readable(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert table.main([str(ROOT / "configs" / "tables" / "table1.yaml")]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 160 and "published figures only" in printed
+    assert "53.1   60.0      53.1   1612" in printed
+
+
+def test_results_of_something_else_are_named(folder, tmp_path, capsys):
+    assert table.main([str(write_layout(tmp_path / "t.yaml")), "--results", str(folder)]) == 0
+    assert "none of the 9 results belongs here, they are of llava-mini on mini_gqa" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "tables").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_tables_are_valid(file):
+    assert read_layout(file).budgets == (192, 128, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"collumns": ["gqa"]}, "collumns is no key of a table (did you mean columns?)"),
+        ({"columns": ["gqqa"]}, "columns has 'gqqa' (did you mean gqa?)"),
+        ({"methods": ["mustdorp"]}, "methods has 'mustdorp' (did you mean mustdrop?)"),
+        ({"show": ["theirs"]}, "show has 'theirs'"),
+        ({"budgets": [0]}, "budgets is [0], expected a list of whole numbers above 0"),
+        ({"budgets": [64, 64]}, "budgets has 64 twice"),
+        ({"columns": "gqa"}, "columns is 'gqa', expected a list of names"),
+        ({"title": None}, "title is missing"),
+        ({"model": 7}, "model is 7, expected text"),
+    ],
+)
+def test_wrong_layout_is_one_line(tmp_path, capsys, changes, message):
+    assert table.main([str(write_layout(tmp_path / "t.yaml", **changes))]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    layout = str(write_layout(tmp_path / "t.yaml"))
+    for arguments, message in (
+        ([str(tmp_path / "no.yaml")], "no such file"),
+        ([layout, "--results", str(tmp_path / "none")], "there is no folder"),
+        ([layout, "--format", "all"], "needs --out"),
+    ):
+        assert table.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and message in error
+
+
+# Significance
+
+
+def answers(scores: list[float], **more) -> list[dict]:
+    return [
+        {"task": "t", "question_id": f"q{number}", "doc_id": number, "score": score, **more}
+        for number, score in enumerate(scores)
+    ]
+
+
+def test_mcnemar_is_exact():
+    # 12 questions: 7 only a, 1 only b. Two-sided binomial tail: 2 * (1 + 8) / 2**8.
+    found = significance.compare(answers([1] * 7 + [0] + [1] * 4), answers([0] * 7 + [1] + [1] * 4))
+    assert (found.n, found.only_a, found.only_b) == (12, 7, 1)
+    assert found.p == pytest.approx(18 / 256)
+    assert found.difference == pytest.approx(50) and found.interval[0] < 50 < found.interval[1] <= 100
+
+
+def test_lines_are_paired_by_question_and_equal_ones_do_not_differ():
+    a, b = answers([1, 0, 1, 0]), answers([1, 0, 1])[::-1]
+    found = significance.compare(a, b)
+    assert (found.n, found.difference, found.interval, found.p) == (3, 0, (0, 0), 1)
+    with pytest.raises(ValueError, match="no question"):
+        significance.compare(a, [{**line, "task": "other"} for line in b])
+    with pytest.raises(ValueError, match="no score"):
+        significance.compare(a, [{name: line[name] for name in ("task", "question_id", "doc_id")} for line in b])
+
+
+def test_partial_scores_use_the_paired_t_test():
+    first, second = [0.3, 0.6, 1.0, 0.9, 0.0, 0.3], [0.0, 0.6, 0.3, 0.3, 0.0, 0.6]
+    differences = np.subtract(first, second)
+    t = differences.mean() / (differences.std(ddof=1) / np.sqrt(6))
+    found = significance.compare(answers(first), answers(second))
+    assert found.p == pytest.approx(2 * student.sf(abs(t), 5))
+
+
+def test_questions_about_one_picture_are_drawn_together():
+    first, second = [1] * 30 + [0] * 30, [0] * 30 + [0] * 30
+    apart = significance.compare(answers(first), answers(second))
+    scenes = [{**line, "picture": str(number // 10)} for number, line in enumerate(answers(first))]
+    together = significance.compare(scenes, answers(second))
+    assert together.difference == apart.difference
+    assert np.ptp(together.interval) > 1.5 * np.ptp(apart.interval)
+
+
+def test_holm():
+    assert significance.holm([0.01, 0.04, 0.03, 0.5]).tolist() == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert significance.holm([0.9, 0.8]).tolist() == [1, 1]
+
+
+def test_significance_command(folder, capsys):
+    assert significance.main([str(folder), "--a", "fastv_9", "--b", "vanilla"]) == 0
+    (row,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("mini_"))
+    # 12 of 24 lost and none won: p = 2 / 2**12.
+    assert row[:7] == ["mini_gqa", "fastv_9", "vanilla", "24", "50.0", "100.0", "-50.0"]
+    assert row[-3:] == ["0.00049", "0.00049", "*"] and row[-5:-3] == ["0", "12"]
+    assert significance.main([str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "over 10 comparisons" in printed and "fastv_18     mustdrop_18" in printed
+    for wrong, message in ((["--a", "fastv_8"], "--a: got 'fastv_8'"), (["--task", "gqa"], "--task: got 'gqa'")):
+        assert significance.main([str(folder), *wrong]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and message in error
