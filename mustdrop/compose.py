@@ -8,7 +8,7 @@ from functools import reduce
 
 from torch import Tensor
 
-from mustdrop.hooks import CacheStep, DecoderStep, LayerPlan, Reducer, VisionStep, VisionTokens
+from mustdrop.hooks import CacheStep, DecoderStep, Keep, LayerPlan, Reducer, VisionStep, VisionTokens
 
 
 class Compose(Reducer):
@@ -44,6 +44,13 @@ class Compose(Reducer):
             tokens = part.after_vision_block(own) or tokens
         return tokens
 
+    def inside_vision_block(self, step: VisionStep) -> VisionTokens | None:
+        tokens = step.tokens
+        for number, part in self._at("inside_vision_block"):
+            own = replace(step, tokens=tokens, state=step.state.setdefault(number, {}))
+            tokens = part.inside_vision_block(own) or tokens
+        return tokens
+
     def on_vision_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
         for number, part in self._at("on_vision_features"):
             tokens = part.on_vision_features(tokens, state.setdefault(number, {})) or tokens
@@ -58,8 +65,17 @@ class Compose(Reducer):
         plans = [plan for plan in self._ask("before_decoder_layer", step) if plan is not None]
         return min(plans, key=lambda plan: plan.mlp_share) if plans else None
 
-    def after_decoder_layer(self, step: DecoderStep) -> Tensor | None:
-        return _all(self._ask("after_decoder_layer", step))
+    def check_tokens(self, layers: int, tokens: int) -> None:
+        for part in self.parts:
+            part.check_tokens(layers, tokens)
+
+    def after_decoder_layer(self, step: DecoderStep) -> Tensor | Keep | None:
+        answers = self._ask("after_decoder_layer", step)
+        masks = [answer.tokens if isinstance(answer, Keep) else answer for answer in answers]
+        merging = [answer for answer in answers if isinstance(answer, Keep) and answer.into is not None]
+        if len(merging) > 1 or (merging and sum(mask is not None for mask in masks) > 1):
+            raise ValueError("parts: after a decoder layer in which one reducer merges tokens no other may drop any")
+        return replace(merging[0], dropped=None) if merging else _all(masks)
 
     def after_prefill(self, step: CacheStep) -> list[Tensor | None] | None:
         answers = [answer for answer in self._ask("after_prefill", step) if answer is not None]

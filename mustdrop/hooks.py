@@ -3,7 +3,8 @@
 A model holds one `Reducer` and calls it at six points; the base class does nothing at any of them, and then the
 model computes exactly what it would compute without the seam:
 
-1. `after_vision_block`     merge or drop tokens inside the vision encoder, choose tokens that must stay
+1. `after_vision_block`     merge or drop tokens inside the vision encoder, choose tokens that must stay;
+   `inside_vision_block`    the same between a block's attention and its MLP
 2. `on_vision_features`     the selected features before the projector; `on_projected_features` after it
 3. `before_decoder_layer`   what to compute for vision tokens in the coming decoder layer
 4. `after_decoder_layer`    in prefill: which tokens go on to the next layer
@@ -38,6 +39,7 @@ __all__ = [
     "CacheStep",
     "Call",
     "DecoderStep",
+    "Keep",
     "LayerPlan",
     "Reducer",
     "Run",
@@ -95,10 +97,10 @@ class Attention:
 
 @dataclass
 class VisionStep:
-    """What a reducer sees after vision-encoder block `block` of `blocks`, `last` being the last one that is run.
+    """What a reducer sees after vision-encoder block `block` of `blocks`, `last` being the last that is run.
 
     `attention` is the block's own (on its input), `next_attention` the following block's on the present tokens (None
-    after the last block). `state` is this reducer's notebook for the call.
+    after the last block). `state` is this reducer's notebook for the call, `run` the number of blocks that are run.
     """
 
     block: int
@@ -108,6 +110,7 @@ class VisionStep:
     attention: Attention
     next_attention: Attention | None
     state: dict
+    run: int = 0
 
 
 @dataclass
@@ -126,6 +129,32 @@ class DecoderStep:
     attention: Attention | None
     next_attention: Attention | None
     state: dict
+
+
+@dataclass
+class Keep:
+    """Which tokens go on after a decoder layer, for methods that do more than drop the others.
+
+    Attributes
+    ----------
+    tokens : bool `[batch, length]`
+        True for tokens that go on; text does in any case.
+    hidden : `[batch, length, width]` or None
+        States that take the place of the layer's output: those of merged tokens are a method's own.
+    into : int64 `[batch, length]` or None
+        Column of the token that each token was merged into, which stands for its patches from now on; its own column
+        for all others.
+    order : int `[batch, length]` or None
+        Sort key of the tokens that go on; by default they keep their order.
+    dropped : int or None
+        Tokens that every prompt loses, if the host knows it: spares a synchronisation with the device.
+    """
+
+    tokens: Tensor
+    hidden: Tensor | None = None
+    into: Tensor | None = None
+    order: Tensor | None = None
+    dropped: int | None = None
 
 
 @dataclass
@@ -186,6 +215,9 @@ class Reducer:
     def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
         """Return the tokens that go on, or None to leave them."""
 
+    def inside_vision_block(self, step: VisionStep) -> VisionTokens | None:
+        """As `after_vision_block`, on what attention has added to a block's input and before its MLP."""
+
     def on_vision_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
         """Change the selected features before the projector, or None."""
 
@@ -195,8 +227,8 @@ class Reducer:
     def before_decoder_layer(self, step: DecoderStep) -> LayerPlan | None:
         """Return what the layer shall compute for vision tokens, or None for everything."""
 
-    def after_decoder_layer(self, step: DecoderStep) -> Tensor | None:
-        """Return which tokens go on, bool `[batch, length]`, or None for all."""
+    def after_decoder_layer(self, step: DecoderStep) -> Tensor | Keep | None:
+        """Return which tokens go on, bool `[batch, length]` or a `Keep`, or None for all."""
 
     def after_prefill(self, step: CacheStep) -> list[Tensor | None] | None:
         """Return for each layer which cached entries stay, bool `[batch, length]`, None for all."""
@@ -259,6 +291,7 @@ class Call:
         self.images: list[list[tuple[int, Tensor]]] = []  # per prompt and image: tokens spliced in, owner map
         self.tiles: list[list[int]] = []  # per prompt and image: its row in what the vision encoder computed
         self.decided: list[int] = []  # decoder layers after which the reducer chose
+        self.merged: dict[int, Tensor] = {}  # `Keep.into` after each decoder layer that merged tokens
         self.entered: list[Tokens] = []  # per decoder layer
         self.left: list[Tokens] = []
         self.cached: list[Tokens] = []

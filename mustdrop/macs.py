@@ -7,7 +7,7 @@ unless `causal` is asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,13 +25,17 @@ class Workload:
     text_tokens : int
         Text tokens before and after the images.
     image_tokens : tuple of int
-        Per image: patch tokens from vision block 1 on, fewer than the patches if some were merged after block 0.
+        Per image: patch tokens that enter the decoder, fewer than the patches if some were merged or dropped before.
     cache_lengths : tuple of int
         Vision and text tokens each layer has cached when prefill ends (`Trace.cache_lengths`).
     filter_layers : tuple of int
         Decoder layers after which the text tokens score the vision tokens.
     new_tokens : int
         Generated tokens; the first one comes out of prefill, each other one is a decode step.
+    tower_tokens : tuple of tuple of int
+        Per image: patch tokens entering each vision block that is run, and those leaving the last one.
+    before_mlp : bool
+        Whether they change between a vision block's attention and its MLP instead of after both.
     """
 
     vision_tokens: tuple[int, ...]
@@ -40,6 +44,8 @@ class Workload:
     cache_lengths: tuple[int, ...]
     filter_layers: tuple[int, ...]
     new_tokens: int
+    tower_tokens: tuple[tuple[int, ...], ...]
+    before_mlp: bool
 
     @classmethod
     def of(
@@ -52,11 +58,14 @@ class Workload:
         cache_lengths: Sequence[int] | None = None,
         filter_layers: Sequence[int] | None = None,
         new_tokens: int = 1,
+        tower_tokens: Sequence[Mapping[int, int]] | None = None,
+        before_mlp: bool = False,
     ) -> Workload:
         """A prompt, by default of one image of which nothing is dropped.
 
         `vision_tokens` may also be one number for all layers, or a fraction below 1 of all vision tokens. The filter
-        layers are by default those after which tokens disappear, and the cache holds what prefill saw.
+        layers are by default those after which tokens disappear, and the cache holds what prefill saw. `tower_tokens`
+        says per image how many patch tokens are left after which vision block; by default `image_tokens` after block 0.
 
         Raises
         ------
@@ -79,8 +88,12 @@ class Workload:
         check("filter_layers", filter_layers, most=shape.layers - 1)
         cache_lengths = cache_lengths or [tokens + text_tokens for tokens in vision_tokens]
         check("cache_lengths", cache_lengths, count=shape.layers)
+        if tower_tokens is None:
+            tower_tokens = [{0: tokens} for tokens in image_tokens]
+        check("tower_tokens", [count for left in tower_tokens for count in left.values()], most=shape.patches)
         sequences = (tuple(values) for values in (image_tokens, cache_lengths, filter_layers))
-        return cls(tuple(vision_tokens), text_tokens, *sequences, new_tokens)
+        tower = tuple(_through_tower(shape, left) for left in tower_tokens)
+        return cls(tuple(vision_tokens), text_tokens, *sequences, new_tokens, tower, before_mlp)
 
     def unreduced(self, shape: ModelShape, tokens: int | None = None) -> Workload:
         """The same prompt with nothing merged or filtered: all vision tokens, or `tokens`, in every layer."""
@@ -91,6 +104,14 @@ class Workload:
     def lengths(self) -> list[int]:
         """Vision and text tokens entering each decoder layer."""
         return [tokens + self.text_tokens for tokens in self.vision_tokens]
+
+
+def _through_tower(shape: ModelShape, left: Mapping[int, int]) -> tuple[int, ...]:
+    """Patch tokens entering each vision block and leaving the last, from those left after some blocks."""
+    counts = [shape.patches]
+    for block in range(shape.vision_layers):
+        counts.append(left.get(block, counts[-1]))
+    return tuple(counts)
 
 
 def check(
@@ -104,15 +125,16 @@ def check(
             raise ValueError(f"{field}: {value} must be a whole number {limits}")
 
 
-def vision_macs(shape: ModelShape, tokens: Sequence[int]) -> int:
+def vision_macs(shape: ModelShape, tokens: Sequence[int], mlp_tokens: Sequence[int] | None = None) -> int:
     """Patch embedding and blocks of the tower for one image.
 
-    `tokens` are the patch tokens entering each block that is run; CLS is added here.
+    `tokens` are the patch tokens entering each block that is run, `mlp_tokens` those entering its MLP if these are not
+    the same; CLS is added here.
     """
     d, m = shape.vision_hidden, shape.vision_mlp
     embedding = shape.patches * 3 * shape.patch_size**2 * d
-    lengths = [count + shape.vision_cls for count in tokens]
-    return embedding + sum(n * d * (4 * d + 2 * m) + 2 * n * n * d for n in lengths)
+    lengths, inner = ([n + shape.vision_cls for n in counts] for counts in (tokens, mlp_tokens or tokens))
+    return embedding + sum(n * d * 4 * d + 2 * n * n * d for n in lengths) + sum(n * d * 2 * m for n in inner)
 
 
 def projector_macs(shape: ModelShape, tokens: int) -> int:
@@ -169,10 +191,12 @@ def costs(shape: ModelShape, work: Workload) -> dict[str, int]:
         selector = sum(key_probe_macs(shape, tokens) for tokens in work.image_tokens)
     for layer in work.filter_layers:
         selector += filter_macs(shape, work.text_tokens, work.vision_tokens[layer] + work.text_tokens)
-    blocks = [[shape.patches, *[tokens] * (shape.vision_layers - 1)] for tokens in work.image_tokens]
-    features = sum(work.image_tokens) + shape.feature_cls * len(work.image_tokens)
+    leaving = [max(tokens[-1], spliced) for tokens, spliced in zip(work.tower_tokens, work.image_tokens, strict=True)]
+    features = sum(leaving) + shape.feature_cls * len(leaving)
     return {
-        "vision_tower": sum(vision_macs(shape, tokens[: shape.vision_layers]) for tokens in blocks),
+        "vision_tower": sum(
+            vision_macs(shape, tokens[:-1], tokens[1:] if work.before_mlp else None) for tokens in work.tower_tokens
+        ),
         "projector": projector_macs(shape, features),
         "selector": selector,
         "prefill": prefill_macs(shape, work.vision_tokens, work.text_tokens),

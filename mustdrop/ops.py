@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from mustdrop.tokens import VisionTokens
+from mustdrop.tokens import VisionTokens, compact
 
 
 def cut_windows(patches: Tensor, grid: tuple[int, int], window: int) -> Tensor:
@@ -119,6 +119,112 @@ def dual_attention_keep(
     on_image = total.new_zeros(len(total), images).scatter_add(1, image.clamp(min=0), total * vision)
     small_share = total < global_threshold * on_image.gather(1, image.clamp(min=0))
     return ~(vision & small_share & (strongest < individual_threshold))
+
+
+def tokens_per_image(image: Tensor, images: int) -> Tensor:
+    """Number of vision tokens of each image, int64 `[batch, images]`, from the image of every column (-1: text)."""
+    return (image[:, None] == torch.arange(images, device=image.device)[:, None]).sum(-1)
+
+
+def top_per_image(score: Tensor, image: Tensor, wanted: Tensor) -> Tensor:
+    """Mark the best vision tokens of every image.
+
+    Parameters
+    ----------
+    score : `[batch, length]`
+    image : int64 `[batch, length]`
+        The image each column belongs to, -1 for text.
+    wanted : int64 `[batch, images]`
+        Tokens to keep of each image.
+
+    Returns
+    -------
+    bool `[batch, length]`
+    """
+    own = image[:, None] == torch.arange(wanted.shape[1], device=image.device)[:, None]
+    rank = score[:, None].masked_fill(~own, float("-inf")).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    return (own & (rank < wanted[..., None])).any(1)
+
+
+def top_count(score: Tensor, count: int) -> Tensor:
+    """Mark the `count` best entries of each row, bool like `score` `[rows, entries]`."""
+    return score.argsort(dim=-1, descending=True, stable=True).argsort(-1) < count
+
+
+def keep_best(tokens: VisionTokens, score: Tensor, count: int) -> VisionTokens:
+    """The `count` best tokens of every image by a score `[images, tokens]`, in their old order.
+
+    An image that has no more than that keeps all.
+    """
+    if tokens.valid is not None:
+        score = score.masked_fill(~tokens.valid, float("-inf"))
+    return tokens.select(top_count(score, count), length=count if tokens.valid is None else None)
+
+
+def merge(
+    tokens: VisionTokens,
+    into: Tensor,
+    length: int | None = None,
+    weight: Tensor | None = None,
+    order: Tensor | None = None,
+) -> VisionTokens:
+    """Let tokens be absorbed by others, which then stand for their patches too.
+
+    Parameters
+    ----------
+    tokens : VisionTokens
+    into : int64 `[images, tokens]`
+        Column of the token that a token goes into; its own column if it stays.
+    length : int, optional
+        Number of tokens that stay in every image, if the caller knows it.
+    weight : `[images, tokens]`, optional
+        What a token counts for in the sum that replaces the token it goes into. Default: such that it is their mean.
+    order : int `[images, tokens]`, optional
+        As in `compact`.
+    """
+    stays = into == torch.arange(into.shape[1], device=into.device)
+    if tokens.valid is not None:
+        stays, length = stays & tokens.valid, None
+    if weight is None:
+        size = torch.zeros_like(into).scatter_add(1, into, torch.ones_like(into))
+        weight = 1 / size.gather(1, into)
+    kept, _ = compact(stays, pad="right", order=order, length=length)
+    share = (into[:, None] == kept[..., None]) * weight[:, None].float()
+    merged = (share @ tokens.patches.float()).to(tokens.hidden.dtype)
+    return tokens.select(stays, into=into, order=order, length=length).with_patches(merged)
+
+
+def grid_cells(grid: tuple[int, int], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cut a patch grid into exactly `count` cells of nearly the same size and shape.
+
+    Bands of rows are cut into cells independently, so that any count from 1 to the number of patches is possible.
+
+    Returns
+    -------
+    cell : int64 `[patches]`
+        The cell of every patch.
+    middle : int64 `[count]`
+        The patch in the middle of every cell.
+    """
+    rows, columns = grid
+    bands = min(max(round((count * rows / columns) ** 0.5), -(-count // columns)), rows, count)
+    band = torch.arange(bands, device=device)
+    first = (band * count + bands - 1) // bands
+    in_band = ((band + 1) * count + bands - 1) // bands - first
+    row, column = (axis.reshape(-1) for axis in torch.meshgrid(*map(torch.arange, grid), indexing="ij"))
+    row, column = row.to(device), column.to(device)
+    of_row = row * bands // rows
+    cell = first[of_row] + column * in_band[of_row] // columns
+    number = torch.arange(count, device=device)
+    own = torch.searchsorted(first, number, right=True) - 1
+    middle_row = _middle(own, bands, rows)
+    return cell, middle_row * columns + _middle(number - first[own], in_band[own], columns)
+
+
+def _middle(part: Tensor, parts: int | Tensor, length: int) -> Tensor:
+    """Middle number of those n below `length` with n * parts // length == part."""
+    first, end = ((number * length + parts - 1) // parts for number in (part, part + 1))
+    return (first + end - 1) // 2
 
 
 def layer_index(layer: int | float, layers: int) -> int:

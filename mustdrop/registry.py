@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 from mustdrop.hooks import Reducer
+from mustdrop.methods import (
+    AveragePool,
+    DivPrune,
+    FastV,
+    PruMerge,
+    PyramidDrop,
+    Random,
+    SparseVLM,
+    ToMe,
+    Uniform,
+    VisionZip,
+)
 from mustdrop.mustdrop import MustDrop
 
 METHODS: dict[str, type[Reducer]] = {
     "vanilla": Reducer,
     "mustdrop": MustDrop,
+    "fastv": FastV,
+    "pyramiddrop": PyramidDrop,
+    "sparsevlm": SparseVLM,
+    "visionzip": VisionZip,
+    "prumerge": PruMerge,
+    "divprune": DivPrune,
+    "tome": ToMe,
+    "random": Random,
+    "uniform": Uniform,
+    "avgpool": AveragePool,
 }
 
 

@@ -70,6 +70,8 @@ class VisionTokens:
         Patch grid.
     valid, protected : bool `[images, tokens]` or None
         False for padding (None: no padding); True for tokens that no later stage may drop (None: none).
+    proportional : bool
+        Whether attention counts a token as often as it has patches.
     """
 
     hidden: Tensor
@@ -79,6 +81,7 @@ class VisionTokens:
     prefix: int = 1
     valid: Tensor | None = None
     protected: Tensor | None = None
+    proportional: bool = False
 
     @classmethod
     def from_patches(cls, hidden: Tensor, grid: tuple[int, int], prefix: int = 1) -> VisionTokens:
@@ -97,6 +100,12 @@ class VisionTokens:
         if self.valid is not None:
             return self.valid.sum(-1)
         return torch.full((len(self.anchor),), self.anchor.shape[1], device=self.anchor.device)
+
+    @property
+    def size(self) -> Tensor:
+        """Number of patches each token stands for, int64 `[images, tokens]`."""
+        stands = self.owner >= 0
+        return torch.zeros_like(self.anchor).scatter_add(1, self.owner.clamp(min=0), stands.long())
 
     @property
     def valid_with_prefix(self) -> Tensor | None:
@@ -213,11 +222,14 @@ class Tokens:
         times = batch // len(self.image)
         return self if times == 1 else self.map(lambda value: value.repeat_interleave(times, dim=-2))
 
-    def select(self, keep: Tensor, *, length: int | None = None) -> tuple[Tensor, Tokens]:
-        """Compact to the kept, valid positions, padded on the left; returns the gather indices and the new record."""
+    def select(self, keep: Tensor, *, order: Tensor | None = None, length: int | None = None) -> tuple[Tensor, Tokens]:
+        """Compact to the kept, valid positions, padded on the left; returns the gather indices and the new record.
+
+        `order` and `length` as in `compact`.
+        """
         if self.valid is not None:
             keep = keep & self.valid
-        indices, valid = compact(keep, length=length)
+        indices, valid = compact(keep, order=order, length=length)
         record = self.map(lambda value: value.gather(-1, indices.expand(*value.shape[:-1], -1)))
         if valid is not None:
             record.image = record.image.masked_fill(~valid, -1)

@@ -23,7 +23,10 @@ class Trace:
     Attributes
     ----------
     images : list of dict
-        Per image: `patches` it was cut into and `tokens` that entered the language model.
+        Per image: `patches` it was cut into, `tokens` that entered the language model, and `blocks`, a pair for every
+        vision block that changed the tokens: its number and how many tokens left it.
+    before_mlp : bool
+        Whether vision blocks changed the tokens between attention and MLP instead of after both.
     key_tokens : list of int
         Which of these may not be dropped.
     text_tokens : int
@@ -49,9 +52,14 @@ class Trace:
         call, row = self._call, self._row
         images = call.images[self._prompt]
         entered = call.entered[0]
-        owner = _owner(images)
-        alive = {id(tokens): tokens for tokens in (*(call.left[layer] for layer in call.decided), *call.cached)}
-        patches = {key: _patches(owner, tokens, row) for key, tokens in alive.items()}
+        owners = [_owner(images)]
+        for layer, tokens in enumerate(call.entered):
+            into = call.merged.get(layer)
+            owners.append(owners[-1] if into is None else _joined(owners[-1], tokens.index[row], into[row]))
+        alive = {id(call.left[layer]): (owners[layer + 1], call.left[layer]) for layer in call.decided}
+        for layer, tokens in enumerate(call.cached):
+            alive.setdefault(id(tokens), (owners[layer], tokens))
+        patches = {key: _patches(owner, tokens, row) for key, (owner, tokens) in alive.items()}
         kept: dict[str, dict[int, list[int]]] = {"vision": {}, "prefill": {}, "decode": {}}
         if images:
             tiles = call.tiles[self._prompt]
@@ -61,7 +69,11 @@ class Trace:
         key = entered.protected[row] & entered.vision[row]
         cache_lengths = [int(tokens.counts[row]) for tokens in call.cached]
         facts = {
-            "images": [{"patches": len(owner), "tokens": tokens} for tokens, owner in images],
+            "images": [
+                {"patches": len(owner), "tokens": tokens, "blocks": _blocks(call.vision, tile)}
+                for tile, (tokens, owner) in zip(call.tiles[self._prompt], images, strict=True)
+            ],
+            "before_mlp": call.does("inside_vision_block"),
             "key_tokens": entered.index[row][key].tolist(),
             "text_tokens": int(entered.counts[row] - entered.vision[row].sum()),
             "vision_tokens": _vision_counts(call.entered, row),
@@ -70,7 +82,7 @@ class Trace:
             "cache_lengths": cache_lengths,
             "cache_bytes": sum(n * size for n, size in zip(cache_lengths, call.kv_bytes, strict=True)),
         }
-        self._owner, self._call = owner, None
+        self._owner, self._call = owners[0], None
         return facts
 
     @cached_property
@@ -130,6 +142,19 @@ def _owner(images: list[tuple[int, Tensor]]) -> Tensor:
         owners.append(torch.where(owner < 0, owner, owner + first))
         first += count
     return torch.cat(owners) if owners else torch.empty(0, dtype=torch.long)
+
+
+def _joined(owner: Tensor, index: Tensor, into: Tensor) -> Tensor:
+    """`_owner` after a decoder layer in which tokens were merged into those at the columns `into` `[length]`."""
+    index, into = index.cpu(), into.cpu()
+    stands = torch.arange(int(index.max()) + 1)
+    stands[index[index >= 0]] = index[into][index >= 0]
+    return torch.where((owner >= 0) & (owner < len(stands)), stands[owner.clamp(max=len(stands) - 1)], owner)
+
+
+def _blocks(changed: dict[int, Tensor], tile: int) -> list[list[int]]:
+    """Vision blocks that changed a tile's tokens, and how many left them, from the owner maps after them."""
+    return [[block, len(owner[tile][owner[tile] >= 0].unique())] for block, owner in changed.items()]
 
 
 def _patches(owner: Tensor, tokens: Tokens, row: int) -> list[int]:

@@ -85,7 +85,8 @@ def test_benchmark_is_the_same_wherever_it_is_made(small_task, tmp_path, monkeyp
 
 def record(tokens: float, milliseconds: float = 1.0, layers: int = 32) -> dict:
     return {
-        "images": [{"patches": 576, "tokens": 576}],
+        "images": [{"patches": 576, "tokens": 576, "blocks": []}],
+        "before_mlp": False,
         "text_tokens": 0,
         "vision_tokens": [tokens] * layers,
         "cache_lengths": [tokens] * layers,

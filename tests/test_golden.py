@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
-from mustdrop import MustDrop
+from llava.model.language_model.llava_llama import LlavaConfig
+from mustdrop import MustDrop, load_reducer
 from mustdrop.hooks import Call, Reducer
 
 CASES = ["img1A_192", "img1A_128", "img1A_64", "img2B_128", "edge_r0", "edge_nodrop"]
@@ -105,3 +107,92 @@ def test_whole_runs(golden, model, manifest, monkeypatch, case, implementation):
     assert [cache.length(layer) for layer in range(32)] == lengths[-1].tolist()
     following = torch.stack([cache.positions(layer, 1)[0, 0] for layer in range(32)])
     assert following.tolist() == (expected["decode_position_ids"][-1] + 1).tolist()
+
+
+def run_rival(model, golden, settings, expected):
+    """A rival on the golden prompt: its logits and ids are those of its authors; returns the trace."""
+    ids = expected.get("input_ids", load_file(golden / "llava_img1A.safetensors")["input_ids"]).view(1, -1)
+    with load_reducer({**settings, "compat": "official"}).on(model) as record:
+        output = model.generate(
+            ids,
+            images=load_file(golden / "vision_img1.safetensors")["pixel_values"],
+            max_new_tokens=12,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    greedy = expected["greedy_ids"] if "greedy_ids" in expected else expected["generate_output"][1:]
+    assert output.sequences[0].tolist() == greedy.tolist()
+    torch.testing.assert_close(torch.cat(output.logits), expected["logits_steps"], atol=1e-4, rtol=0)
+    return record.traces[0]
+
+
+@pytest.mark.parametrize(("layer", "percent"), [(2, 50), (2, 75), (3, 75)])
+def test_fastv(golden, model, layer, percent):
+    expected = load_file(golden / f"fastvkv_img1A_sdpa_K{layer}_R{percent}.safetensors")
+    settings = {"method": "fastv", "layer": layer, "drop_ratio": percent / 100}
+    trace = run_rival(model, golden, settings, expected)
+    assert trace.kept["prefill"] == {layer - 1: expected["kept_indices_sorted"].tolist()}
+    assert trace.cache_lengths == expected["kv_len_after_prefill"].tolist()
+
+
+@pytest.mark.parametrize(("layers", "ratios"), [([8, 16, 24], [0.5, 0.25, 0.125]), ([4, 8, 16], [0.35, 0.2, 0.1])])
+def test_pyramiddrop(golden, model, layers, ratios):
+    expected = load_file(golden / f"pdrop_img1A_{'_'.join(map(str, layers))}.safetensors")
+    trace = run_rival(model, golden, {"method": "pyramiddrop", "layers": layers, "ratios": ratios}, expected)
+    for stage, layer in enumerate(layers):
+        assert trace.kept["prefill"][layer - 1] == expected[f"stage{stage}.kept_indices_original"].tolist()
+    assert [count + trace.text_tokens for count in trace.vision_tokens] == expected["prefill_len_per_layer"].tolist()
+
+
+@pytest.mark.parametrize(("dominant", "contextual"), [(54, 10), (108, 20), (162, 30)])
+def test_visionzip(golden, model, dominant, contextual):
+    expected = load_file(golden / f"visionzip_img1A_{dominant}_{contextual}.safetensors")
+    settings = {"method": "visionzip", "dominant": dominant, "contextual": contextual}
+    trace = run_rival(model, golden, settings, expected)
+    stays = (expected["topk_indices"] - 1).sort().values
+    rest = torch.tensor([patch for patch in range(576) if patch not in set(stays.tolist())])
+    targets = rest[expected["target_indices"]]
+    joining = rest[~torch.isin(rest, targets)]
+    groups = [[target, *joining[expected["assignment"] == number]] for number, target in enumerate(targets.tolist())]
+    assert trace.tokens == [[], *([patch] for patch in stays.tolist()), *(sorted(map(int, group)) for group in groups)]
+    call = Call(load_reducer({**settings, "compat": "official"}))
+    pixels = load_file(golden / "vision_img1.safetensors")["pixel_values"]
+    tokens = model.get_vision_tower().encode(pixels, call).hidden
+    torch.testing.assert_close(tokens[0], expected["tokens_out"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("retain", [192, 128, 64])
+def test_sparsevlm_with_recycling(golden, model, monkeypatch, retain):
+    expected = load_file(golden / f"sparsevlm_v1_img1A_{retain}.safetensors")
+    calls = []
+    original = model.model.finish_prefill
+    monkeypatch.setattr(model.model, "finish_prefill", lambda *a: (calls.append(a[-1]), original(*a)))
+    trace = run_rival(model, golden, {"method": "sparsevlm", "version": 1, "retain": retain}, expected)
+    assert [count + trace.text_tokens for count in trace.vision_tokens] == expected["prefill_len_per_layer"].tolist()
+    for stage, layer in enumerate((2, 6, 15)):
+        before, after = calls[0].entered[layer], calls[0].left[layer]
+        assert after.position[0].tolist() == expected[f"stage{stage}.position_ids_after"].tolist()
+        selected = before.index[0][before.vision[0]][expected[f"stage{stage}.selected_mask_current"].bool()]
+        assert after.index[0][after.vision[0]][: len(selected)].tolist() == selected.tolist()
+        assert int(after.vision.sum()) == len(selected) + len(expected[f"stage{stage}.merged_tokens"])
+
+
+@pytest.fixture(scope="module")
+def sixteen_heads(golden):
+    """The golden model with its widths cut into 16 heads: the second version of SparseVLM chooses 14 of them."""
+    config = LlavaConfig.from_pretrained(golden / "model_llava")
+    config.num_attention_heads = config.num_key_value_heads = 16
+    config.head_dim = config.hidden_size // 16
+    return LlavaLlamaForCausalLM.from_pretrained(golden / "model_llava", config=config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("retain", [192, 64])
+def test_sparsevlm_without_recycling(golden, sixteen_heads, retain):
+    expected = load_file(golden / f"sparsevlm_v2_img1A_{retain}.safetensors")
+    trace = run_rival(sixteen_heads, golden, {"method": "sparsevlm", "version": 2, "retain": retain}, expected)
+    left = torch.arange(576)
+    for stage, layer in enumerate((2, 6, 15)):
+        left = left[expected[f"stage{stage}.selected_mask_current"].bool()]
+        assert trace.kept["prefill"][layer] == left.tolist()
+    assert [count + trace.text_tokens for count in trace.vision_tokens] == expected["prefill_len_per_layer"].tolist()

@@ -6,6 +6,18 @@ from tiny import LAYERS, SIDE, batch, ours, pictures, prompt, run
 from torch.utils.flop_counter import FlopCounterMode
 
 from mustdrop import MustDrop, Reducer, available_methods
+from mustdrop.methods import (
+    AveragePool,
+    DivPrune,
+    FastV,
+    PruMerge,
+    PyramidDrop,
+    Random,
+    SparseVLM,
+    ToMe,
+    Uniform,
+    VisionZip,
+)
 from mustdrop.stages import DualAttentionFilter, KeyTokens, LocalSpatialMerge, OutputAwareCache
 
 PATCHES = SIDE * SIDE
@@ -24,6 +36,27 @@ METHODS = {
     "keys alone": (KeyTokens(), KeyTokens(rate=0)),
     "filter alone": (DualAttentionFilter(**THRESHOLDS), DualAttentionFilter(0, 0)),
     "cache alone": (OutputAwareCache(output_threshold=0.004), OutputAwareCache()),
+    "fastv": (FastV(layer=2, drop_ratio=0.7), FastV(drop_ratio=0.0)),
+    "fastv, official": (FastV(retain=50, compat="official"), FastV(retain=PATCHES)),
+    "pyramiddrop": (PyramidDrop(retain=40), PyramidDrop(ratios=[1.0, 1.0, 1.0])),
+    "pyramiddrop, official": (
+        PyramidDrop([2, 4, 6], [0.5, 0.25, 0.125], compat="official"),
+        PyramidDrop(ratios=[1.0, 1.0, 1.0], compat="official"),
+    ),
+    "sparsevlm": (SparseVLM(retain=60), SparseVLM(keeps=[1.0, 1.0, 1.0])),
+    "sparsevlm, by rank": (SparseVLM(rank_scale=9.0), SparseVLM(rank_scale=144.0)),
+    "sparsevlm, official": (SparseVLM(retain=64, compat="official"), SparseVLM(retain=PATCHES, compat="official")),
+    "sparsevlm, version 2": (SparseVLM(2, 60), SparseVLM(2, keeps=[1.0, 1.0, 1.0])),
+    "sparsevlm, version 2, official": (SparseVLM(2, 64, compat="official"), SparseVLM(2, PATCHES, compat="official")),
+    "visionzip": (VisionZip(20, 6), VisionZip(retain=PATCHES)),
+    "visionzip, official": (VisionZip(retain=30, compat="official"), VisionZip(PATCHES, 1, compat="official")),
+    "prumerge": (PruMerge(retain=30), PruMerge(retain=PATCHES)),
+    "prumerge, plus": (PruMerge(plus=True), PruMerge(plus=True, retain=PATCHES)),
+    "tome": (ToMe(40), ToMe(PATCHES)),
+    "divprune": (DivPrune(30), DivPrune(PATCHES)),
+    "random": (Random(30), Random(PATCHES)),
+    "uniform": (Uniform(30), Uniform(PATCHES)),
+    "avgpool": (AveragePool(30), AveragePool(PATCHES)),
 }
 reducing = pytest.mark.parametrize("reducer", [pair[0] for pair in METHODS.values()], ids=METHODS)
 keeping = pytest.mark.parametrize("reducer", [pair[1] for pair in METHODS.values()], ids=METHODS)

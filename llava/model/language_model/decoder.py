@@ -18,7 +18,7 @@ from llava.model.language_model.cache import VisionCache
 from llava.model.llava_arch import LlavaMetaModel
 from llava.model.masks import attention_mask as make_mask
 from llava.model.masks import expand_mask
-from mustdrop.hooks import Attention, CacheStep, Call, DecoderStep, LayerPlan, Tokens, gather
+from mustdrop.hooks import Attention, CacheStep, Call, DecoderStep, Keep, LayerPlan, Tokens, gather
 
 
 class LlavaConfig(LlamaConfig):
@@ -193,13 +193,19 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
         keep = call.reducer.after_decoder_layer(step)
         if keep is None:
             return stream
+        keep = keep if isinstance(keep, Keep) else Keep(keep)
         call.decided.append(index)
-        indices, tokens = stream.tokens.select(keep | ~stream.tokens.vision | stream.tokens.protected)
-        if stream.tokens.valid is None and indices.shape[1] == stream.hidden.shape[1]:
+        if keep.into is not None:
+            call.merged[index] = keep.into
+        before = stream.tokens
+        length = before.image.shape[1] - keep.dropped if keep.dropped is not None and before.valid is None else None
+        stays = keep.tokens | ~before.vision | before.protected
+        indices, tokens = before.select(stays, order=keep.order, length=length)
+        if before.valid is None and indices.shape[1] == stream.hidden.shape[1]:
             return stream
         if call.reducer.positions == "renumber":
             tokens = tokens.renumbered()
-        return self.stream(gather(stream.hidden, indices), tokens)
+        return self.stream(gather(stream.hidden if keep.hidden is None else keep.hidden, indices), tokens)
 
     def attention(self, index: int, entering: Stream, cache: VisionCache | None = None) -> Attention:
         """A layer's attention on its input, on demand; keys come from the cache where they are there already."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -69,7 +72,11 @@ class CLIPVisionTower(nn.Module):
         mask = None
         for index, block in enumerate(model.encoder.layers[: self.blocks_run]):
             before = tokens
-            tokens = tokens.with_hidden(block(tokens.hidden, attention_mask=mask))
+            if call.does("inside_vision_block"):
+                tokens = self._run_in_two(index, tokens, mask, call)
+                mask = mask if tokens.owner is before.owner else self._mask(tokens)
+            else:
+                tokens = tokens.with_hidden(block(tokens.hidden, attention_mask=mask))
             if call.does("after_vision_block"):
                 with call.timed("selector", hidden.device):
                     reduced = call.reducer.after_vision_block(self._step(index, before, tokens, call))
@@ -89,6 +96,18 @@ class CLIPVisionTower(nn.Module):
             return [self(image[None]) for image in images]
         return self.encode(images).hidden.to(images.dtype)
 
+    def _run_in_two(self, index: int, tokens: VisionTokens, mask, call: Call) -> VisionTokens:
+        """A block whose tokens may be merged or dropped between attention and MLP."""
+        block = self.vision_tower.encoder.layers[index]
+        attended = tokens.hidden + block.self_attn(block.layer_norm1(tokens.hidden), attention_mask=mask)[0]
+        before, tokens = tokens, tokens.with_hidden(attended)
+        with call.timed("selector", attended.device):
+            step = replace(self._step(index, before, tokens, call), next_attention=None)
+            reduced = call.reducer.inside_vision_block(step) or tokens
+        if reduced.owner is not tokens.owner:
+            call.vision[index] = reduced.owner
+        return reduced.with_hidden(reduced.hidden + block.mlp(block.layer_norm2(reduced.hidden)))
+
     def _step(self, index: int, before: VisionTokens, tokens: VisionTokens, call: Call) -> VisionStep:
         blocks = self.vision_tower.encoder.layers
         following = self._attention(index + 1, tokens) if index + 1 < len(blocks) else None
@@ -100,6 +119,7 @@ class CLIPVisionTower(nn.Module):
             attention=self._attention(index, before),
             next_attention=following,
             state=call.state,
+            run=self.blocks_run,
         )
 
     def _attention(self, index: int, tokens: VisionTokens) -> Attention:
@@ -118,10 +138,19 @@ class CLIPVisionTower(nn.Module):
         )
 
     def _mask(self, tokens: VisionTokens):
+        if tokens.proportional:
+            return self._bias(tokens)
         if tokens.valid is None:
             return None
         keys = tokens.hidden.shape[1]
         return attention_mask(self.config, tokens.hidden, valid=tokens.valid_with_prefix, keys=keys, causal=False)
+
+    def _bias(self, tokens: VisionTokens) -> Tensor:
+        """Mask that makes attention count a token as often as it has patches, `[images, 1, 1, keys]`."""
+        bias = F.pad(tokens.size.clamp(min=1).to(tokens.hidden.dtype).log(), (tokens.prefix, 0))
+        if tokens.valid is not None:
+            bias = bias.masked_fill(~tokens.valid_with_prefix, torch.finfo(bias.dtype).min)
+        return bias[:, None, None]
 
     @property
     def _native_grid(self) -> tuple[int, int]:

@@ -1,0 +1,23 @@
+"""Other methods over the same seam, one file each."""
+
+from mustdrop.methods.controls import AveragePool, Random, Uniform
+from mustdrop.methods.divprune import DivPrune
+from mustdrop.methods.fastv import FastV
+from mustdrop.methods.prumerge import PruMerge
+from mustdrop.methods.pyramiddrop import PyramidDrop
+from mustdrop.methods.sparsevlm import SparseVLM
+from mustdrop.methods.tome import ToMe
+from mustdrop.methods.visionzip import VisionZip
+
+__all__ = [
+    "AveragePool",
+    "DivPrune",
+    "FastV",
+    "PruMerge",
+    "PyramidDrop",
+    "Random",
+    "SparseVLM",
+    "ToMe",
+    "Uniform",
+    "VisionZip",
+]

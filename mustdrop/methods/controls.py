@@ -1,0 +1,81 @@
+"""The plain controls of an honest table: fewer vision tokens without looking at the picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mustdrop import ops
+from mustdrop.checks import require
+from mustdrop.hooks import Reducer, VisionStep, VisionTokens
+
+
+@dataclass
+class Control(Reducer):
+    """Base of the controls: they act once, on the features that the vision encoder gives.
+
+    Parameters
+    ----------
+    retain : int
+        Tokens that every image keeps. All it has, or more: nothing is done.
+    """
+
+    retain: int = 64
+
+    def __post_init__(self) -> None:
+        require(self.retain > 0, "retain", self.retain, "1 or more")
+
+    def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
+        return self.reduce(step.tokens) if step.last and self.retain < step.tokens.anchor.shape[1] else None
+
+    def reduce(self, tokens: VisionTokens) -> VisionTokens:
+        """The tokens that are left of more than `retain`."""
+        raise NotImplementedError
+
+
+@dataclass
+class Random(Control):
+    """A random subset, drawn evenly from all there are.
+
+    The draw depends on the seed and the grid alone: a picture keeps the same patches in any batch and with any
+    question. Several seeds show how much the draw matters.
+
+    Parameters
+    ----------
+    seed : int
+        Of the draw.
+    """
+
+    seed: int = 0
+
+    def reduce(self, tokens: VisionTokens) -> VisionTokens:
+        generator = torch.Generator().manual_seed(self.seed)
+        score = torch.rand(tokens.owner.shape[1], generator=generator).to(tokens.hidden.device)
+        return ops.keep_best(tokens, score[tokens.anchor], self.retain)
+
+
+@dataclass
+class Uniform(Control):
+    """The middle patch of every cell of an even grid."""
+
+    def reduce(self, tokens: VisionTokens) -> VisionTokens:
+        _, middle = ops.grid_cells(tokens.grid, self.retain, tokens.hidden.device)
+        chosen = torch.zeros_like(tokens.owner[0]).scatter(0, middle, 1)
+        return ops.keep_best(tokens, chosen[tokens.anchor], self.retain)
+
+
+@dataclass
+class AveragePool(Control):
+    """The mean of every cell of an even grid; the merged token sits on its middle patch and owns all of them."""
+
+    def reduce(self, tokens: VisionTokens) -> VisionTokens:
+        cell, middle = ops.grid_cells(tokens.grid, self.retain, tokens.hidden.device)
+        column = torch.arange(tokens.anchor.shape[1], device=cell.device)
+        own = cell[tokens.anchor]
+        middle_first = column + len(column) * (tokens.anchor != middle[own])
+        first = torch.full_like(middle.expand(len(own), -1), 2 * len(column)).scatter_reduce(
+            1, own, middle_first, "amin"
+        )
+        untouched = len(column) == len(cell)
+        return ops.merge(tokens, first.gather(1, own) % len(column), self.retain if untouched else None)

@@ -1,0 +1,146 @@
+"""What methods share that drop vision tokens inside the decoder: how many stay after which layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mustdrop import ops
+from mustdrop.checks import require
+from mustdrop.hooks import Attention, DecoderStep, Keep, Reducer, VisionTokens
+
+
+class Stage(NamedTuple):
+    """What a schedule means for an image at one of its layers: tokens before, kept as they are, and after the drop."""
+
+    before: int
+    kept: int
+    after: int
+
+
+class LayerwiseDrop(Reducer):
+    """Base of methods that rank the vision tokens after some decoder layers and keep the best of every image.
+
+    A method says how many tokens of an image stay after which layer (`schedule`) and how good a token is (`score`).
+    Numbers are those of an image with as many tokens as the largest one has; images from which an earlier stage has
+    taken tokens keep the same share.
+    """
+
+    retain: int | None = None
+    compat: str = "default"
+
+    def schedule(self, layers: int, tokens: int) -> dict[int, int]:
+        """Decoder layer -> tokens of an image that stay after it, for images of `tokens` vision tokens.
+
+        Raises ValueError if `retain` is out of reach.
+        """
+        raise NotImplementedError
+
+    def score(self, step: DecoderStep) -> Tensor:
+        """How good each token is, float `[batch, length]`; only vision tokens are looked at."""
+        raise NotImplementedError
+
+    def added(self, dropped: int) -> int:
+        """Tokens that a method makes out of so many dropped ones."""
+        return 0
+
+    def check_tokens(self, layers: int, tokens: int) -> None:
+        self.schedule(layers, tokens)
+
+    def expected(self, layers: int, tokens: int) -> float:
+        """Vision tokens per decoder layer, a layer counting after its drop (the authors' meter)."""
+        return self._mean(self.schedule(layers, tokens), layers, tokens)
+
+    def on_projected_features(self, tokens: VisionTokens, state: dict) -> None:
+        """Note how many tokens an image has: known to the host, so that later nothing waits for the device."""
+        state["tokens"], state["alike"] = tokens.hidden.shape[1], tokens.valid is None
+
+    def after_decoder_layer(self, step: DecoderStep) -> Keep | None:
+        state = step.state
+        if "entered" not in state:
+            state["entered"] = ops.tokens_per_image(step.tokens.image, step.tokens.images)
+            state["stages"] = self.stages(self.schedule(step.layers, state["tokens"]), state["tokens"])
+        stage = state["stages"].get(step.layer)
+        if stage is None:
+            return None
+        keep = self.keep(step, stage)
+        if state["alike"] and len(step.hidden) == 1:
+            keep.dropped = (stage.before - stage.after) * step.tokens.images
+        return keep
+
+    def keep(self, step: DecoderStep, stage: Stage) -> Keep:
+        """What goes on after a layer of the schedule: the best tokens."""
+        return Keep(ops.top_per_image(self.score(step), step.tokens.image, self.wanted(step, stage.kept)))
+
+    def wanted(self, step: DecoderStep, count: int) -> Tensor:
+        """`count` tokens of an image that entered the decoder whole, as large a share of others: `[batch, images]`."""
+        entered, whole = step.state["entered"].to(step.hidden.device), step.state["tokens"]
+        return (2 * entered * count + whole) // (2 * whole)
+
+    def stages(self, schedule: dict[int, int], tokens: int) -> dict[int, Stage]:
+        """What a schedule means layer by layer."""
+        stages = {}
+        for layer in sorted(schedule):
+            kept = min(tokens, schedule[layer])
+            stages[layer] = Stage(tokens, kept, kept + self.added(tokens - kept))
+            tokens = stages[layer].after
+        return stages
+
+    def solve(
+        self, retain: int, layers: int, tokens: int, schedule: Callable[[float], dict[int, int]]
+    ) -> dict[int, int]:
+        """The schedule whose mean comes closest to `retain`.
+
+        Parameters
+        ----------
+        retain : int
+            Wanted mean of vision tokens per decoder layer and image, by the authors' meter; no drop if an image has no
+            more.
+        layers, tokens : int
+            Of the decoder, and of an image.
+        schedule : callable, float in [0, 1] -> schedule
+            Keeps more tokens the larger its argument; at 0 the fewest there can be, at 1 all.
+
+        Raises
+        ------
+        ValueError
+            If the layers before the first drop alone see more than `retain`.
+        """
+        if retain >= tokens:
+            return {}
+        least = self._mean(schedule(0.0), layers, tokens)
+        method = type(self).__name__
+        right = f"at least {math.ceil(least)} for {method}: its first layers see all {tokens} tokens ({layers} layers)"
+        require(retain >= least, "retain", retain, right)
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._mean(schedule(middle), layers, tokens) <= retain else (low, middle)
+        return min(schedule(low), schedule(high), key=lambda one: abs(self._mean(one, layers, tokens) - retain))
+
+    def _mean(self, schedule: dict[int, int], layers: int, tokens: int) -> float:
+        stages, total = self.stages(schedule, tokens), 0
+        for layer in range(layers):
+            tokens = stages[layer].after if layer in stages else tokens
+            total += tokens
+        return total / layers
+
+    def mean_over_heads(self, attention: Attention, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Attention of some rows `[batch, rows, length]`; the authors' codes average in the model's precision."""
+        probabilities = attention.probabilities(rows)
+        return (probabilities.to(dtype) if self.compat == "official" else probabilities).mean(1)
+
+
+def layer_number(layer: int | float, layers: int) -> int:
+    """The layer before which tokens are dropped; one layer at least has seen them all."""
+    return max(1, ops.layer_index(layer, layers))
+
+
+def check_layers(field: str, given: int | float, layers: int) -> None:
+    """Raise ValueError unless tokens can be dropped before (or after) a layer of a decoder that is `layers` deep."""
+    fits = 0 < given < (1 if isinstance(given, float) else layers)
+    require(fits, field, given, f"a layer from 1 to {layers - 1} or a fraction between 0 and 1")

@@ -1,0 +1,88 @@
+"""ToMe (arXiv 2210.09461): in every vision block, merge the pairs of tokens that are most alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mustdrop import ops
+from mustdrop.checks import require
+from mustdrop.hooks import Reducer, VisionStep, VisionTokens
+
+
+@dataclass
+class ToMe(Reducer):
+    """Token merging.
+
+    Between attention and MLP of every vision block that is run, every other patch token is matched with the most
+    similar of the rest, by the cosine of the block's keys (mean over heads); the best pairs merge into their mean
+    weighted by size, and attention counts a token as often as its size from then on. CLS is left alone.
+
+    Parameters
+    ----------
+    retain : int
+        Tokens that are left of every image. Blocks merge the same number of pairs each, half of their tokens at most.
+        All it has, or more: nothing is done.
+
+    Raises
+    ------
+    ValueError
+        If `retain` is not positive, or lower than what is left if every block merges half of its tokens.
+    """
+
+    retain: int = 64
+
+    def __post_init__(self) -> None:
+        require(self.retain > 0, "retain", self.retain, "1 or more")
+
+    def inside_vision_block(self, step: VisionStep) -> VisionTokens | None:
+        tokens = step.tokens
+        count = tokens.anchor.shape[1]
+        left = schedule(tokens.owner.shape[1], self.retain, step.run)[step.block]
+        if left >= count:
+            return None
+        keys = step.attention.keys().mean(1)[:, tokens.prefix :]
+        into = match(keys, count - left)
+        total = torch.zeros_like(tokens.size).scatter_add(1, into, tokens.size)
+        return replace(ops.merge(tokens, into, left, tokens.size / total.gather(1, into)), proportional=True)
+
+
+def schedule(tokens: int, retain: int, blocks: int) -> list[int]:
+    """Tokens left after every block, `retain` after the last.
+
+    Raises ValueError if halving them in every block is not enough.
+    """
+    if retain >= tokens:
+        return [tokens] * blocks
+    for pairs in range(tokens):
+        left = [tokens]
+        for _ in range(blocks):
+            left.append(max(retain, left[-1] - min(pairs, left[-1] // 2)))
+        if left[-1] == retain:
+            return left[1:]
+    right = f"at least {left[-1]}: each of {blocks} vision blocks merges half of its tokens at most, of {tokens}"
+    raise ValueError(f"retain is {retain}: it must be {right}")
+
+
+def match(keys: Tensor, pairs: int) -> Tensor:
+    """Bipartite soft matching (ToMe, section 3): who merges with whom.
+
+    Parameters
+    ----------
+    keys : `[images, tokens, width]`
+    pairs : int
+        Number of tokens that go, half of all at most.
+
+    Returns
+    -------
+    int64 `[images, tokens]`
+        Column of the token that each goes into, its own if it stays.
+    """
+    units = F.normalize(keys.float(), dim=-1)
+    likeness, partner = (units[:, ::2] @ units[:, 1::2].transpose(1, 2)).max(-1)
+    into = torch.arange(keys.shape[1], device=keys.device).repeat(len(keys), 1)
+    into[:, ::2] = torch.where(ops.top_count(likeness, pairs), 2 * partner + 1, into[:, ::2])
+    return into

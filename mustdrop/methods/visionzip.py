@@ -1,0 +1,108 @@
+"""VisionZip (arXiv 2412.04467): dominant tokens stay, the others are merged into a few contextual ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mustdrop import ops
+from mustdrop.checks import one_of, require
+from mustdrop.hooks import Reducer, VisionStep, VisionTokens, compact, gather
+
+CONTEXTUAL_SHARE = 10 / 64  # of the published 54 + 10, 108 + 20 and 162 + 30
+
+
+@dataclass
+class VisionZip(Reducer):
+    """VisionZip.
+
+    In the last vision-encoder block that is run, the patch tokens to which CLS attends most (sum over heads) are
+    dominant and stay. Of the others, evenly strided ones are targets; each remaining token joins the target whose key
+    (mean over heads) is most similar to its own by cosine, and target and joiners become one contextual token. An
+    encoder without CLS takes the attention that all tokens pay a token.
+
+    Parameters
+    ----------
+    dominant, contextual : int, optional
+        Numbers of tokens per image. Default: 54 and 10.
+    retain : int, optional
+        Instead: their sum, divided as published. Images with no more tokens than that are left alone.
+    compat : {"default", "official"}
+        "official": CLS itself is one of the dominant tokens and comes first, contextual tokens come last, positions
+        are consecutive, and a contextual token is its target plus the mean of the others. By default all tokens stay
+        where they are in the picture, and a contextual token is the mean of all its members.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range.
+    """
+
+    dominant: int | None = None
+    contextual: int | None = None
+    retain: int | None = None
+    compat: str = "default"
+
+    def __post_init__(self) -> None:
+        one_of("compat", self.compat, ("default", "official"))
+        self.positions = "renumber" if self.compat == "official" else "original"
+        numbers, retain = (self.dominant, self.contextual), self.retain
+        require(retain is None or retain > 1, "retain", retain, "2 or more: one dominant and one contextual token")
+        for field, number in zip(("dominant", "contextual"), numbers, strict=True):
+            require(number is None or number > 0, field, number, "1 or more")
+            require(number is None or retain is None, "retain", retain, f"left out where {field} is given")
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """Dominant and contextual tokens per image."""
+        if self.retain is None:
+            return 54 if self.dominant is None else self.dominant, 10 if self.contextual is None else self.contextual
+        contextual = max(1, round(self.retain * CONTEXTUAL_SHARE))
+        return self.retain - contextual, contextual
+
+    def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
+        tokens, (dominant, contextual) = step.tokens, self.numbers
+        if not step.last or dominant + contextual >= tokens.anchor.shape[1]:
+            return None
+        official = self.compat == "official" and tokens.prefix == 1
+        stays = ops.top_count(self._score(step), dominant - official)
+        rest = tokens.anchor.shape[1] - dominant + official
+        others, real = compact(~stays, pad="right", length=rest)[0], tokens.valid
+        targets = others[:, :: max(1, rest // contextual)][:, :contextual]
+
+        keys = F.normalize(step.attention.keys().mean(1)[:, tokens.prefix :].float(), dim=-1)
+        nearest = (keys @ gather(keys, targets).transpose(1, 2)).argmax(-1)
+        column = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
+        is_target = torch.zeros_like(stays).scatter(1, targets, True)
+        into = torch.where(stays | is_target, column, targets.gather(1, nearest))
+        if real is not None:
+            into = torch.where(real, into, column)
+        return self._official(tokens, into, is_target) if official else ops.merge(tokens, into, dominant + contextual)
+
+    def _score(self, step: VisionStep) -> Tensor:
+        """Attention that CLS (without one: every token) pays each patch token, `[images, tokens]`."""
+        tokens = step.tokens
+        rows = torch.arange(tokens.prefix or tokens.anchor.shape[1], device=tokens.hidden.device)
+        probabilities = step.attention.probabilities(rows.expand(len(tokens.anchor), -1))
+        score = probabilities.sum((1, 2))[:, tokens.prefix :]
+        return score if tokens.valid is None else score.masked_fill(~tokens.valid, float("-inf"))
+
+    def _official(self, tokens: VisionTokens, into: Tensor, is_target: Tensor) -> VisionTokens:
+        """Merge as the authors' code does; CLS becomes a token that stands for no patch."""
+        column = torch.arange(into.shape[1], device=into.device)
+        joins = into != column
+        joiners = torch.zeros_like(into).scatter_add(1, into, joins.long())
+        weight = torch.where(joins, 1 / joiners.gather(1, into), 1.0)
+        order = column + is_target * len(column)
+        merged = ops.merge(tokens, into, sum(self.numbers) - 1, weight, order)
+        return replace(
+            merged,
+            anchor=F.pad(merged.anchor, (1, 0)),
+            owner=merged.owner + (merged.owner >= 0),
+            valid=merged.valid_with_prefix,
+            protected=None if merged.protected is None else F.pad(merged.protected, (1, 0)),
+            prefix=0,
+        )
