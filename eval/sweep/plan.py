@@ -1,0 +1,277 @@
+"""From a sweep's YAML file to its cells, with everything checked that can be checked before the first job."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from eval import settings
+from eval.cell import Cell
+from eval.methods import VANILLA, method_at, read_method
+from eval.sweep.launch import Launch, hint
+from eval.tasks import BENCHMARKS, GROUP, SUITE
+from mustdrop import load_reducer
+from mustdrop.cost import ModelShape
+
+KEYS = ("models", "tasks", "methods", "retain", "seeds", "batch_size", "limit", "overrides", "launch")
+OPTIONS = {"MODEL": "models", "LIMIT": "limit", "RETAIN": "retain", "task": "tasks"}
+"""How ``eval.settings`` and ``eval.methods`` call what keys are here."""
+
+OVERRIDES = ("device", "device_map", "dtype", "attn_implementation", "conv_template")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked sweep.
+
+    Attributes
+    ----------
+    name : str
+        The file's name.
+    settings : dict
+        What the file says, with the limit that is in force.
+    cells : tuple of Cell
+        Per model, task and seed: the untouched model, then every method at every budget.
+    launch : Launch
+        Where and how.
+    """
+
+    name: str
+    settings: dict
+    cells: tuple[Cell, ...]
+    launch: Launch
+
+
+@dataclass(frozen=True)
+class Method:
+    """What tells a method's cells from others; the fields are those of `Cell`."""
+
+    method: str
+    retain: int | None
+    settings: dict
+
+
+UNTOUCHED = Method(VANILLA, None, {"method": VANILLA})
+
+
+def read(file: Path, limit: str | int | None = None, where: str | None = None, online: bool = True) -> Plan:
+    """Read and check a sweep.
+
+    Parameters
+    ----------
+    file : pathlib.Path
+        YAML with some of the keys ``KEYS``.
+    limit : str or int, optional
+        Overrides the file's.
+    where : {"local", "slurm"}, optional
+        Overrides the file's.
+    online : bool
+        Whether to see that the hub has the models, and that there are tokens for what tasks download.
+
+    Raises
+    ------
+    ValueError
+        With one line that names the file, the key, the value and what would be right.
+    """
+    given = _mapping(file)
+    limit = _whole(file, "limit", given.get("limit") if limit is None or not str(limit).strip() else limit, 1)
+    names = _texts(file, "models", given.get("models", settings.EMBEDDED))
+    seeds = [_whole(file, "seeds", seed, 0) for seed in _list(given.get("seeds", 0))]
+    retain = [_whole(file, "retain", number, 1) for number in _list(given.get("retain", []))]
+    batch_size = _whole(file, "batch_size", given.get("batch_size", settings.DEFAULT_BATCH_SIZE), 1)
+    overrides = _overrides(file, given.get("overrides") or {})
+    if not isinstance(given.get("launch") or {}, Mapping):
+        raise _wrong(file, "launch", given["launch"], "a mapping such as {where: local}")
+    with _naming(file, "launch"):
+        launch = Launch.read(given.get("launch") or {}, where)
+    tasks = _tasks(file, given.get("tasks"))
+    with _naming(file, "models"):
+        models = list(dict.fromkeys(settings.check_model(name, online) for name in names))
+
+    cells: list[Cell] = []
+    for model in models:
+        with _naming(file, "tasks"):
+            pairs = settings.check_tasks(tasks, model, limit, online)
+        methods = _methods(file, given.get("methods") or [], model, list(dict.fromkeys(retain)))
+        common = {"model": model, "limit": limit, "batch_size": batch_size, **overrides}
+        cells += [
+            Cell(**common, benchmark=benchmark, task=task, seed=seed, **vars(method))
+            for benchmark, task in pairs
+            for seed in dict.fromkeys(seeds)
+            for method in (UNTOUCHED, *methods)
+        ]
+    return Plan(file.stem, {**given, "limit": limit}, tuple(cells), launch)
+
+
+def _mapping(file: Path) -> dict:
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; a sweep is YAML, see configs/sweeps")
+    try:
+        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"{file}: holds {type(given).__name__}, expected a mapping with some of {', '.join(KEYS)}")
+    for key in given:
+        if key not in KEYS:
+            raise ValueError(f"{file}: unknown key {key!r}{hint(key, KEYS)}; a sweep has {', '.join(KEYS)}")
+    return given
+
+
+def _tasks(file: Path, given: object) -> list[str]:
+    known = [*BENCHMARKS, *SUITE, GROUP]
+    names = _texts(file, "tasks", given)
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"{file}: tasks: got {name!r}{hint(name, known)}, expected some of {', '.join(known)} "
+                f"({GROUP}: all the synthetic ones)"
+            )
+    return settings.benchmarks(names)
+
+
+def _overrides(file: Path, given: object) -> dict:
+    """Settings of every cell that have no key of their own."""
+    from llava.conversation import conv_templates
+
+    if not isinstance(given, Mapping):
+        raise _wrong(file, "overrides", given, "a mapping such as {dtype: bfloat16}")
+    choices = {
+        "dtype": ("auto", "float32", "float16", "bfloat16"),
+        "attn_implementation": ("sdpa", "eager", "flash_attention_2"),
+        "conv_template": tuple(conv_templates),
+    }
+    for key, value in given.items():
+        if key not in OVERRIDES:
+            raise ValueError(
+                f"{file}: overrides: unknown key {key!r}{hint(key, OVERRIDES)}; it has {', '.join(OVERRIDES)}"
+            )
+        if value not in choices.get(key, (value,)):
+            raise _wrong(file, f"overrides: {key}", value, "one of " + ", ".join(choices[key]))
+        if not isinstance(value, str):
+            raise _wrong(file, f"overrides: {key}", value, "text")
+        if key == "device" and value not in ("cpu", "cuda", "mps"):
+            raise _wrong(file, "overrides: device", value, "cpu, cuda or mps; which GPU a job gets is up to launch")
+    return dict(given)
+
+
+def _methods(file: Path, given: object, model: str, retain: Sequence[int]) -> list[Method]:
+    """Every method at every budget for one model, each checked against the model's sizes."""
+    found: dict[tuple, Method] = {}
+    for entry in _list(given):
+        for method in _variants(file, entry, model, retain):
+            if method.settings["method"] == VANILLA:
+                continue
+            known = found.setdefault((method.method, method.retain), method)
+            if known.settings != method.settings:
+                raise ValueError(
+                    f"{file}: methods: two different ones are called {method.method!r}; give one of them "
+                    "another name, {name: ..., method: ..., ...}"
+                )
+            with _naming(file, f"retain: {method.retain}" if method.retain in retain else "methods"):
+                _check_reach(method, model)
+    return list(found.values())
+
+
+def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> Iterator[Method]:
+    """What one entry of ``methods`` means: a name at every budget, a file as it is, fields at every budget they leave
+    open."""
+    if isinstance(entry, str) and Path(entry).suffix in (".yaml", ".yml"):
+        path = next((path for path in (Path(entry), settings.ROOT / entry) if path.is_file()), Path(entry))
+        with _naming(file, "methods"):
+            own = read_method(str(path))
+            load_reducer(own)
+        name, number = re.fullmatch(r"(.+?)(?:_(\d+))?", path.stem).groups()
+        yield Method(name, int(number) if number else None, own)
+    elif isinstance(entry, str):
+        with _naming(file, "methods"):
+            load_reducer({"method": entry})
+        for number in retain if entry != VANILLA else ():
+            with _naming(file, "retain"):
+                yield Method(entry, number, method_at(model, entry, number)[0])
+        if not retain:
+            yield Method(entry, None, {"method": entry})
+    elif isinstance(entry, Mapping):
+        own = {key: value for key, value in entry.items() if key != "name"}
+        name = entry.get("name", entry.get("method"))
+        with _naming(file, "methods"):
+            reducer = load_reducer(own)
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+            raise _wrong(file, "methods: name", name, "letters, digits and any of _ . -")
+        if not retain or "retain" in own or not hasattr(reducer, "retain"):
+            yield Method(name, own.get("retain"), own)
+            return
+        for number in retain:
+            with _naming(file, "methods"):
+                load_reducer({**own, "retain": number})
+            yield Method(name, number, {**own, "retain": number})
+    else:
+        raise _wrong(file, "methods", entry, "a method's name, the path of a YAML file, or a mapping {method: ...}")
+
+
+def _check_reach(method: Method, model: str) -> None:
+    """Ask the reducer whether it can do what is wanted on a model of this size; what depends on data shows later."""
+    shape = _shape(model)
+    if shape is None:
+        return
+    name = Path(model).name
+    if method.retain is not None and method.retain > shape.vision_tokens:
+        raise ValueError(f"{name} has only {shape.vision_tokens} vision tokens per picture")
+    reducer = load_reducer(method.settings)
+    try:
+        # Of the tower, the blocks that are run are known; features are taken before the last one, as a rule.
+        reducer.check(shape.layers, shape.vision_layers + 1)
+        reducer.check_tokens(shape.layers, shape.patches)
+    except ValueError as error:
+        raise ValueError(f"{method.method} on {name}: {error}") from None
+
+
+@cache
+def _shape(model: str) -> ModelShape | None:
+    """A model's sizes from its config.json, None where it cannot be had or read."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return ModelShape.from_config(model if Path(model).is_dir() else hf_hub_download(model, "config.json"))
+    except (ValueError, OSError):
+        return None
+
+
+def _list(value: object) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _texts(file: Path, key: str, value: object) -> list[str]:
+    values = _list(value)
+    if not values or not all(isinstance(one, str) and one for one in values):
+        raise _wrong(file, key, value, "a list of names")
+    return values
+
+
+def _whole(file: Path, key: str, value: object, least: int) -> int | None:
+    if value is None and key == "limit":
+        return None
+    if isinstance(value, bool) or not re.fullmatch(r"\d+", str(value).strip()) or int(value) < least:
+        raise _wrong(file, key, value, f"a whole number of {least} or more")
+    return int(value)
+
+
+def _wrong(file: Path, key: str, value: object, right: str) -> ValueError:
+    return ValueError(f"{file}: {key}: got {value!r}, expected {right}")
+
+
+@contextmanager
+def _naming(file: Path, key: str) -> Iterator[None]:
+    """Errors from inside get the file and the key in front; one that names an option gets the key that is its like."""
+    try:
+        yield
+    except ValueError as error:
+        option, _, text = str(error).partition(": ")
+        named = f"{OPTIONS[option]}: {text}" if option in OPTIONS else f"{key}: {error}"
+        raise ValueError(f"{file}: {named}") from None
