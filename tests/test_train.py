@@ -16,7 +16,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.train import dataset as conversations
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.mini import data, endtoend, evaluate, export, language, questions, scenes, vision
+from llava.train.mini import choosing, data, endtoend, evaluate, export, language, questions, scenes, vision
 from llava.train.mini.optim import parse_phases
 from llava.train.train import train
 from llava.train.trainer import PROJECTOR_FILE, ModalityLengthSampler
@@ -29,13 +29,14 @@ def stages(tmp_path_factory) -> dict[str, Path]:
     """Checkpoints of every mini stage, and the exported folder, of a model with 32-wide parts."""
     folder = tmp_path_factory.mktemp("stages")
     tokenizer = data.build_tokenizer()
-    paths = {name: folder / f"{name}.pt" for name in ("vision", "language", "aligned", "tuned")}
+    paths = {name: folder / f"{name}.pt" for name in ("vision", "language", "aligned", "tuned", "choices")}
     tower = vision.vision_config(hidden_size=32, layers=3, heads=1)
     vision.pretrain_vision(paths["vision"], "8:2,24:1", patches_per_step=128, config=tower)
     text = language.language_config(tokenizer, hidden_size=32, layers=3)
     language.pretrain_language(paths["language"], "8:2,24:1", questions_per_step=12, config=text)
     endtoend.align_projector(paths["vision"], paths["language"], paths["aligned"], steps=3)
     endtoend.tune(paths["aligned"], paths["tuned"], "8:1,24:1", questions_per_step=12)
+    endtoend.tune(paths["tuned"], paths["choices"], "8:1", choices=0.5, questions_per_step=12)
     paths["folder"] = export.export(paths["tuned"], folder / "model")
     return paths
 
@@ -70,6 +71,52 @@ def test_mentions_end_at_their_noun():
     for mention in text.mentions:
         word = packer.tokenizer.convert_ids_to_tokens(int(text.ids[mention.row, mention.token]))
         assert word == mention.meaning.phrase.split()[-1]
+
+
+def test_choices_pack_like_plain_questions():
+    """The same questions with and without options: same phrases meant, one letter as answer, no unknown token."""
+    scene = scenes.generate_scene(3)
+    plain, choices = (data.ask_scene(scene, 24, choices=share) for share in (0.0, 1.0))
+    packer = data.Packer(data.build_tokenizer())
+    text = packer([choices])
+    assert [mention.meaning for mention in text.mentions] == [item for row in plain for item in row.mentions]
+    for mention in text.mentions:
+        word = packer.tokenizer.convert_ids_to_tokens(int(text.ids[mention.row, mention.token]))
+        assert word == mention.meaning.phrase.split()[-1]
+    assert packer.tokenizer.unk_token_id not in text.ids
+    for before, after, choice in zip(plain, choices, text.choices, strict=True):
+        assert after.text.startswith(f"{before.text}\nA. ") and f"\n{after.answer}. {before.answer}" in after.text
+        assert after.type == f"choice {before.type}"
+        ids = text.ids[choice.row]
+        letters = packer.tokenizer.convert_ids_to_tokens(ids[torch.tensor(choice.options) - 2])
+        assert letters == list(questions.LETTERS[: len(letters)])
+        assert letters[choice.options.index(choice.right)] == after.answer
+        assert ids[choice.right] == packer.tokenizer(before.answer, add_special_tokens=False).input_ids[0]
+        assert packer.tokenizer.decode(ids[choice.token : choice.token + 2]) == f"ASSISTANT: {after.answer}"
+
+
+def test_guidance_sees_the_models_own_attention(stages):
+    mini = endtoend.MiniLlava.from_state_dict(torch.load(stages["choices"], weights_only=True))
+    mini.model.set_attn_implementation("eager")
+    scene = scenes.generate_scene(5, 8)
+    text = data.Packer(data.build_tokenizer())([data.ask_scene(scene, 6, choices=1.0)])
+    with torch.no_grad():
+        vision_tokens = mini.vision_tokens(vision.collate([scene]))
+        embed = mini.model.get_input_embeddings()
+        embeds = torch.cat((embed(text.prefix)[None], vision_tokens, embed(text.ids)), 1)
+        mask, positions = text.attention_mask(64, embeds.dtype), text.positions(64)
+        output = mini.model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            output_hidden_states=True,
+            output_attentions=True,
+        )
+        rows = torch.tensor([choice.row for choice in text.choices])
+        tokens = embeds.shape[1] - text.ids.shape[1] + torch.tensor([choice.token for choice in text.choices])
+        scores = choosing.attention_scores(mini.model, 2, output.hidden_states[2], positions, rows, tokens)
+    looked = (scores + mask[rows, 0, tokens]).softmax(-1)
+    torch.testing.assert_close(looked, output.attentions[2][rows, choosing.HEAD, tokens])
 
 
 def test_bad_phases_are_named():
@@ -117,8 +164,25 @@ def test_stages_resume(stages, tmp_path):
     vision.pretrain_vision(halves, "8:2", **settings)
     after = vision.load_tower(halves)[0].state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    endtoend.tune(stages["aligned"], stages["tuned"], "8:1,24:2", questions_per_step=12)
-    assert torch.load(stages["tuned"], weights_only=True)["step"] == 3
+    tuned = shutil.copy(stages["tuned"], tmp_path / "tuned.pt")
+    endtoend.tune(stages["aligned"], tuned, "8:1,24:2", questions_per_step=12)
+    assert torch.load(tuned, weights_only=True)["step"] == 3
+
+
+def test_tuning_begins_with_an_exported_folder(stages, tmp_path):
+    """Export rounds to half precision; what is read back tunes on without the read-outs, and its tower stays."""
+    exported = endtoend.initial_state(stages["folder"])
+    torch.save(exported, tmp_path / "again.pt")
+    again = export.export(tmp_path / "again.pt", tmp_path / "again")
+    for name in ("config.json", "model.safetensors"):
+        assert (again / name).read_bytes() == (stages["folder"] / name).read_bytes()
+    for name, value in torch.load(stages["tuned"], weights_only=True)["model"].items():
+        assert torch.equal(exported["model"][name], value.half().float())
+    tuned = endtoend.tune(stages["folder"], tmp_path / "tuned.pt", "8:1", choices=1.0, questions_per_step=12)
+    state = torch.load(tuned, weights_only=True)
+    assert "grounding" not in state and "grounding" in torch.load(stages["choices"], weights_only=True)
+    assert all(torch.equal(exported["tower"][name], state["tower"][name]) for name in state["tower"])
+    assert not torch.equal(exported["projector"]["0.weight"], state["projector"]["0.weight"])
 
 
 def test_export_is_a_hugging_face_checkpoint(stages):
@@ -127,12 +191,12 @@ def test_export_is_a_hugging_face_checkpoint(stages):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for fast in (True, False):
         assert AutoTokenizer.from_pretrained(folder, use_fast=fast)("red").input_ids[0] == 1
-    image, question, answer, kind, scene = next(questions.scene_questions("test", 1, 1))
-    results = evaluate.answer_all(
-        model.float(), AutoProcessor.from_pretrained(folder), [(image, question, answer, kind, scene)]
-    )
-    table = evaluate.summarize(results)
-    assert table["all"]["n"] == 1 and set(table) == {kind, "all"}
+    asked = evaluate.held_out_questions("test", 1, 1, 1)
+    table = evaluate.summarize(evaluate.answer_all(model.float(), AutoProcessor.from_pretrained(folder), asked))
+    assert table["plain"]["n"] == table["choice"]["n"] == 1
+    assert set(table) == {"plain", "choice", *(kind for *_, kind, _ in asked)}
+    habit = evaluate.answer_from_habit(asked, n_training_scenes=5)
+    assert all(item.said in questions.LETTERS for item in habit if item.type.startswith("choice"))
 
 
 def test_labels_cover_the_answers_alone():

@@ -7,7 +7,8 @@ positions continue right after the prefix, exactly as if it had been asked alone
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -81,6 +82,20 @@ class PlacedMention:
     earlier: questions.Mention | None = None
 
 
+@dataclass(frozen=True)
+class PlacedChoice:
+    """A multiple-choice question's places in the text of a picture.
+
+    ``token`` is its prompt's last token, ``options`` are the first tokens of its options, ``right`` that of the right
+    one; an option's letter comes two tokens before it.
+    """
+
+    row: int
+    token: int
+    options: tuple[int, ...]
+    right: int
+
+
 @dataclass
 class PackedText:
     """The text of a packed batch; ``prefix`` is shared, the rest is ``[batch, text]``, padded on the right.
@@ -94,11 +109,12 @@ class PackedText:
     blocks: torch.Tensor
     offsets: torch.Tensor
     mentions: list[PlacedMention]
+    choices: list[PlacedChoice]
 
     def to(self, device: torch.device) -> PackedText:
         """The tensors on a device."""
         tensors = (self.prefix, self.ids, self.labels, self.blocks, self.offsets)
-        return PackedText(*(tensor.to(device) for tensor in tensors), self.mentions)
+        return PackedText(*(tensor.to(device) for tensor in tensors), self.mentions, self.choices)
 
     def positions(self, n_vision: int) -> torch.Tensor:
         """Position ids ``[batch, prefix + vision + text]``."""
@@ -131,24 +147,38 @@ class Packer:
         reply = self.tokenizer(answer, add_special_tokens=False).input_ids + [self.tokenizer.eos_token_id]
         return prompt + reply, [IGNORE_INDEX] * len(prompt) + reply
 
-    def last_token(self, question: questions.Question, mention: questions.Mention, again: bool) -> int:
-        """Place of a noun phrase's last token among the ids of :meth:`encode`; ``again`` for the later of two alike."""
-        find = question.text.rfind if again else question.text.find
-        end = find(mention.phrase) + len(mention.phrase)
-        return len(self.tokenizer("\n" + question.text[:end], add_special_tokens=False).input_ids) - 1
+    def last_token(self, text: str) -> int:
+        """Place, among the ids of :meth:`encode`, of the last token of a question's beginning."""
+        return len(self.tokenizer("\n" + text, add_special_tokens=False).input_ids) - 1
+
+    def place_mentions(self, question: questions.Question, row: int, start: int) -> Iterator[PlacedMention]:
+        """Ends of a question's noun phrases, its first token being token ``start`` of a row."""
+        earlier = None
+        for meaning in question.mentions:
+            find = question.text.find if earlier is None else question.text.rfind  # the later of two alike
+            end = find(meaning.phrase) + len(meaning.phrase)
+            yield PlacedMention(row, start + self.last_token(question.text[:end]), meaning, earlier)
+            earlier = meaning
+
+    def place_choice(self, question: questions.Question, ids: list[int], row: int, start: int) -> PlacedChoice:
+        """Places of a multiple-choice question whose ids (see :meth:`encode`) begin at token ``start`` of a row."""
+        text, *lines = question.text.split("\n")
+        options = {}
+        for line in lines:
+            options[line[0]] = start + self.last_token(f"{text}\n{line[0]}.") + 1
+            text += f"\n{line}"
+        return PlacedChoice(row, start + len(ids) - 3, tuple(options.values()), options[question.answer])
 
     def __call__(self, batch: list[list[questions.Question]]) -> PackedText:
         """Pack the questions of each picture of a batch."""
-        rows, mentions = [], []
+        rows, mentions, choices = [], [], []
         for row, asked in enumerate(batch):
             ids, labels, blocks, offsets = [], [], [], []
             for number, question in enumerate(asked, 1):
-                earlier = None
-                for meaning in question.mentions:
-                    token = len(ids) + self.last_token(question, meaning, again=earlier is not None)
-                    mentions.append(PlacedMention(row, token, meaning, earlier))
-                    earlier = meaning
+                mentions += self.place_mentions(question, row, len(ids))
                 question_ids, question_labels = self.encode(question.text, question.answer)
+                if "\n" in question.text:
+                    choices.append(self.place_choice(question, question_ids, row, len(ids)))
                 ids += question_ids
                 labels += question_labels
                 blocks += [number] * len(question_ids)
@@ -160,16 +190,30 @@ class Packer:
             torch.tensor([row[index] + [value] * (length - len(row[index])) for row in rows])
             for index, value in enumerate(fill)
         ]
-        return PackedText(self.prefix, *columns, mentions)
+        return PackedText(self.prefix, *columns, mentions, choices)
 
 
-#: Shares of the question types in language pre-training and in tuning: more of what is still learned.
+#: Shares of the question types in language pre-training, in tuning and in tuning with options: more of what is still
+#: learned, or easily lost.
 TRAINING_MIX = {"attribute": 0.16, "existence": 0.22, "counting": 0.2, "relation": 0.27, "reading": 0.15}
 TUNING_MIX = {"attribute": 0.12, "existence": 0.17, "counting": 0.38, "relation": 0.25, "reading": 0.08}
+CHOICE_MIX = {"attribute": 0.16, "existence": 0.12, "counting": 0.4, "relation": 0.16, "reading": 0.16}
 
 
 def ask_scene(
-    scene: scenes.Scene, count: int, salt: int = 0, mix: dict[str, float] | None = None
+    scene: scenes.Scene, count: int, salt: int = 0, mix: dict[str, float] | None = None, choices: float = 0.0
 ) -> list[questions.Question]:
-    """Training questions about a scene, determined by its seed and ``salt``; ``TRAINING_MIX`` unless told otherwise."""
-    return questions.ask(np.random.default_rng((scene.seed, salt, 3)), scene, count, mix or TRAINING_MIX)
+    """Training questions about a scene, determined by its seed and ``salt``; ``TRAINING_MIX`` unless told otherwise.
+
+    A share of ``choices`` of them comes with options; their type is then ``choice`` and the type of the plain question.
+    """
+    rng = np.random.default_rng((scene.seed, salt, 3))
+    asked = questions.ask(rng, scene, count, mix or TRAINING_MIX)
+    return [with_options(rng, scene, question) if rng.random() < choices else question for question in asked]
+
+
+def with_options(rng: np.random.Generator, scene: scenes.Scene, question: questions.Question) -> questions.Question:
+    """A question turned into a multiple-choice one, the options part of its text."""
+    choice = questions.multiple_choice(rng, scene, question)
+    text = questions.choice_text(choice.question, choice.options)
+    return replace(question, text=text, answer=choice.answer, type=f"choice {choice.type}")

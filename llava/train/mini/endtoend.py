@@ -14,10 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+)
 
 from llava.train.mini import language, vision
-from llava.train.mini.data import TUNING_MIX, Packer, ask_scene, build_tokenizer
+from llava.train.mini.data import CHOICE_MIX, TUNING_MIX, Packer, ask_scene, build_tokenizer
 from llava.train.mini.grounding import Grounding
 from llava.train.mini.optim import MuonWithAdamW, grid_at, parse_phases, save_atomically, training_device
 
@@ -58,6 +64,18 @@ class MiniLlava:
         model.set_attn_implementation("mini_packed")
         return cls(tower, projector, model)
 
+    @classmethod
+    def from_hugging_face(cls, folder: Path) -> MiniLlava:
+        """The parts of a folder written by :func:`llava.train.mini.export.export`, in float32."""
+        whole = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        model = LlamaForCausalLM(whole.config.text_config)
+        model.model, model.lm_head = whole.model.language_model, whole.lm_head
+        first, second = whole.model.multi_modal_projector.linear_1, whole.model.multi_modal_projector.linear_2
+        parts = cls(whole.model.vision_tower, nn.Sequential(first, nn.GELU(), second), model)
+        for config in (parts.tower.config, model.config):
+            config.dtype = None  # an export says its own
+        return cls.from_state_dict(parts.state_dict())
+
 
 def new_projector(vision_size: int, hidden_size: int) -> nn.Sequential:
     """LLaVA-1.5's ``mlp2x_gelu``."""
@@ -96,32 +114,44 @@ def align_projector(
     return output
 
 
+def initial_state(path: Path) -> dict:
+    """State to begin tuning with: a stage's file, or an exported folder, which has no grounding read-outs."""
+    if path.is_dir():
+        return MiniLlava.from_hugging_face(path).state_dict()
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def tune(
-    aligned: Path,
+    begin: Path,
     output: Path,
     phases: str,
     *,
     lr: float = 2.5e-3,
     questions_per_step: int = 96,
+    choices: float = 0.0,
     tune_tower: bool = False,
     seed: int = 0,
     save_every: int = 50,
 ) -> Path:
     """Train projector and language model (and the tower, if wished) on answers, all vision tokens in place.
 
-    Goes on where ``output`` stands. Under torch.distributed every process takes ``questions_per_step``.
+    Goes on where ``output`` stands, else from ``begin`` (see :func:`initial_state`). A share of ``choices`` of the
+    questions comes with options. Under torch.distributed every process takes ``questions_per_step``.
     """
     plan = parse_phases(phases)
     total = sum(steps for _, steps in plan)
-    state = torch.load(output if output.exists() else aligned, map_location="cpu", weights_only=True)
+    state = initial_state(output if output.exists() else begin)
     start = state["step"] if output.exists() else 0
     device = training_device()
     mini = MiniLlava.from_state_dict(state).to(device)
     packer = Packer(build_tokenizer())
-    grounding = Grounding(mini.model.config).to(device)
-    grounding.load_state_dict(state["grounding"])
+    grounding = None
+    if "grounding" in state:
+        grounding = Grounding(mini.model.config).to(device)
+        grounding.load_state_dict(state["grounding"])
     mini.tower.requires_grad_(tune_tower)
-    optimizer = MuonWithAdamW((mini.model, mini.projector, grounding, mini.tower), lr, total)
+    parts = [mini.model, mini.projector, mini.tower] + ([grounding] if grounding is not None else [])
+    optimizer = MuonWithAdamW(parts, lr, total)
     if output.exists():
         optimizer.load_state_dict(state["optimizer"])
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -130,7 +160,8 @@ def tune(
         grid = grid_at(plan, step)
         per_scene = language.QUESTIONS[min(language.QUESTIONS, key=lambda side: abs(side - grid))]
         scenes = language.batch_scenes(step, grid, max(1, questions_per_step // per_scene), seed + 2)
-        asked = [ask_scene(scene, per_scene, mix=TUNING_MIX) for scene in scenes]
+        mix = CHOICE_MIX if choices else TUNING_MIX
+        asked = [ask_scene(scene, per_scene, mix=mix, choices=choices) for scene in scenes]
         text = packer(asked).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             tokens = mini.vision_tokens(vision.collate(scenes).to(device), tune_tower)
@@ -141,6 +172,8 @@ def tune(
         if (step + 1) % 10 == 0 and rank == 0:
             log.info("tune step %d grid %d loss %.3f %s", step + 1, grid, loss.item(), accuracy)
         if ((step + 1) % save_every == 0 or step + 1 == total) and rank == 0:
-            progress = {"grounding": grounding.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            progress = {"optimizer": optimizer.state_dict(), "step": step + 1}
+            if grounding is not None:
+                progress["grounding"] = grounding.state_dict()
             save_atomically(mini.state_dict() | progress, output)
     return output

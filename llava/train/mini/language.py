@@ -20,6 +20,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreT
 
 from llava.constants import IGNORE_INDEX
 from llava.train.mini import scenes
+from llava.train.mini.choosing import choosing_loss
 from llava.train.mini.data import PackedText, Packer, ask_scene, build_tokenizer
 from llava.train.mini.grounding import Grounding
 from llava.train.mini.optim import MuonWithAdamW, grid_at, parse_phases, save_atomically, training_device
@@ -103,7 +104,7 @@ def symbols_of(labels: dict[str, torch.Tensor], positions: torch.Tensor, blur: f
 def answer_loss(
     model: LlamaForCausalLM, vision: torch.Tensor, text: PackedText, grounding: Grounding | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss on the answers, plus that of ``grounding`` if given, and which answer tokens were right (bool, flat).
+    """Loss on the answers, and on the way to them; and which answer tokens were right (bool, flat).
 
     ``vision`` is ``[batch, patches, hidden]`` in the language model's embedding space.
     """
@@ -111,18 +112,21 @@ def answer_loss(
     prefix = embed(text.prefix).expand(len(vision), -1, -1)
     embeds = torch.cat((prefix, vision.to(prefix.dtype), embed(text.ids)), 1)
     dtype = torch.bfloat16 if torch.is_autocast_enabled(embeds.device.type) else embeds.dtype
+    mask, positions = text.attention_mask(vision.shape[1], dtype), text.positions(vision.shape[1])
     output = model.model(
         inputs_embeds=embeds,
-        attention_mask=text.attention_mask(vision.shape[1], dtype),
-        position_ids=text.positions(vision.shape[1]),
+        attention_mask=mask,
+        position_ids=positions,
         use_cache=False,
-        output_hidden_states=grounding is not None,
+        output_hidden_states=grounding is not None or bool(text.choices),
     )
     length = text.ids.shape[1]
     before_answers = output.last_hidden_state[:, -length - 1 : -1][text.labels != IGNORE_INDEX]
     target = text.labels[text.labels != IGNORE_INDEX]
     logits = model.lm_head(before_answers).float()
     loss = F.cross_entropy(logits, target)
+    if text.choices:
+        loss = loss + choosing_loss(model, output.hidden_states, text, mask, positions)
     if grounding is not None:
         loss = loss + grounding.loss(output.hidden_states, text.mentions, length)
     return loss, logits.argmax(-1) == target

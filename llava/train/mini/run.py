@@ -21,7 +21,7 @@ from llava.train.mini.vision import pretrain_vision
 
 log = logging.getLogger(__name__)
 
-STAGES = ("vision", "language", "align", "tune", "export")
+STAGES = ("vision", "language", "align", "tune", "choices", "export")
 
 
 def run_stage(options: argparse.Namespace) -> Path:
@@ -40,16 +40,18 @@ def run_stage(options: argparse.Namespace) -> Path:
         return align_projector(
             files["vision"], files["language"], files["align"], steps=int(options.phases), seed=options.seed, **steps
         )
-    if options.stage == "tune":
+    if options.stage in ("tune", "choices"):
+        with_options = options.stage == "choices"
         return tune(
-            files["align"],
-            files["tune"],
+            options.init or files["tune" if with_options else "align"],
+            files[options.stage],
             options.phases,
             questions_per_step=options.questions,
-            seed=options.seed,
+            choices=options.choices if with_options else 0.0,
+            seed=options.seed + with_options,
             **steps,
         )
-    return export(files["tune"], options.output)
+    return export(files["choices"], options.output)
 
 
 def main() -> None:
@@ -61,12 +63,18 @@ def main() -> None:
     parser.add_argument("--phases", default="", help="GRID:STEPS,...; for align: the number of steps")
     parser.add_argument("--questions", type=int, default=96, help="questions per step and process")
     parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--init", type=Path, help="tune, choices: checkpoint or exported folder to begin with")
+    parser.add_argument("--choices", type=float, default=0.4, help="choices: share of questions with options")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.stage == "export" and options.output is None:
         parser.error("export needs --output")
     if options.stage != "export" and not options.phases:
         parser.error(f"{options.stage} needs --phases")
+    if options.init is not None and not options.init.exists():
+        parser.error(f"init: {options.init} does not exist, expected a stage's checkpoint or an exported folder")
+    if not 0 <= options.choices <= 1:
+        parser.error(f"choices: got {options.choices}, expected a share from 0 to 1")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if "RANK" in os.environ:
         device = training_device()
