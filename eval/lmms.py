@@ -32,7 +32,7 @@ COUNTS = (
     "images", "before_mlp", "text_tokens", "vision_tokens", "vision_tokens_after", "cache_lengths", "cache_bytes",
     "mean_tokens", "mean_tokens_official", "times_ms",
 )  # fmt: skip
-LENGTH_STEP = 64
+LENGTH_STEP = 128
 """Contexts whose lengths in characters fall into the same step keep their order, and so share their pictures."""
 
 PICTURES = 24
