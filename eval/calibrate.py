@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         model = check_model(args.model)
         out = check_out(Path(args.out) if args.out else CONFIGS / Path(model).name)
         base = _base(args)
-        _check_data(args, model)
+        check_data(args, model)
         return calibrate(args, argv, model, base, targets, samples, batch_size, out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -182,7 +182,7 @@ def _base(args) -> dict:
     return base
 
 
-def _check_data(args, model: str) -> None:
+def check_data(args, model: str) -> None:
     """See that the samples can be read, and fit the model."""
     from eval.tasks import GROUP, SUITE
 

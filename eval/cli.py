@@ -12,10 +12,12 @@ COMMANDS = {
     "run": ("eval.run", "evaluate a method at several budgets on some benchmarks"),
     "sweep": ("eval.sweep.__main__", "evaluate models x tasks x methods x budgets from a YAML file, here or on SLURM"),
     "calibrate": ("eval.calibrate", "find the settings that keep a wanted number of tokens"),
+    "calibrate-heads": ("eval.calibrate_heads", "find the attention heads that YOPO keeps active for vision tokens"),
     "table": ("eval.table", "results beside published figures, as terminal, Markdown, LaTeX or CSV table"),
     "plots": ("eval.plots", "accuracy against tokens, FLOPs and time, as PNG and SVG"),
     "significance": ("eval.significance", "paired comparison of methods on the same questions"),
     "report": ("eval.report", "one HTML file with tables, plots, settings and pictures of what was kept"),
+    "bench": ("eval.bench_speed", "time, memory and their floors, for any model's shape"),
     "cost": ("mustdrop.cost", "FLOPs and cache of a model at given token counts"),
 }
 
@@ -26,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: mustdrop COMMAND [--help] ...\n\ncommands:")
         for name, (_, purpose) in COMMANDS.items():
-            print(f"  {name:<14}{purpose}")
+            print(f"  {name:<16}{purpose}")
         return 0
     if argv[0] not in COMMANDS:
         print(f"error: command: got {argv[0]!r}, expected one of {', '.join(COMMANDS)}", file=sys.stderr)

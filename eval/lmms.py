@@ -29,8 +29,8 @@ from mustdrop import Trace, load_reducer
 
 SAMPLING_ONLY = ("temperature", "top_p", "top_k")
 COUNTS = (
-    "images", "before_mlp", "text_tokens", "vision_tokens", "vision_tokens_after", "cache_lengths", "cache_bytes",
-    "mean_tokens", "mean_tokens_official", "times_ms",
+    "images", "before_mlp", "plans", "text_tokens", "vision_tokens", "vision_tokens_after", "cache_lengths",
+    "cache_bytes", "mean_tokens", "mean_tokens_official", "times_ms",
 )  # fmt: skip
 LENGTH_STEP = 128
 """Contexts whose lengths in characters fall into the same step keep their order, and so share their pictures."""

@@ -67,8 +67,8 @@ def method_at(model: str, method: str, retain: int, configs: Path = CONFIGS) -> 
             except ValueError as error:
                 raise ValueError(f"{_shown(candidate)}: {error}") from None
             return settings, candidate
-    settings = {"method": method, "retain": retain}
-    if hasattr(load_reducer({"method": method}), "retain"):
+    settings, reducer = {"method": method, "retain": retain}, load_reducer({"method": method})
+    if hasattr(reducer, "retain") and not reducer.knobs:  # thresholds are what it is known by: they need finding
         load_reducer(settings)
         return settings, None
     raise ValueError(

@@ -79,6 +79,7 @@ def flops(record: Mapping, shape: ModelShape) -> dict[str, dict[str, int]]:
         image_tokens=[image["tokens"] - shape.feature_cls for image in record["images"]],
         tower_tokens=[dict(image["blocks"]) for image in record["images"]],
         before_mlp=record["before_mlp"],
+        plans=record["plans"],
         cache_lengths=record["cache_lengths"],
     )
     full = Workload.of(shape, text_tokens=work.text_tokens, image_tokens=[shape.patches] * len(record["images"]))

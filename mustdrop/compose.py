@@ -8,7 +8,8 @@ from functools import reduce
 
 from torch import Tensor
 
-from mustdrop.hooks import CacheStep, DecoderStep, Keep, LayerPlan, Reducer, VisionStep, VisionTokens
+from mustdrop.hooks import CacheStep, DecoderStep, Keep, LayerPlan, Reducer, Tokens, VisionStep, VisionTokens
+from mustdrop.stages.decode import are_in
 
 
 class Compose(Reducer):
@@ -63,26 +64,28 @@ class Compose(Reducer):
 
     def before_decoder_layer(self, step: DecoderStep) -> LayerPlan | None:
         plans = [plan for plan in self._ask("before_decoder_layer", step) if plan is not None]
-        return min(plans, key=lambda plan: plan.mlp_share) if plans else None
+        return reduce(LayerPlan.__and__, plans) if plans else None
 
     def check_tokens(self, layers: int, tokens: int) -> None:
         for part in self.parts:
             part.check_tokens(layers, tokens)
 
     def after_decoder_layer(self, step: DecoderStep) -> Tensor | Keep | None:
-        answers = self._ask("after_decoder_layer", step)
-        masks = [answer.tokens if isinstance(answer, Keep) else answer for answer in answers]
-        merging = [answer for answer in answers if isinstance(answer, Keep) and answer.into is not None]
-        if len(merging) > 1 or (merging and sum(mask is not None for mask in masks) > 1):
+        answers = [answer for answer in self._ask("after_decoder_layer", step) if answer is not None]
+        if len(answers) > 1 and any(isinstance(answer, Keep) and answer.into is not None for answer in answers):
             raise ValueError("parts: after a decoder layer in which one reducer merges tokens no other may drop any")
-        return replace(merging[0], dropped=None) if merging else _all(masks)
+        keep = _all(answers, step.tokens)
+        alone = len(self._at("after_decoder_layer")) == 1  # else a part cannot know what was there before it
+        return keep if alone or not isinstance(keep, Keep) else replace(keep, dropped=None)
 
-    def after_prefill(self, step: CacheStep) -> list[Tensor | None] | None:
+    def after_prefill(self, step: CacheStep) -> list[Tensor | Tokens | None] | None:
         answers = [answer for answer in self._ask("after_prefill", step) if answer is not None]
-        return [_all(of_layer) for of_layer in zip(*answers, strict=True)] if answers else None
+        if not answers:
+            return None
+        return [_all(of_layer, tokens) for *of_layer, tokens in zip(*answers, step.cached, strict=True)]
 
     def after_decode_layer(self, step: DecoderStep) -> Tensor | None:
-        return _all(self._ask("after_decode_layer", step))
+        return _all(self._ask("after_decode_layer", step), step.tokens)
 
     def _at(self, hook: str) -> list[tuple[int, Reducer]]:
         return [(number, part) for number, part in enumerate(self.parts) if part.does(hook)]
@@ -92,7 +95,16 @@ class Compose(Reducer):
         return [getattr(part, hook)(replace(step, state=step.state.setdefault(number, {}))) for number, part in parts]
 
 
-def _all(keeps: Sequence[Tensor | None]) -> Tensor | None:
-    """What every keep mask keeps."""
+def _all(keeps: Sequence, tokens: Tokens) -> Tensor | Keep | Tokens | None:
+    """What every answer keeps; an answer that stands alone is passed on as it is."""
     given = [keep for keep in keeps if keep is not None]
-    return reduce(Tensor.logical_and, given) if given else None
+    if len(given) < 2:
+        return given[0] if given else None
+    return reduce(Tensor.logical_and, [_as_mask(keep, tokens) for keep in given])
+
+
+def _as_mask(keep: Tensor | Keep | Tokens, tokens: Tokens) -> Tensor:
+    """An answer as bool `[batch, length]`."""
+    if isinstance(keep, Tokens):
+        return are_in(keep, tokens)
+    return keep.tokens if isinstance(keep, Keep) else keep

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 
 import yaml
 
+from mustdrop.compose import Compose
 from mustdrop.hooks import Reducer
 from mustdrop.registry import METHODS, available_methods
 
 
 def load_reducer(source: str | Path | Mapping[str, Any]) -> Reducer:
     """Build a reducer from a YAML file or a mapping: `method` and that method's fields.
+
+    Several methods at once: `{"method": "compose", "parts": [{"method": "mustdrop"}, "configs/methods/yopo_25.yaml"]}`.
 
     Raises
     ------
@@ -26,6 +30,8 @@ def load_reducer(source: str | Path | Mapping[str, Any]) -> Reducer:
     settings = dict(source) if isinstance(source, Mapping) else read_settings(Path(source))
     where = "" if isinstance(source, Mapping) else f"{source}: "
     name = settings.pop("method", None)
+    if name == "compose":
+        return _compose(where, **settings)
     if name not in METHODS:
         raise ValueError(f"{where}method is {name!r}: it must be one of {', '.join(available_methods())}{_hint(name)}")
     method = METHODS[name]
@@ -43,8 +49,27 @@ def load_reducer(source: str | Path | Mapping[str, Any]) -> Reducer:
         raise ValueError(f"{where}{error}") from None
 
 
+def _compose(where: str, parts: Any = None, **others: Any) -> Compose:
+    """The reducer made of the reducers in `parts`; positions are those of the first that has unusual ones."""
+    if others or not isinstance(parts, (list, tuple)) or not parts:
+        field, value = next(iter(others.items()), ("parts", parts))
+        raise ValueError(f"{where}{field} is {value!r}: compose has one field, parts, a list of methods or their files")
+    try:
+        reducers = [load_reducer(part) for part in parts]
+    except ValueError as error:
+        raise ValueError(f"{where}parts: {error}") from None
+    options = {
+        option: next((wanted for part in reducers if (wanted := getattr(part, option)) != usual), usual)
+        for option, usual in (("positions", Reducer.positions), ("decode_positions", Reducer.decode_positions))
+    }
+    return Compose(reducers, **options)
+
+
 def read_settings(path: Path) -> dict[str, Any]:
-    """The mapping in a method's YAML file, unchecked but for being one; ValueError with one line otherwise."""
+    """The mapping in a method's YAML file, unchecked but for being one; ValueError with one line otherwise.
+
+    An array file (.npy) is looked for beside the YAML file first.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a method file is YAML with a field 'method'")
     try:
@@ -53,6 +78,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: holds {type(settings).__name__}, it must be a mapping with a field 'method'")
+    for field, value in settings.items():
+        if isinstance(value, str) and value.endswith(".npy") and (path.parent / value).is_file():
+            settings[field] = os.path.relpath(path.parent / value)
     return settings
 
 

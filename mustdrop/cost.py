@@ -16,6 +16,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from mustdrop.config import load_reducer
+from mustdrop.hooks import LayerPlan
 from mustdrop.macs import (
     Workload,
     cache_bytes,
@@ -27,6 +29,7 @@ from mustdrop.macs import (
     mean_tokens,
     mean_tokens_official,
 )
+from mustdrop.methods import YOPO
 from mustdrop.shape import DTYPE_BYTES, NAMED, ModelShape
 
 
@@ -62,35 +65,35 @@ def _part_flops(shape: ModelShape, work: Workload, *parts: str) -> int:
     return 2 * sum(macs[part] for part in parts)
 
 
+def _formula(shape: ModelShape, work: Workload, text_tokens: int = 0, **variant: int) -> float:
+    return formula_macs(shape, work.vision_tokens, text_tokens, plans=work.plans, **variant)
+
+
 CONVENTIONS: dict[str, Convention] = {
     "vision-only": Convention(
         "decoder layers on vision tokens alone, 4nd^2 + 2n^2 d + 3ndm multiply-adds each, doubled to FLOPs (YOPO)",
-        lambda shape, work: 2 * formula_macs(shape, work.vision_tokens),
+        lambda shape, work: 2 * _formula(shape, work),
     ),
-    "vision-only-macs": Convention(
-        "vision-only, not doubled", lambda shape, work: formula_macs(shape, work.vision_tokens), unit="MACs"
-    ),
+    "vision-only-macs": Convention("vision-only, not doubled", lambda shape, work: _formula(shape, work), unit="MACs"),
     "vision-only-2ndm": Convention(
         "vision-only, the MLP counted as two products (2ndm) although SwiGLU has three",
-        lambda shape, work: 2 * formula_macs(shape, work.vision_tokens, mlp_products=2),
+        lambda shape, work: 2 * _formula(shape, work, mlp_products=2),
     ),
     "vision-only-causal": Convention(
         "vision-only, attention counted over the n(n+1)/2 causal pairs instead of n^2",
-        lambda shape, work: 2 * formula_macs(shape, work.vision_tokens, causal=True),
+        lambda shape, work: 2 * _formula(shape, work, causal=True),
     ),
     "vision-only-tower": Convention(
         "vision-only plus vision tower and projector",
-        lambda shape, work: (
-            2 * formula_macs(shape, work.vision_tokens) + _part_flops(shape, work, "vision_tower", "projector")
-        ),
+        lambda shape, work: 2 * _formula(shape, work) + _part_flops(shape, work, "vision_tower", "projector"),
     ),
     "with-text": Convention(
         "the formula of vision-only on vision and text tokens together",
-        lambda shape, work: 2 * formula_macs(shape, work.lengths),
+        lambda shape, work: 2 * _formula(shape, work, work.text_tokens),
     ),
     "with-text-causal": Convention(
         "with-text, attention counted over the causal pairs",
-        lambda shape, work: 2 * formula_macs(shape, work.lengths, causal=True),
+        lambda shape, work: 2 * _formula(shape, work, work.text_tokens, causal=True),
     ),
     "with-text-tower": Convention(
         "all up to the first new token: tower, projector, selector, exact prefill (grouped queries, vocabulary)",
@@ -103,7 +106,7 @@ CONVENTIONS: dict[str, Convention] = {
     ),
     "mean-tokens-official": Convention(
         "mean-tokens by the authors' meter: a filter's own layer counts as already pruned",
-        lambda shape, work: mean_tokens_official(work.vision_tokens),
+        lambda shape, work: mean_tokens(work.vision_tokens_after),
         unit="tokens",
     ),
     "final-cache": Convention(
@@ -156,7 +159,7 @@ def report(shape: ModelShape, work: Workload, batch: int = 1) -> dict:
             **asdict(work),
             "full": full.vision_tokens[0],
             "mean": mean_tokens(work.vision_tokens),
-            "mean_official": mean_tokens_official(work.vision_tokens),
+            "mean_official": mean_tokens(work.vision_tokens_after),
             "mustdrop_floor": {"mean": mean_tokens(least), "mean_official": mean_tokens_official(least)},
         },
         "attention": "all pairs of positions (n^2); the causal conventions count those that the mask leaves",
@@ -251,6 +254,8 @@ def _parser() -> argparse.ArgumentParser:
     python -m mustdrop.cost --model llava-1.5-7b --retain 64
   MustDrop: 350 tokens after merging, filters after layers 2, 6, 10 and 14, cache cut to the survivors
     python -m mustdrop.cost --merged 350 --schedule 2:80,6:60,10:50,14:45 --output-aware-cache --new-tokens 32
+  YOPO at half the layers, half the heads and half the MLP: 25 % in the convention vision-only
+    python -m mustdrop.cost --yopo configs/methods/yopo_25.yaml
   A checkpoint of your own, five tiles as in LLaVA-NeXT, for a script
     python -m mustdrop.cost --model path/to/config.json --images 5 --retain 0.11 --json -""",
     )
@@ -274,6 +279,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N,N,...",
         help=text,
     )
+    add("--yopo", metavar="FILE", help="method file of yopo: less computation for every vision token")
     add("--merged", type=int, metavar="N", help="tokens per image left by merging after vision block 0")
     text = "once prefill ends, layers from the first filter on cache the final vision tokens only (MustDrop's stage 3)"
     add("--output-aware-cache", action="store_true", help=text)
@@ -305,11 +311,24 @@ def _workload(shape: ModelShape, args: argparse.Namespace) -> Workload:
         image_tokens=images,
         filter_layers=args.schedule and list(args.schedule),
         new_tokens=args.new_tokens,
+        plans=_plans(shape, args.yopo) if args.yopo else None,
     )
     if not args.output_aware_cache or not work.filter_layers:
         return work
-    first, final = work.filter_layers[0], work.cache_lengths[-1]
-    return replace(work, cache_lengths=work.cache_lengths[:first] + (final,) * (shape.layers - first))
+    first = work.filter_layers[0]
+    final = work.text_tokens + next((tokens for tokens in reversed(work.vision_tokens) if tokens), 0)
+    cut = [length if layer < first else min(length, final) for layer, length in enumerate(work.cache_lengths)]
+    return replace(work, cache_lengths=tuple(cut))
+
+
+def _plans(shape: ModelShape, file: str) -> dict[int, LayerPlan]:
+    """What YOPO with the settings of a method file computes in which layer."""
+    reducer = load_reducer(Path(file))
+    if not isinstance(reducer, YOPO):
+        raise ValueError(f"yopo: {file} is a file of another method, it must have method: yopo")
+    reducer.check(shape.layers, shape.vision_layers)
+    plans = {layer: reducer.plan(layer, shape.layers) for layer in range(shape.layers)}
+    return {layer: plan for layer, plan in plans.items() if plan is not None}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -31,6 +31,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mustdrop.neighbours import SplitRows
 from mustdrop.tokens import Tokens, VisionTokens, compact, gather
 from mustdrop.trace import Trace
 
@@ -43,6 +44,7 @@ __all__ = [
     "LayerPlan",
     "Reducer",
     "Run",
+    "SplitRows",
     "Tokens",
     "VisionStep",
     "VisionTokens",
@@ -147,7 +149,7 @@ class Keep:
     order : int `[batch, length]` or None
         Sort key of the tokens that go on; by default they keep their order.
     dropped : int or None
-        Tokens that every prompt loses, if the host knows it: spares a synchronisation with the device.
+        Tokens that every prompt of the batch loses, if the host knows it: spares a synchronisation with the device.
     """
 
     tokens: Tensor
@@ -171,18 +173,51 @@ class CacheStep:
     state: dict
 
 
-@dataclass
+@dataclass(frozen=True)
 class LayerPlan:
-    """What a decoder layer computes for vision tokens.
+    """What a decoder layer computes for vision tokens (YOPO, arXiv 2410.06169); what it leaves out is not computed.
+
+    Text tokens compute everything. See `mustdrop.methods.yopo` for what each strategy means.
 
     Attributes
     ----------
+    window : int or None
+        Side of the square of patches around a vision token whose tokens it attends to, odd; None for causal attention.
+    heads : float in [0, 1] or tuple of bool
+        Attention heads that are active for vision tokens: a share, counted from the first, or one bool per head.
     mlp_share : float in (0, 1]
-        Share of the MLP's neurons, counted from the first, that vision tokens go through (YOPO's sparse visual
-        projection, arXiv 2410.06169). The other products are not computed.
+        Share of the MLP's neurons, counted from the first, that vision tokens go through.
+    skip : bool
+        The layer, and every later one, does without vision tokens.
     """
 
+    window: int | None = None
+    heads: float | tuple[bool, ...] = 1.0
     mlp_share: float = 1.0
+    skip: bool = False
+
+    def active_heads(self, heads: int) -> list[int]:
+        """Which of a layer's heads are active; ValueError if the plan is made for another number of them."""
+        if not isinstance(self.heads, tuple):
+            return list(range(round(self.heads * heads)))
+        if len(self.heads) != heads:
+            raise ValueError(f"heads: the mask has {len(self.heads)} heads per layer, it must have the model's {heads}")
+        return [head for head, active in enumerate(self.heads) if active]
+
+    def neurons(self, mlp: int) -> int:
+        """Neurons of an MLP of `mlp` that vision tokens go through."""
+        return round(self.mlp_share * mlp)
+
+    def __and__(self, other: LayerPlan) -> LayerPlan:
+        """The plan that computes only what both do."""
+        masks = [plan.heads for plan in (self, other) if isinstance(plan.heads, tuple)]
+        heads: float | tuple[bool, ...] = min(self.heads, other.heads) if not masks else masks[0]
+        if masks:
+            both = set(self.active_heads(len(masks[0]))) & set(other.active_heads(len(masks[0])))
+            heads = tuple(head in both for head in range(len(masks[0])))
+        windows = [plan.window for plan in (self, other) if plan.window is not None]
+        share, skip = min(self.mlp_share, other.mlp_share), self.skip or other.skip
+        return LayerPlan(min(windows, default=None), heads, share, skip)
 
 
 class Reducer:
@@ -230,8 +265,11 @@ class Reducer:
     def after_decoder_layer(self, step: DecoderStep) -> Tensor | Keep | None:
         """Return which tokens go on, bool `[batch, length]` or a `Keep`, or None for all."""
 
-    def after_prefill(self, step: CacheStep) -> list[Tensor | None] | None:
-        """Return for each layer which cached entries stay, bool `[batch, length]`, None for all."""
+    def after_prefill(self, step: CacheStep) -> list[Tensor | Tokens | None] | None:
+        """Return for each layer which cached entries stay: a mask, bool `[batch, length]`, or None for all.
+
+        The record of a later layer means the tokens it holds, and spares the read by the host that a mask needs.
+        """
 
     def after_decode_layer(self, step: DecoderStep) -> Tensor | None:
         """Return which entries of the layer's cache stay, bool `[batch, length]`, or None for all."""
@@ -291,6 +329,7 @@ class Call:
         self.images: list[list[tuple[int, Tensor]]] = []  # per prompt and image: tokens spliced in, owner map
         self.tiles: list[list[int]] = []  # per prompt and image: its row in what the vision encoder computed
         self.decided: list[int] = []  # decoder layers after which the reducer chose
+        self.plans: list[LayerPlan | None] = []  # per decoder layer
         self.merged: dict[int, Tensor] = {}  # `Keep.into` after each decoder layer that merged tokens
         self.entered: list[Tokens] = []  # per decoder layer
         self.left: list[Tokens] = []

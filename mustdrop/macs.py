@@ -9,9 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cache
+from itertools import pairwise, zip_longest
 
+import torch
+
+from mustdrop.hooks import LayerPlan, SplitRows, Tokens
 from mustdrop.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A decoder layer that computes less for vision tokens: its plan, and pairs of vision rows and keys in a head."""
+
+    plan: LayerPlan
+    pairs: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,8 @@ class Workload:
         Per image: patch tokens entering each vision block that is run, and those leaving the last one.
     before_mlp : bool
         Whether they change between a vision block's attention and its MLP instead of after both.
+    plans : tuple of PlannedLayer or None
+        Per decoder layer: what it computes for vision tokens, None for everything.
     """
 
     vision_tokens: tuple[int, ...]
@@ -46,6 +60,7 @@ class Workload:
     new_tokens: int
     tower_tokens: tuple[tuple[int, ...], ...]
     before_mlp: bool
+    plans: tuple[PlannedLayer | None, ...]
 
     @classmethod
     def of(
@@ -60,12 +75,16 @@ class Workload:
         new_tokens: int = 1,
         tower_tokens: Sequence[Mapping[int, int]] | None = None,
         before_mlp: bool = False,
+        plans: Mapping[int, LayerPlan | Mapping] | None = None,
     ) -> Workload:
         """A prompt, by default of one image of which nothing is dropped.
 
         `vision_tokens` may also be one number for all layers, or a fraction below 1 of all vision tokens. The filter
         layers are by default those after which tokens disappear, and the cache holds what prefill saw. `tower_tokens`
         says per image how many patch tokens are left after which vision block; by default `image_tokens` after block 0.
+        `plans` are the layers that compute less for vision tokens: `Trace.plans`, or a `LayerPlan` for each; the pairs
+        of the latter are estimated as if all text came before the images, and tokens lay evenly on the grid. A layer
+        that is skipped has no vision tokens.
 
         Raises
         ------
@@ -79,8 +98,16 @@ class Workload:
         if not isinstance(vision_tokens, Sequence):
             full = shape.vision_tokens * len(image_tokens)
             vision_tokens = [round(vision_tokens * full) if 0 < vision_tokens < 1 else vision_tokens] * shape.layers
+        images, vision_tokens = len(image_tokens), list(vision_tokens)
+        planned = {
+            int(layer): _planned(shape, plan, images, vision_tokens[int(layer)], text_tokens)
+            for layer, plan in (plans or {}).items()
+        }
+        for layer, plan in planned.items():
+            vision_tokens[layer] = 0 if plan.plan.skip else vision_tokens[layer]
         if filter_layers is None:
-            filter_layers = [layer for layer, (now, then) in enumerate(pairwise(vision_tokens)) if now != then]
+            drops = [layer for layer, (now, then) in enumerate(pairwise(vision_tokens)) if now != then]
+            filter_layers = [layer for layer in drops if layer + 1 not in planned or not planned[layer + 1].plan.skip]
         check("text_tokens", [text_tokens])
         check("new_tokens", [new_tokens], least=1)
         check("image_tokens", image_tokens, most=shape.patches)
@@ -93,17 +120,45 @@ class Workload:
         check("tower_tokens", [count for left in tower_tokens for count in left.values()], most=shape.patches)
         sequences = (tuple(values) for values in (image_tokens, cache_lengths, filter_layers))
         tower = tuple(_through_tower(shape, left) for left in tower_tokens)
-        return cls(tuple(vision_tokens), text_tokens, *sequences, new_tokens, tower, before_mlp)
+        layerwise = tuple(planned.get(layer) for layer in range(shape.layers))
+        return cls(tuple(vision_tokens), text_tokens, *sequences, new_tokens, tower, before_mlp, layerwise)
+
+    @property
+    def vision_tokens_after(self) -> list[int]:
+        """Vision tokens leaving each decoder layer (`Trace.vision_tokens_after`); all, if the next one is skipped."""
+        layers = pairwise(zip(self.vision_tokens, self.plans, strict=True))
+        after = [now if plan and plan.plan.skip else then for (now, _), (then, plan) in layers]
+        return [*after, self.vision_tokens[-1]]
 
     def unreduced(self, shape: ModelShape, tokens: int | None = None) -> Workload:
         """The same prompt with nothing merged or filtered: all vision tokens, or `tokens`, in every layer."""
         images = [shape.patches] * len(self.image_tokens)
         return Workload.of(shape, tokens, text_tokens=self.text_tokens, image_tokens=images, new_tokens=self.new_tokens)
 
-    @property
-    def lengths(self) -> list[int]:
-        """Vision and text tokens entering each decoder layer."""
-        return [tokens + self.text_tokens for tokens in self.vision_tokens]
+
+def _planned(
+    shape: ModelShape, plan: LayerPlan | Mapping, images: int, vision_tokens: int, text_tokens: int
+) -> PlannedLayer:
+    """A layer's plan as a trace writes it, or a plan alone with its pairs estimated."""
+    if isinstance(plan, Mapping):
+        heads = tuple(plan["heads"]) if isinstance(plan["heads"], Sequence) else plan["heads"]
+        settings = {key: value for key, value in plan.items() if key != "pairs"} | {"heads": heads}
+        return PlannedLayer(LayerPlan(**settings), plan["pairs"])
+    keys: float = vision_tokens
+    if plan.window is not None:
+        full = _grid_pairs(math.isqrt(shape.patches), images, plan.window) / (shape.patches * images)
+        keys = full * min(1, vision_tokens / (shape.patches * images))
+    return PlannedLayer(plan, round(vision_tokens * (keys + text_tokens)))
+
+
+@cache
+def _grid_pairs(side: int, images: int, window: int) -> int:
+    """Pairs that the blocks of whole images hold."""
+    number = torch.arange(images * side * side)[None]
+    image, patch = number // side**2, number % side**2
+    none = torch.zeros_like(image, dtype=torch.bool)
+    tokens = Tokens(number, number, image, number, none, none, row=patch // side, column=patch % side)
+    return SplitRows.of(tokens, window).pairs()
 
 
 def _through_tower(shape: ModelShape, left: Mapping[int, int]) -> tuple[int, ...]:
@@ -154,10 +209,40 @@ def layer_macs(shape: ModelShape, rows: int, keys: int, causal: bool = False) ->
     return rows * (projections + 3 * shape.hidden * shape.mlp) + 2 * pairs * inner
 
 
-def prefill_macs(shape: ModelShape, vision_tokens: Sequence[int], text_tokens: int, causal: bool = False) -> int:
-    """All decoder layers, each on its vision tokens and the text, and the vocabulary for the last token only."""
-    lengths = [tokens + text_tokens for tokens in vision_tokens]
-    return sum(layer_macs(shape, n, n, causal) for n in lengths) + shape.hidden * shape.vocab
+def planned_layer_macs(shape: ModelShape, vision_tokens: int, text_tokens: int, layer: PlannedLayer) -> int:
+    """One decoder layer of a prefill that computes less for vision tokens.
+
+    Vision rows have the queries and outputs of active heads, the values that these need, all keys (the softmax of text
+    rows counts them), and part of the MLP; text rows have everything, against all positions.
+    """
+    active = layer.plan.active_heads(shape.heads)
+    valued = len({head * shape.kv_heads // shape.heads for head in active})
+    vision = shape.head_dim * (2 * len(active) + shape.kv_heads + valued) + 3 * layer.plan.neurons(shape.mlp)
+    attention = 2 * shape.head_dim * len(active) * layer.pairs
+    return (
+        layer_macs(shape, text_tokens, text_tokens + vision_tokens) + vision_tokens * shape.hidden * vision + attention
+    )
+
+
+def prefill_macs(
+    shape: ModelShape,
+    vision_tokens: Sequence[int],
+    text_tokens: int,
+    causal: bool = False,
+    plans: Sequence[PlannedLayer | None] = (),
+) -> int:
+    """All decoder layers, each on its vision tokens and the text, and the vocabulary for the last token only.
+
+    `causal` is for layers without a plan: what a planned one computes is in its plan.
+    """
+    total = shape.hidden * shape.vocab
+    for tokens, plan in zip_longest(vision_tokens, plans):
+        length = tokens + text_tokens
+        full = plan is None or not tokens
+        total += (
+            layer_macs(shape, length, length, causal) if full else planned_layer_macs(shape, tokens, text_tokens, plan)
+        )
+    return total
 
 
 def decode_step_macs(shape: ModelShape, cache_lengths: Sequence[int]) -> int:
@@ -199,7 +284,7 @@ def costs(shape: ModelShape, work: Workload) -> dict[str, int]:
         ),
         "projector": projector_macs(shape, features),
         "selector": selector,
-        "prefill": prefill_macs(shape, work.vision_tokens, work.text_tokens),
+        "prefill": prefill_macs(shape, work.vision_tokens, work.text_tokens, plans=work.plans),
         "decode": decode_macs(shape, work.cache_lengths, work.new_tokens - 1),
     }
 
@@ -231,11 +316,31 @@ def floor_tokens(tokens: int, layers: int = 32, first_filter: int = 2, key_share
     return [tokens] * (layers - after) + [math.ceil(key_share * tokens)] * after
 
 
-def formula_macs(shape: ModelShape, tokens: Sequence[int], mlp_products: int = 3, causal: bool = False) -> int:
+def formula_macs(
+    shape: ModelShape,
+    vision_tokens: Sequence[int],
+    text_tokens: int = 0,
+    *,
+    mlp_products: int = 3,
+    causal: bool = False,
+    plans: Sequence[PlannedLayer | None] = (),
+) -> float:
     """The papers' formula over all layers, `4nd^2 + 2n^2 d + 3ndm` (YOPO, arXiv 2410.06169).
 
     Blind to grouped queries and the vocabulary. `mlp_products` 2 gives the `2ndm` variant; `causal` counts the
-    n(n+1)/2 pairs that the mask leaves instead of n^2.
+    n(n+1)/2 pairs that the mask leaves instead of n^2. In a layer with a plan, vision tokens take their share of heads
+    in projections and attention, their share of the MLP, and at most as many vision keys as the window has patches.
     """
-    d, m = shape.hidden, shape.mlp
-    return sum(n * d * (4 * d + mlp_products * m) + (n + 1 if causal else 2 * n) * n * d for n in tokens)
+    d, m, total = shape.hidden, shape.mlp, 0
+    for vision, layer in zip_longest(vision_tokens, plans):
+        n = vision + text_tokens
+        full = vision * (vision + 1) // 2 if causal else vision * n
+        heads, neurons, pairs = 1, m, full
+        if layer is not None:
+            heads, neurons = len(layer.plan.active_heads(shape.heads)) / shape.heads, layer.plan.neurons(m)
+            if layer.plan.window is not None:
+                pairs = min(full, vision * (layer.plan.window**2 + (0 if causal else text_tokens)))
+        all_pairs = n * (n + 1) // 2 if causal else n * n
+        total += text_tokens * d * (4 * d + mlp_products * m) + vision * d * (4 * d * heads + mlp_products * neurons)
+        total += 2 * d * (all_pairs - full + heads * pairs)
+    return total

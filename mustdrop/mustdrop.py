@@ -28,6 +28,10 @@ _COMPAT = {
 class MustDrop(Compose):
     """Multi-stage vision token dropping.
 
+    Thresholds decide how many tokens stay (the published method), or numbers do: with `retain`, or `budget` and
+    `merge_to`, every image keeps exactly the planned number of tokens in every layer, chosen by the same scores. Shapes
+    then depend on nothing in the picture, and nothing waits for the device.
+
     Parameters
     ----------
     global_threshold, individual_threshold : float
@@ -40,6 +44,13 @@ class MustDrop(Compose):
         Decoder layers after which to filter; floats are fractions of the depth.
     cache_from : int or float, optional
         First layer whose cache is cut to the survivors. Default: the first filter layer; 0 cuts all layers.
+    retain : int, optional
+        Mean vision tokens per decoder layer and image, by the authors' meter. Works out how much is merged (unless
+        `merge_to` says it) and what every filter leaves; all tokens or more: nothing is done.
+    budget : sequence of int or float, optional
+        Instead: tokens of an image that go on after each filter layer; floats are shares of its patches.
+    merge_to : int or float, optional
+        Tokens of an image that merging leaves. With `budget`, none are merged unless this says so.
     output_threshold : float, optional
         Drop cached tokens by the output's own attention too (not published; off).
     stages : sequence of {"vision", "prefill", "decode"}
@@ -66,6 +77,9 @@ class MustDrop(Compose):
     key_block: int = -1
     filter_layers: Sequence[int | float] | None = None
     cache_from: int | float | None = None
+    retain: int | None = None
+    budget: Sequence[int | float] | None = None
+    merge_to: int | float | None = None
     output_threshold: float | None = None
     stages: Sequence[str] = STAGES
     compat: str = "default"
@@ -85,16 +99,32 @@ class MustDrop(Compose):
         one_of("positions", self.positions, ("original", "renumber"))
         one_of("decode_positions", self.decode_positions, ("continue", "cache_length"))
         require(len(self.filter_layers) > 0, "filter_layers", self.filter_layers, "at least one layer")
+        for field, stage in (("retain", "prefill"), ("budget", "prefill"), ("merge_to", "vision")):
+            given = getattr(self, field)
+            require(given is None or stage in self.stages, field, given, f"left out without the {stage} stage")
+        unmerged = 1.0 if self.budget is not None and self.merge_to is None else self.merge_to
         parts = {
             "vision": (
                 LocalSpatialMerge(
-                    self.window, self.similarity_threshold, self.merge_block, self.merge_order, self.merge_count
+                    self.window,
+                    self.similarity_threshold,
+                    self.merge_block,
+                    self.merge_order,
+                    self.merge_count,
+                    unmerged,
+                    self.retain,
                 ),
                 KeyTokens(self.key_rate, self.key_block),
             ),
             "prefill": (
                 DualAttentionFilter(
-                    self.global_threshold, self.individual_threshold, self.filter_layers, self.score_dtype
+                    self.global_threshold,
+                    self.individual_threshold,
+                    self.filter_layers,
+                    self.score_dtype,
+                    self.budget,
+                    self.retain,
+                    self.key_rate if "vision" in self.stages else 0.0,
                 ),
             ),
             "decode": (
@@ -108,3 +138,11 @@ class MustDrop(Compose):
             self.positions,
             self.decode_positions,
         )
+
+    def check_tokens(self, layers: int, tokens: int) -> None:
+        entering = tokens
+        for part in self.parts:
+            if isinstance(part, LocalSpatialMerge) and part.budgeted:
+                entering = part.merged(tokens)
+            elif isinstance(part, DualAttentionFilter) and part.budgeted:
+                part.schedule(layers, tokens, entering)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mustdrop.hooks import Reducer
 from mustdrop.methods import (
+    YOPO,
     AveragePool,
     DivPrune,
     FastV,
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Reducer]] = {
     "prumerge": PruMerge,
     "divprune": DivPrune,
     "tome": ToMe,
+    "yopo": YOPO,
     "random": Random,
     "uniform": Uniform,
     "avgpool": AveragePool,

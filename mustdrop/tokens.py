@@ -176,6 +176,9 @@ class Tokens:
     images, questions : int
         Largest number of images, and of `question` tokens, in a prompt of the batch: known to the host, so that
         hooks can size their results without synchronising.
+    row, column : int64 `[batch, length]` or None
+        Place of a vision token on the patch grid of its image, that of its anchor patch; -1 for text and for tokens
+        off the grid (CLS). None where nobody asks for it.
     """
 
     position: Tensor
@@ -187,6 +190,8 @@ class Tokens:
     valid: Tensor | None = None
     images: int = 0
     questions: int = 0
+    row: Tensor | None = None
+    column: Tensor | None = None
 
     @property
     def vision(self) -> Tensor:

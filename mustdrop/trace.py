@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+
+from mustdrop.neighbours import SplitRows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +43,9 @@ class Trace:
         Positions each layer's cache holds for this prompt when prefill ends; empty without a cache.
     cache_bytes : int
         Bytes of these keys and values.
+    plans : dict
+        `plans[layer]` -> what the decoder layer computed for vision tokens, where that is not everything: the fields of
+        `LayerPlan`, and `pairs`, the pairs of a vision row and a key that one head computed.
     """
 
     def __init__(self, call: Call, row: int, prompt: int):
@@ -81,6 +87,7 @@ class Trace:
             "kept": kept,
             "cache_lengths": cache_lengths,
             "cache_bytes": sum(n * size for n, size in zip(cache_lengths, call.kv_bytes, strict=True)),
+            "plans": _plans(call, row) if images else {},
         }
         self._owner, self._call = owners[0], None
         return facts
@@ -126,6 +133,27 @@ class Trace:
 
     def __repr__(self) -> str:
         return f"Trace(vision_tokens={self.vision_tokens}, mean_tokens={self.mean_tokens:.1f})"
+
+
+def _plans(call: Call, row: int) -> dict[int, dict]:
+    """The layers of a prompt that were computed by a plan, counted as if it had been alone."""
+    pairs: dict[tuple, int] = {}
+    plans = {}
+    for layer, plan in enumerate(call.plans):
+        if plan is not None:
+            tokens = call.entered[layer]
+            alike = id(tokens), plan.window
+            if alike not in pairs:
+                rows = SplitRows.of(_alone(tokens, row), plan.window)
+                pairs[alike] = rows.pairs() if rows is not None else 0
+            plans[layer] = {**asdict(plan), "pairs": pairs[alike]}
+    return plans
+
+
+def _alone(tokens: Tokens, row: int) -> Tokens:
+    """The record of one prompt without padding."""
+    own = tokens.map(lambda value: value[..., row : row + 1, :])
+    return own.select(torch.ones_like(own.image, dtype=torch.bool))[1]
 
 
 def _shares(call: Call, prompt: int) -> tuple[float, float]:

@@ -87,6 +87,7 @@ def record(tokens: float, milliseconds: float = 1.0, layers: int = 32) -> dict:
     return {
         "images": [{"patches": 576, "tokens": 576, "blocks": []}],
         "before_mlp": False,
+        "plans": {},
         "text_tokens": 0,
         "vision_tokens": [tokens] * layers,
         "cache_lengths": [tokens] * layers,
@@ -173,6 +174,7 @@ def test_a_models_own_thresholds_come_first(configs):
     own.write_text(published.read_text())
     settings, file = method_at("some/model", "mustdrop", 9, configs)
     assert file == own and settings["global_threshold"] == 0.05
+    assert method_at("some/model", "fastv", 10, configs) == ({"method": "fastv", "retain": 10}, None)
     with pytest.raises(ValueError, match="mustdrop calibrate --model some/model --method mustdrop --retain 10"):
         method_at("some/model", "mustdrop", 10, configs)
     own.write_text("method: mustdrop\nkey_rte: 1\n")

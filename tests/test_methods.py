@@ -6,7 +6,9 @@ from tiny import LAYERS, SIDE, batch, ours, pictures, prompt, run
 from torch.utils.flop_counter import FlopCounterMode
 
 from mustdrop import MustDrop, Reducer, available_methods
+from mustdrop.compose import Compose
 from mustdrop.methods import (
+    YOPO,
     AveragePool,
     DivPrune,
     FastV,
@@ -57,6 +59,11 @@ METHODS = {
     "random": (Random(30), Random(PATCHES)),
     "uniform": (Uniform(30), Uniform(PATCHES)),
     "avgpool": (AveragePool(30), AveragePool(PATCHES)),
+    "yopo": (YOPO(window=5, heads=0.75, mlp_share=0.5, layer_cut=6), YOPO()),
+    "mustdrop and yopo": (
+        Compose([MustDrop(**THRESHOLDS), YOPO(window=5, heads=0.75, mlp_share=0.5, layer_cut=6)]),
+        Compose([MustDrop(0, 0, similarity_threshold=1.1), YOPO()]),
+    ),
 }
 reducing = pytest.mark.parametrize("reducer", [pair[0] for pair in METHODS.values()], ids=METHODS)
 keeping = pytest.mark.parametrize("reducer", [pair[1] for pair in METHODS.values()], ids=METHODS)
@@ -170,6 +177,8 @@ def test_decoder_layers_compute_on_the_tokens_the_trace_counts(reducer):
         with FlopCounterMode(display=False) as counter:
             model(inputs_embeds=prompt_.embeds, prompt=prompt_, use_cache=True, logits_to_keep=1)
     (trace,) = record.traces
+    if trace.plans:
+        pytest.skip("plans are counted in test_yopo.py")
     counts = counter.get_flop_counts()
     width, kv_width, mlp = 64, 32, 96
     for layer, vision in enumerate(trace.vision_tokens):

@@ -204,7 +204,7 @@ def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> I
             reducer = load_reducer(own)
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
             raise _wrong(file, "methods: name", name, "letters, digits and any of _ . -")
-        if not retain or "retain" in own or not hasattr(reducer, "retain"):
+        if not retain or "retain" in own or not hasattr(reducer, "retain") or reducer.knobs:
             yield Method(name, own.get("retain"), own)
             return
         for number in retain:

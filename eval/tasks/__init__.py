@@ -134,7 +134,7 @@ def _write_parquet(documents, path: Path, description: str) -> None:
         if document["image"] is not last:
             last = document["image"]
             buffer = BytesIO()
-            last.save(buffer, format="PNG", compress_level=1)
+            last.save(buffer, format="PNG", compress_level=0)  # it is read far more often than written
             encoded = buffer.getvalue()
         rows.append({**document, "image": {"bytes": encoded, "path": None}})
     kinds = {int: Value("int64"), str: Value("string"), list: List(Value("string")), dict: Image()}

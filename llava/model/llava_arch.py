@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPVisionConfig
@@ -215,6 +216,8 @@ class _Sequence:
             position=torch.arange(self.position, self.position + count, device=device),
             image=torch.full((count,), -1, device=device),
             index=torch.full((count,), -1, device=device),
+            row=torch.full((count,), -1, device=device),
+            column=torch.full((count,), -1, device=device),
             protected=torch.zeros(count, dtype=torch.bool, device=device),
             question=torch.full((count,), question, device=device),
         )
@@ -236,6 +239,8 @@ class _Sequence:
             position=self.position + place,
             image=torch.full((total,), len(self.images), device=device),
             index=torch.arange(self.index, self.index + total, device=device),
+            row=F.pad(anchor // encoded.grid[1], (encoded.prefix, 0), value=-1),
+            column=F.pad(anchor % encoded.grid[1], (encoded.prefix, 0), value=-1),
             protected=protected,
             question=torch.zeros(total, dtype=torch.bool, device=device),
         )
@@ -251,7 +256,7 @@ class _Sequence:
 
 def _pad(sequences: list[_Sequence], side: str, limit: int | None, call: Call) -> Prompt:
     """Stack prompts of different lengths."""
-    fillers = {"labels": IGNORE_INDEX, "image": -1, "index": -1}
+    fillers = {"labels": IGNORE_INDEX, "image": -1, "index": -1, "row": -1, "column": -1}
     device = sequences[0].parts["embeds"][0].device
     columns: dict[str, list[Tensor]] = defaultdict(list)
     for sequence in sequences:

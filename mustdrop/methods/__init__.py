@@ -8,8 +8,10 @@ from mustdrop.methods.pyramiddrop import PyramidDrop
 from mustdrop.methods.sparsevlm import SparseVLM
 from mustdrop.methods.tome import ToMe
 from mustdrop.methods.visionzip import VisionZip
+from mustdrop.methods.yopo import YOPO
 
 __all__ = [
+    "YOPO",
     "AveragePool",
     "DivPrune",
     "FastV",

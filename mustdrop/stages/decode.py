@@ -43,19 +43,15 @@ class OutputAwareCache(Reducer):
     def does(self, hook: str) -> bool:
         return super().does(hook) and (hook != "after_decode_layer" or self.output_threshold is not None)
 
-    def after_prefill(self, step: CacheStep) -> list[Tensor | None] | None:
+    def after_prefill(self, step: CacheStep) -> list[Tensor | Tokens | None] | None:
         first = ops.layer_index(self.first_layer, len(step.cached))
-        survives = _survivors(step.final, prompt_length=step.cached[0].source.shape[1])
-        keeps: dict[int, Tensor] = {}
-        answer: list[Tensor | None] = [None] * len(step.cached)
+        answer: list[Tensor | Tokens | None] = [None] * len(step.cached)
         for layer, tokens in enumerate(step.cached):
-            if layer >= first and tokens is not step.final:
-                if id(tokens) not in keeps:
-                    keeps[id(tokens)] = survives.to(tokens.source.device).gather(1, tokens.source)
-                answer[layer] = keeps[id(tokens)]
+            if layer >= first and tokens.images and tokens is not step.final:
+                answer[layer] = step.final
             if self.output_threshold is not None:
                 seen = self._seen(step.attention[layer], tokens, row=0)
-                answer[layer] = seen if answer[layer] is None else answer[layer] & seen
+                answer[layer] = seen if answer[layer] is None else seen & are_in(step.final, tokens)
         return answer
 
     def after_decode_layer(self, step: DecoderStep) -> Tensor | None:
@@ -67,8 +63,8 @@ class OutputAwareCache(Reducer):
         return (attention.mean_over_heads(rows)[:, 0] >= self.output_threshold) | tokens.protected
 
 
-def _survivors(final: Tokens, prompt_length: int) -> Tensor:
-    """Columns of the full prompt that reached the end, bool `[batch, prompt_length]`."""
-    reached = torch.ones_like(final.image, dtype=torch.bool) if final.valid is None else final.valid
-    columns = final.source.new_zeros(len(final.source), prompt_length)
-    return columns.scatter_reduce(1, final.source, reached.long(), "amax").bool()
+def are_in(later: Tokens, tokens: Tokens) -> Tensor:
+    """Which positions of a record reached a later one of the same prompts, bool `[batch, length]`."""
+    reached = torch.ones_like(later.vision) if later.valid is None else later.valid
+    later_source, reached = later.source.to(tokens.source.device), reached.to(tokens.source.device)
+    return (tokens.source[..., None] == later_source.masked_fill(~reached, -1)[:, None]).any(-1)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mustdrop import ops
 from mustdrop.checks import one_of, require
-from mustdrop.hooks import DecoderStep, Reducer
+from mustdrop.hooks import DecoderStep, Keep, Reducer, VisionTokens
+from mustdrop.stages.budget import check_budget, filter_schedule, key_count
 
 PUBLISHED_LAYERS = (2, 6, 10, 14)  # of LLaVA-1.5-7B's 32
 
@@ -23,6 +25,11 @@ class DualAttentionFilter(Reducer):
     Protected tokens stay. Attention is the layer's own, mean over heads. Each image is judged by itself; a prompt with
     no text after its image gives no evidence, and nothing is dropped.
 
+    With `budget` or `retain` the same two numbers rank the tokens instead, each relative to its threshold, and a token
+    is as good as the better of them. The thresholds would keep the same tokens if both were multiplied by one factor
+    chosen for that image and layer. Counts are then the same for all images and known beforehand, so that nothing
+    waits for the device; a prompt with no text after its image is judged by its last token.
+
     Parameters
     ----------
     global_threshold, individual_threshold : float
@@ -33,17 +40,51 @@ class DualAttentionFilter(Reducer):
         of 32 as fractions.
     score_dtype : {"float32", "model"}
         Precision in which attention is averaged and summed; "model" is the authors'.
+    budget : sequence of int or float, optional
+        Tokens of an image that go on after each of the layers; floats are shares of its patches.
+    retain : int, optional
+        Instead: mean tokens per decoder layer and image, by the authors' meter.
+    key_rate : float
+        Share of the tokens entering the decoder that a stage before this one protects.
     """
 
     global_threshold: float = 0.011
     individual_threshold: float = 0.01
     layers: Sequence[int | float] | None = None
     score_dtype: str = "float32"
+    budget: Sequence[int | float] | None = None
+    retain: int | None = None
+    key_rate: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.global_threshold >= 0, "global_threshold", self.global_threshold, "0 or more")
         require(self.individual_threshold >= 0, "individual_threshold", self.individual_threshold, "0 or more")
         one_of("score_dtype", self.score_dtype, ("float32", "model"))
+        check_budget(self.budget, self.retain, len(PUBLISHED_LAYERS if self.layers is None else self.layers))
+        ranks = self.global_threshold > 0 or self.individual_threshold > 0
+        right = "more than 0 where individual_threshold is 0: tokens are ranked relative to them"
+        require(not self.budgeted or ranks, "global_threshold", self.global_threshold, right)
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether numbers, not the thresholds, decide how many tokens stay."""
+        return self.budget is not None or self.retain is not None
+
+    def does(self, hook: str) -> bool:
+        return super().does(hook) and (hook != "on_projected_features" or self.budgeted)
+
+    def schedule(self, layers: int, patches: int, entering: int) -> dict[int, int]:
+        """Decoder layer -> tokens that go on after it, of an image of which `entering` tokens enter the decoder.
+
+        Raises ValueError if `budget` or `retain` is out of reach.
+        """
+        budget = None if self.budget is None else tuple(self.budget)
+        keys = key_count(self.key_rate, entering)
+        return filter_schedule(tuple(self.layers_of(layers)), layers, patches, entering, keys, budget, self.retain)
+
+    def check_tokens(self, layers: int, tokens: int) -> None:
+        if self.budgeted:
+            self.schedule(layers, tokens, tokens)
 
     def layers_of(self, layers: int) -> list[int]:
         """The filter layers of a decoder that is `layers` deep."""
@@ -55,15 +96,76 @@ class DualAttentionFilter(Reducer):
             fits = 0 <= layer < 1 if isinstance(layer, float) else -layers <= layer < layers
             require(fits, "filter_layers", layer, f"a layer from 0 to {layers - 1} or a fraction below 1")
 
-    def after_decoder_layer(self, step: DecoderStep) -> Tensor | None:
+    def on_projected_features(self, tokens: VisionTokens, state: dict) -> None:
+        """Note how many tokens enter the decoder: known to the host, so that later nothing waits for the device."""
+        state["patches"], state["tokens"] = tokens.owner.shape[1], tokens.hidden.shape[1]
+        state["alike"] = tokens.valid is None
+
+    def after_decoder_layer(self, step: DecoderStep) -> Tensor | Keep | None:
         tokens = step.tokens
-        if step.layer not in self.layers_of(step.layers) or not tokens.questions:
+        if step.layer not in self.layers_of(step.layers):
             return None
-        rows, real = tokens.question_rows()
+        if self.budgeted:
+            return self._best(step)
+        if not tokens.questions:
+            return None
+        attention = self._attention(step, *tokens.question_rows())
+        return ops.dual_attention_keep(attention, tokens.image, tokens.images, *self._thresholds)
+
+    @property
+    def _thresholds(self) -> tuple[float, float]:
+        return self.global_threshold, self.individual_threshold
+
+    def _best(self, step: DecoderStep) -> Keep | None:
+        """The best tokens of every image; None if no image has more."""
+        tokens, state = step.tokens, step.state
+        if "schedule" not in state:
+            state["schedule"] = self.schedule(step.layers, state["patches"], state["tokens"])
+        count = state["schedule"].get(step.layer, state["tokens"])
+        lost, state["tokens"] = state["tokens"] - count, count
+        if not lost:
+            return None
+        rows, real = tokens.last_row(), torch.ones_like(tokens.vision[:, :1])
+        if tokens.questions:
+            of_text, real = tokens.question_rows()
+            rows = torch.cat([of_text, rows], dim=1)
+            real = torch.cat([real, ~real.any(-1, keepdim=True)], dim=1)
+        attention = self._attention(step, rows, real)
+        score = dual_attention_score(attention, tokens.image, tokens.images, *self._thresholds)
+        score = score.masked_fill(tokens.protected, float("inf"))
+        keep = best_of_images(score, tokens.image, tokens.images, count)
+        return Keep(keep, dropped=lost * tokens.images if state["alike"] else None)
+
+    def _attention(self, step: DecoderStep, rows: Tensor, real: Tensor) -> Tensor:
+        """Attention of some rows, mean over heads, zero where they are not `real`: `[batch, rows, length]`."""
         attention = step.attention.probabilities(rows)
         if self.score_dtype == "model":
             attention = attention.to(step.hidden.dtype)
-        attention = attention.mean(1).masked_fill(~real[..., None], 0)
-        return ops.dual_attention_keep(
-            attention, tokens.image, tokens.images, self.global_threshold, self.individual_threshold
-        )
+        return attention.mean(1).masked_fill(~real[..., None], 0)
+
+
+def dual_attention_score(
+    attention: Tensor, image: Tensor, images: int, global_threshold: float, individual_threshold: float
+) -> Tensor:
+    """How good each vision token is by the two numbers of the dual-attention filter, up to a common factor.
+
+    The larger of (its share of the attention paid to its image) / `global_threshold` and (the most that any row pays
+    it) / `individual_threshold`; times both thresholds, so that one of them may be 0. Arguments as in
+    `ops.dual_attention_keep`, which keeps the tokens whose score is at least the thresholds' product.
+
+    Returns
+    -------
+    `[batch, length]`
+    """
+    vision, own = image >= 0, image.clamp(min=0)
+    total, strongest = attention.sum(1), attention.amax(1)
+    on_image = total.new_zeros(len(total), images).scatter_add(1, own, total * vision).gather(1, own)
+    share = total / on_image.clamp(min=torch.finfo(total.dtype).tiny)
+    return torch.maximum(share * individual_threshold, strongest * global_threshold)
+
+
+def best_of_images(score: Tensor, image: Tensor, images: int, count: int) -> Tensor:
+    """Mark the `count` best vision tokens of every image, all if it has fewer: bool `[batch, length]`."""
+    own = image[:, None] == torch.arange(images, device=image.device)[:, None]
+    best = score[:, None].masked_fill(~own, float("-inf")).topk(min(count, score.shape[-1])).indices
+    return (torch.zeros_like(own).scatter(-1, best, True) & own).any(1)

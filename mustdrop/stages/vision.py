@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from mustdrop import ops
 from mustdrop.checks import one_of, require
 from mustdrop.hooks import Reducer, VisionStep, VisionTokens
+from mustdrop.stages.budget import windows_to_merge
 
 
 @dataclass
@@ -31,6 +34,11 @@ class LocalSpatialMerge(Reducer):
         first, the most alike first.
     count : {"per_image", "batch_minimum"}
         "batch_minimum" (the authors'): every image of the batch merges as many windows as the one with fewest.
+    merge_to : int or float, optional
+        Instead of the threshold: exactly so many tokens are left of every image (a float is a share of its patches),
+        those windows being merged that are most alike. Shapes then depend on nothing in the picture.
+    retain : int, optional
+        Instead of both: a number of tokens to merge to that suits so many per decoder layer; see `windows_to_merge`.
 
     Raises
     ------
@@ -43,11 +51,32 @@ class LocalSpatialMerge(Reducer):
     block: int = 0
     order: str = "raster"
     count: str = "per_image"
+    merge_to: int | float | None = None
+    retain: int | None = None
 
     def __post_init__(self) -> None:
         require(self.window >= 2, "window", self.window, "an integer of at least 2")
         one_of("order", self.order, ("raster", "score"))
         one_of("count", self.count, ("per_image", "batch_minimum"))
+        require(self.merge_to is None or self.merge_to > 0, "merge_to", self.merge_to, "more than 0")
+        require(self.retain is None or self.retain > 0, "retain", self.retain, "1 or more")
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether numbers, not the threshold, decide how much is merged."""
+        return self.merge_to is not None or self.retain is not None
+
+    def merged(self, patches: int, grid: tuple[int, int] | None = None) -> int:
+        """Tokens that are left of an image (by default a square one) whatever it shows.
+
+        Raises ValueError if `merge_to` is out of reach.
+        """
+        grid = grid or (math.isqrt(patches),) * 2
+        number = windows_to_merge(self.merge_to, self.retain, grid, patches, self.window)
+        return patches - number * (self.window**2 - 1)
+
+    def check_tokens(self, layers: int, tokens: int) -> None:
+        self.merged(tokens)
 
     def check(self, layers: int, blocks: int) -> None:
         require(0 <= self.block < blocks, "merge_block", self.block, f"between 0 and {blocks - 1}, the last ViT block")
@@ -56,12 +85,50 @@ class LocalSpatialMerge(Reducer):
         tokens = step.tokens
         if step.block != self.block or min(tokens.grid) < self.window:
             return None
+        if self.budgeted:
+            left = self.merged(tokens.anchor.shape[1], tokens.grid)
+            if left == tokens.anchor.shape[1]:
+                return None
+            score = ops.window_similarity(tokens.patches, tokens.grid, self.window)
+            return merge_most_alike(tokens, score, left, self.window, self.order == "score")
         score = ops.window_similarity(tokens.patches, tokens.grid, self.window)
         merge = score >= self.similarity_threshold
         if self.count == "batch_minimum":
             rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
             merge = rank < merge.sum(-1).min()
         return ops.merge_windows(tokens, merge, self.window, score if self.order == "score" else None)
+
+
+def merge_most_alike(
+    tokens: VisionTokens, score: Tensor, left: int, window: int, by_score: bool = False
+) -> VisionTokens:
+    """Merge the best windows of every image until exactly `left` tokens are left.
+
+    Parameters
+    ----------
+    tokens : VisionTokens
+        One token per patch.
+    score : `[images, windows]`
+    left : int
+        The number of patches less a multiple of `window`^2 - 1.
+    window : int
+        Side of a window.
+    by_score : bool
+        Merged tokens come first, by falling score; otherwise raster order is kept.
+    """
+    patches, windows = tokens.anchor.shape[1], score.shape[1]
+    merge = ops.top_count(score, (patches - left) // (window**2 - 1))[..., None]
+    inside = ops.cut_windows(tokens.anchor[..., None], tokens.grid, window)[..., 0]
+    columns, middle = inside.flatten(1), inside[..., (window // 2) * (window + 1), None]
+    means = ops.cut_windows(tokens.patches, tokens.grid, window).mean(2)
+    merged, row = tokens.patches.clone(), torch.arange(len(inside), device=inside.device)[:, None]
+    merged[row, middle[..., 0]] = torch.where(merge, means, merged[row, middle[..., 0]])
+    into = tokens.anchor.scatter(1, columns, torch.where(merge, middle, inside).flatten(1))
+    order = None
+    if by_score:
+        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)[..., None]
+        order = (windows + tokens.anchor).scatter(1, columns, torch.where(merge, rank, windows + inside).flatten(1))
+    return tokens.with_patches(merged).select(into == tokens.anchor, into=into, order=order, length=left)
 
 
 @dataclass

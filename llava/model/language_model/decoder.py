@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -15,10 +14,11 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from llava.model.language_model.cache import VisionCache
+from llava.model.language_model.layers import run_layer, run_new_rows
 from llava.model.llava_arch import LlavaMetaModel
 from llava.model.masks import attention_mask as make_mask
 from llava.model.masks import expand_mask
-from mustdrop.hooks import Attention, CacheStep, Call, DecoderStep, Keep, LayerPlan, Tokens, gather
+from mustdrop.hooks import Attention, CacheStep, Call, DecoderStep, Keep, LayerPlan, SplitRows, Tokens, compact, gather
 
 
 class LlavaConfig(LlamaConfig):
@@ -45,13 +45,20 @@ class Stream:
     """Hidden states on their way through the decoder, and all that has to stay in step with them.
 
     `hidden` `[batch, length, width]`, the record of each position, the attention mask in the form the attention
-    implementation wants, and the rotary tables `(cos, sin)`, each `[batch, length, head_dim]`.
+    implementation wants, the rotary tables `(cos, sin)`, each `[batch, length, head_dim]`, and what `split` has found.
     """
 
     hidden: Tensor
     tokens: Tokens
     mask: Any
     rotary: tuple[Tensor, Tensor]
+    splits: dict[tuple, SplitRows | None] = field(default_factory=dict)
+
+    def split(self, window: int | None, device: torch.device) -> SplitRows | None:
+        """Text and vision rows apart, on a device; worked out once for all layers that see the same tokens."""
+        if (window, device) not in self.splits:
+            self.splits[window, device] = SplitRows.of(self.tokens.to(device), window)
+        return self.splits[window, device]
 
 
 class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
@@ -120,12 +127,18 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
         if mask is not None and (plans or drops):
             raise ValueError("attention_mask: 4-D masks cannot be combined with a reducer, pass [batch, length]")
         stream = self.stream(hidden, tokens, mask)
+        plan, final = None, None
         last_rows: list[Attention] = []
+        last: Stream | None = None
         with call.timed("prefill", hidden.device):
             for index, layer in enumerate(self.layers):
+                plan = self.plan(index, stream, call) if plans else plan
+                if plans and plan is not None and plan.skip:
+                    final, stream = stream.tokens, self.without_vision(index, stream, call)
+                    plans = drops = False
+                call.plans.append(plan)
                 call.entered.append(stream.tokens)
                 entering = stream
-                plan = self.plan(index, stream, call) if plans else None
                 hidden = run_layer(layer, stream, cache, plan)
                 stream = replace(stream, hidden=hidden, tokens=stream.tokens.to(hidden.device))
                 if drops:
@@ -133,11 +146,12 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
                         stream = self.reduce(index, entering, stream, cache, call)
                 call.left.append(stream.tokens)
                 if cuts:
-                    last_rows.append(self.attention(index, last_row(entering), cache))
+                    last = last_row(entering, last)
+                    last_rows.append(self.attention(index, last, cache))
             if cache is None:
                 call.finish_prefill([], [])
             else:
-                self.finish_prefill(cache, stream.tokens, last_rows, call)
+                self.finish_prefill(cache, final or stream.tokens, last_rows, call)
         return stream.hidden
 
     def decode(self, hidden: Tensor, cache: VisionCache) -> Tensor:
@@ -154,7 +168,7 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
                     contexts[alike] = mask, self.rotary_emb(hidden, cache.positions(index, new))
                 mask, rotary = contexts[alike]
                 entering = Stream(hidden, cache.records[index], mask, rotary)
-                hidden = run_layer(layer, entering, cache)
+                hidden = run_new_rows(layer, entering, cache, call.plans[index])
                 if evicts:
                     tokens = cache.extended(index)
                     attention = self.attention(index, replace(entering, tokens=tokens), cache)
@@ -178,8 +192,21 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
         step = DecoderStep(index, len(self.layers), stream.tokens, stream.hidden, None, None, call.state)
         return call.reducer.before_decoder_layer(step)
 
+    def without_vision(self, index: int, stream: Stream, call: Call) -> Stream:
+        """The text alone: from layer `index` on nothing is computed for vision tokens, protected ones included.
+
+        Nothing was decided against them, so those that got here are the ones that survived the prefill.
+        """
+        call.decided.append(index)
+        indices, tokens = stream.tokens.select(~stream.tokens.vision)
+        tokens = replace(tokens.renumbered() if call.reducer.positions == "renumber" else tokens, images=0)
+        return self.stream(gather(stream.hidden, indices), tokens)
+
     def reduce(self, index: int, entering: Stream, stream: Stream, cache: VisionCache | None, call: Call) -> Stream:
-        """Ask the reducer which tokens go on after a layer, and compact to them. Text and key tokens always do."""
+        """Ask the reducer which tokens go on after a layer, and compact to them.
+
+        Text and key tokens always do; where the reducer says how many go, it has seen to the key tokens itself.
+        """
         last = index + 1 == len(self.layers)
         step = DecoderStep(
             layer=index,
@@ -198,9 +225,16 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
         if keep.into is not None:
             call.merged[index] = keep.into
         before = stream.tokens
-        length = before.image.shape[1] - keep.dropped if keep.dropped is not None and before.valid is None else None
-        stays = keep.tokens | ~before.vision | before.protected
-        indices, tokens = before.select(stays, order=keep.order, length=length)
+        length = None
+        if keep.dropped is not None and all(len(images) == before.images for images in call.images):
+            length = before.image.shape[1] - keep.dropped
+        stays = keep.tokens | ~before.vision
+        if length is None:
+            stays = stays | before.protected
+        if length is None or before.valid is None:
+            indices, tokens = before.select(stays, order=keep.order, length=length)
+        else:
+            indices, tokens = select_with_padding(before, stays, length)
         if before.valid is None and indices.shape[1] == stream.hidden.shape[1]:
             return stream
         if call.reducer.positions == "renumber":
@@ -240,31 +274,37 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
                     record = cache.records[layer]
                     alike = id(record), id(keep)
                     if alike not in cuts:
-                        cuts[alike] = record.select(keep | ~record.vision)
+                        later = isinstance(keep, Tokens)
+                        cuts[alike] = columns_of(keep, record) if later else record.select(keep | ~record.vision)
                     cache.select(layer, *cuts[alike])
         call.finish_prefill(cache.records, [cache.bytes_per_position(layer) for layer in range(len(self.layers))])
 
 
-def run_layer(
-    layer: torch.nn.Module, stream: Stream, cache: VisionCache | None, plan: LayerPlan | None = None
-) -> Tensor:
-    """Output of a decoder layer `[batch, length, width]`; with a plan, vision tokens get only what it says."""
-    context = {"attention_mask": stream.mask, "position_embeddings": stream.rotary, "past_key_values": cache}
-    if plan is None:
-        return layer(stream.hidden, **context)
-    hidden = stream.hidden + layer.self_attn(hidden_states=layer.input_layernorm(stream.hidden), **context)[0]
-    states, output = layer.post_attention_layernorm(hidden), torch.empty_like(hidden)
-    vision, mlp = stream.tokens.vision, layer.mlp
-    share = round(plan.mlp_share * mlp.gate_proj.out_features)
-    gate, up, down = mlp.gate_proj.weight[:share], mlp.up_proj.weight[:share], mlp.down_proj.weight[:, :share]
-    output[~vision] = mlp(states[~vision])
-    thin = states[vision]
-    output[vision] = F.linear(mlp.act_fn(F.linear(thin, gate)) * F.linear(thin, up), down)
-    return hidden + output
+def select_with_padding(tokens: Tokens, keep: Tensor, length: int) -> tuple[Tensor, Tokens]:
+    """`Tokens.select` where every prompt is known to keep `length` columns, its padding among them."""
+    indices, _ = compact(keep, length=length)
+    return indices, tokens.map(lambda value: value.gather(-1, indices.expand(*value.shape[:-1], -1)))
 
 
-def last_row(stream: Stream) -> Stream:
-    """The part of a stream that belongs to every prompt's last token; the record still describes all positions."""
+def columns_of(later: Tokens, tokens: Tokens) -> tuple[Tensor, Tokens]:
+    """Where the tokens of a later record stand in an earlier one of the same prompts, int64 `[batch, kept]`.
+
+    And the record of these columns; nothing waits for the device.
+    """
+    later = later.to(tokens.source.device)
+    columns = (tokens.source[:, None] == later.source[..., None]).byte().argmax(-1)
+    position = tokens.position.gather(-1, columns.expand(*tokens.position.shape[:-1], -1))
+    return columns, replace(later, position=position)
+
+
+def last_row(stream: Stream, before: Stream | None = None) -> Stream:
+    """The part of a stream that belongs to every prompt's last token; the record still describes all positions.
+
+    `before` is that of the layer before: rotary tables are taken over where the tokens are the same.
+    """
     rows = stream.tokens.last_row()
-    tables = tuple(gather(table.expand(len(rows), -1, -1), rows) for table in stream.rotary)
+    if before is not None and before.tokens is stream.tokens:
+        tables = before.rotary
+    else:
+        tables = tuple(gather(table.expand(len(rows), -1, -1), rows) for table in stream.rotary)
     return replace(stream, hidden=gather(stream.hidden, rows), rotary=tables)

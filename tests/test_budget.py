@@ -1,0 +1,275 @@
+"""MustDrop told numbers instead of thresholds: exact counts, the same choice, and nothing that waits for the device."""
+
+import copy
+import math
+from collections import Counter
+
+import pytest
+import torch
+from tiny import LAYERS, SIDE, batch, ours, pictures, prompt, run
+
+from mustdrop import MustDrop, Reducer, load_reducer
+from mustdrop.compose import Compose
+from mustdrop.hooks import Call, Keep
+from mustdrop.macs import mean_tokens_official
+from mustdrop.methods import FastV
+from mustdrop.stages import DualAttentionFilter, KeyTokens, LocalSpatialMerge, OutputAwareCache
+from mustdrop.stages.budget import filter_schedule, windows_to_merge
+
+PATCHES = SIDE * SIDE
+EXACT = {"budget": [60, 41, 30, 20], "merge_to": 104}
+THRESHOLDS = {"global_threshold": 0.01, "individual_threshold": 0.03}
+ALIKE = [prompt(3, 6, seed=1), prompt(6, 2, seed=2), prompt(2, 9, seed=3)]
+MIXED = [prompt(3, 6, seed=1), prompt(6, 2, images=2, seed=2), prompt(4, 3, images=0, seed=3)]
+OPTIONS = {
+    "explicit": EXACT,
+    "shares": {"budget": [0.5, 0.3, 0.2, 0.1], "merge_to": 0.7},
+    "unmerged": {"budget": [60, 41, 30, 20]},
+    "solved": {"retain": 40},
+    "official": {**EXACT, "compat": "official", "filter_layers": [1, 3, 4, 5]},
+    "half precision scores": {**EXACT, "score_dtype": "model"},
+    "decode threshold": {**EXACT, "output_threshold": 0.004},
+    "all caches": {**EXACT, "cache_from": 0},
+    "filter alone": {"budget": [60, 41, 30, 20], "stages": ["prefill"]},
+    "merging alone in numbers": {"merge_to": 104, **THRESHOLDS},
+}
+options = pytest.mark.parametrize("settings", OPTIONS.values(), ids=OPTIONS)
+
+
+def trace_of(reducer: Reducer, images: int = 1, seed: int = 1, after: int = 6):
+    return run(ours(), reducer, inputs=prompt(3, after, images, seed=seed), images=pictures(images, seed=seed))[2][0]
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_counts_are_exact(images, seed):
+    trace = trace_of(MustDrop(**EXACT), images, seed)
+    expected = [104, 60, 41, 30, 20, 20, 20, 20]
+    assert trace.vision_tokens == [images * count for count in expected]
+    text = trace.text_tokens
+    assert trace.cache_lengths == [images * 20 + text] * LAYERS
+    assert Counter(len(patches) for patches in trace.tokens) == {1: images * 99, 9: images * 5}
+    assert len(trace.key_tokens) == images * math.ceil(0.08 * 104)
+    keys = {patch for token in trace.key_tokens for patch in trace.tokens[token]}
+    assert keys <= set(trace.kept["prefill"][3])
+
+
+@pytest.mark.parametrize("retain", [20, 40, 77, 143])
+def test_retain_is_the_mean_per_layer_by_the_authors_meter(retain):
+    trace = trace_of(load_reducer({"method": "mustdrop", "retain": retain}))
+    assert trace.mean_tokens_official == pytest.approx(retain, abs=0.5)
+
+
+@pytest.mark.parametrize(("layers", "patches"), [(32, 576), (40, 576), (16, 576), (8, 144), (24, 256), (32, 2880)])
+@pytest.mark.parametrize("share", [0.07, 0.11, 0.33, 0.9])
+def test_retain_is_met_at_any_depth_and_number_of_patches(layers, patches, share):
+    retain, reducer = round(share * patches), MustDrop(retain=round(share * patches))
+    reducer.check_tokens(layers, patches)
+    merge, keys, chosen, _ = reducer.parts
+    entering = merge.merged(patches)
+    schedule = chosen.schedule(layers, patches, entering)
+    counts = [entering]
+    for layer in range(layers):
+        counts.append(schedule.get(layer, counts[-1]))
+    assert counts == sorted(counts, reverse=True) and retain <= entering <= patches
+    assert counts[-1] >= math.ceil(keys.rate * entering)
+    assert mean_tokens_official(counts[:-1]) == pytest.approx(retain, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    "compat", [{}, {"compat": "official", "filter_layers": [0, 1, 2, 3], "score_dtype": "float32"}]
+)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_counts_of_threshold_mode_give_its_choice(compat, seed):
+    """The numbers rank tokens by the thresholds' own measure."""
+    given = {"inputs": prompt(3, 6, seed=seed), "images": pictures(1, seed=seed)}
+    _, logits, (trace,) = run(ours(), MustDrop(**THRESHOLDS, **compat), **given)
+    counts = {"budget": trace.vision_tokens[1:5], "merge_to": trace.vision_tokens[0]}
+    assert counts["budget"][-1] < counts["merge_to"] < PATCHES
+    _, same_logits, (same,) = run(ours(), MustDrop(**THRESHOLDS, **compat, **counts), **given)
+    assert same.kept["decode"] == trace.kept["decode"] and same.tokens == trace.tokens
+    assert same.kept["prefill"].items() <= trace.kept["prefill"].items()
+    assert same.vision_tokens == trace.vision_tokens and same.cache_lengths == trace.cache_lengths
+    torch.testing.assert_close(logits, same_logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "reducer", [MustDrop(retain=PATCHES), MustDrop(budget=[PATCHES] * 4), MustDrop(budget=[1.0] * 4)]
+)
+def test_keeping_everything_equals_plain_llava(reducer):
+    for ids, images in ((ALIKE[0], 1), (MIXED[1], 2)):
+        given = {"inputs": ids, "images": pictures(images, seed=1)}
+        plain, same = run(ours(), Reducer(), **given), run(ours(), reducer, **given)
+        assert torch.equal(plain[1], same[1]) and plain[2][0].cache_bytes == same[2][0].cache_bytes
+
+
+@options
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("prompts", [ALIKE, MIXED], ids=["padded", "several images and none"])
+def test_batch_equals_one_by_one(settings, attention, prompts):
+    model, reducer = ours(attn_implementation=attention), MustDrop(**settings)
+    numbers = [int((ids == -200).sum()) for ids in prompts]
+    images = [pictures(number, seed=seed) for seed, number in enumerate(numbers) if number]
+    ids, logits, traces = run(model, reducer, **batch(prompts), images=torch.cat(images))
+    images = [images.pop(0) if number else None for number in numbers]
+    for row, (own, pixels) in enumerate(zip(prompts, images, strict=True)):
+        alone_ids, alone_logits, (alone,) = run(model, reducer, inputs=own, images=pixels)
+        assert traces[row].vision_tokens == alone.vision_tokens and traces[row].kept == alone.kept
+        assert traces[row].cache_lengths == alone.cache_lengths and traces[row].tokens == alone.tokens
+        assert torch.equal(ids[row], alone_ids[0])
+        torch.testing.assert_close(logits[row], alone_logits[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings", [EXACT, {"retain": 40}, {**EXACT, "merge_order": "score", "positions": "renumber"}]
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("prompts", [ALIKE[:1] * 2, ALIKE, MIXED[1:2]], ids=["alike", "padded", "two images"])
+@torch.no_grad()
+def test_nothing_waits_for_the_device(settings, side, prompts):
+    """On tensors without data, whatever the host would have to read cannot be read."""
+    model, reducer = ours(attn_implementation="eager"), MustDrop(**settings)
+    images = pictures(sum(int((ids == -200).sum()) for ids in prompts))
+    given = batch(prompts, side)
+    call = Call(reducer)
+    empty = copy.deepcopy(model).to("meta")
+    encoded = empty.encode_images(images.to("meta"), call)
+    with reducer.on(model):
+        ready = model.splice(given["inputs"], given["attention_mask"], images=images, padding_side=side)
+    assert encoded.hidden.shape[1] == ready.call.images[0][0][0]
+    tokens = ready.tokens.map(lambda value: value.to("meta"))
+    output = empty(inputs_embeds=ready.embeds.to("meta"), prompt=ready_for(ready, tokens), use_cache=True)
+    kept = [layer.keys.shape[2] for layer in output.past_key_values.layers]
+    with reducer.on(model):
+        cache = model(inputs_embeds=ready.embeds, prompt=ready_for(ready, ready.tokens), use_cache=True).past_key_values
+    assert kept == [layer.keys.shape[2] for layer in cache.layers] and kept[0] < tokens.image.shape[1]
+
+
+def ready_for(prompt_, tokens):
+    """A spliced prompt with a call of its own that has seen the same images."""
+    call = Call(prompt_.call.reducer)
+    call.images, call.tiles, call.state = prompt_.call.images, prompt_.call.tiles, copy.deepcopy(prompt_.call.state)
+    return type(prompt_)(prompt_.embeds.to(tokens.image.device), tokens, None, call)
+
+
+def test_without_text_after_the_image_the_last_token_judges():
+    assert trace_of(MustDrop(**EXACT), after=0).vision_tokens == trace_of(MustDrop(**EXACT)).vision_tokens
+    assert trace_of(MustDrop(**THRESHOLDS), after=0).kept["prefill"] == {}
+
+
+def test_under_compose_the_count_is_passed_on_unless_another_drops_too():
+    class All(Reducer):
+        def after_decoder_layer(self, step):
+            return torch.ones_like(step.tokens.vision)
+
+    inner = DualAttentionFilter(budget=[60, 41, 30, 20])
+    for parts, known in (((inner,), True), ((inner, All()), False)):
+        seen = []
+        reducer = Compose(parts)
+        original = reducer.after_decoder_layer
+        reducer.after_decoder_layer = lambda step, ask=original, seen=seen: seen.append(ask(step)) or seen[-1]
+        assert trace_of(reducer).vision_tokens[1:5] == [60, 41, 30, 20]
+        assert all(isinstance(answer, Keep) and answer.dropped for answer in seen[:4]) == known
+
+
+def test_after_merging_by_threshold_images_that_have_fewer_tokens_keep_them():
+    reducer = Compose([LocalSpatialMerge(), KeyTokens(), DualAttentionFilter(budget=[90, 41, 30, 20])])
+    images = pictures(2, seed=1)
+    for given in ({"inputs": MIXED[1], "images": images}, {**batch(ALIKE[:2]), "images": images}):
+        traces = run(ours(), reducer, **given)[2]
+        for trace in traces:
+            entered = [image["tokens"] for image in trace.images]
+            assert trace.vision_tokens[1] == sum(min(90, count) for count in entered)
+            assert trace.vision_tokens[4] == 20 * len(entered)
+
+
+def test_two_reducers_that_cut_the_cache_keep_what_both_do():
+    cut = Compose([DualAttentionFilter(budget=[60, 41, 30, 20]), OutputAwareCache(), OutputAwareCache(0.5)])
+    assert trace_of(cut).cache_lengths == [20 + 10] * LAYERS
+
+
+def test_windows_to_merge():
+    assert windows_to_merge(None, None, (24, 24), 576, 3) == 0
+    assert windows_to_merge(None, 576, (24, 24), 576, 3) == 0
+    assert windows_to_merge(None, 64, (24, 24), 576, 3) == 25  # 376 tokens are left
+    assert windows_to_merge(None, 8, (24, 24), 576, 3) == 64
+    assert windows_to_merge(None, 570, (24, 24), 576, 3) == 0
+    assert windows_to_merge(0.5, None, (24, 24), 576, 3) == 36
+    assert windows_to_merge(0.5, None, (20, 30), 600, 3) == 38
+
+
+def test_schedule_is_as_given_or_solved():
+    assert filter_schedule((2, 6), 32, 576, 376, 31, budget=(0.25, 0.125)) == {2: 144, 6: 72}
+    assert filter_schedule((2, 6), 32, 576, 576, 47, retain=576) == {}
+    assert filter_schedule((2, 6), 32, 576, 100, 8, retain=600) == {}
+
+
+def test_text_stays_whatever_the_number_of_key_tokens():
+    trace = trace_of(Compose([KeyTokens(0.5), DualAttentionFilter(budget=[60, 41, 30, 20])]))
+    assert trace.vision_tokens[4] == 20 and trace.cache_lengths[-1] == 20 + trace.text_tokens
+    assert set(trace.kept["prefill"][3]) <= set(trace.key_tokens)
+
+
+def test_a_budget_that_another_reducer_has_undercut_changes_nothing():
+    first, then = FastV(layer=1, drop_ratio=0.9), DualAttentionFilter(budget=[100, 80, 60, 40])
+    counts = trace_of(Compose([first, then])).vision_tokens
+    assert counts == trace_of(Compose([first])).vision_tokens and counts[-1] < 40
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"retain": 0}, r"retain is 0: it must be 1 or more"),
+        ({"retain": 64, "budget": [1] * 4}, r"retain is 64: it must be left out where budget is given"),
+        ({"budget": [9, 5]}, r"budget is \[9, 5\]: it must be as many numbers as there are filter layers, 4"),
+        ({"budget": [9, 5, 6, 1]}, r"budget is \[9, 5, 6, 1\]: it must be numbers that do not rise"),
+        ({"budget": [9, 0.5, 0.4, 0.1]}, r"budget is .*all whole or all shares"),
+        ({"budget": [1.5, 1.0, 1.0, 1.0]}, r"budget is 1.5: it must be a number of tokens, or a share of the patches"),
+        ({"merge_to": 0}, r"merge_to is 0: it must be more than 0"),
+        ({"merge_to": 104, "stages": ["prefill"]}, r"merge_to is 104: it must be left out without the vision stage"),
+        ({"retain": 64, "stages": ["vision"]}, r"retain is 64: it must be left out without the prefill stage"),
+        ({"retain": 64, "global_threshold": 0, "individual_threshold": 0}, r"global_threshold is 0: .* more than 0"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MustDrop(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"retain": 1},
+            r"retain is 1: it must be at least 2: key tokens stay, .* all 16 .*smaller merge_to or key_rate",
+        ),
+        ({"retain": 30, "merge_to": 144, "filter_layers": [4]}, r"retain is 30: it must be at least 78"),
+        ({"retain": 130, "merge_to": 104}, r"retain is 130: it must be at most 104, .* or all 144; .*another merge_to"),
+        ({"merge_to": 100}, r"merge_to is 100: it must be between 16 .* and 144 .*multiple of 8 below 144"),
+        ({"merge_to": 8}, r"merge_to is 8: it must be between 16 .* and 144"),
+        ({"budget": [60, 41, 30, 20], "merge_to": 56}, r"budget is 60: it must be from 5 .* to 56"),
+        (
+            {"budget": [60, 41, 30, 8], "merge_to": 104},
+            r"budget is 8: it must be from 9 \(key tokens are never dropped\)",
+        ),
+    ],
+)
+def test_what_is_out_of_reach_is_refused_before_anything_runs(settings, message):
+    with pytest.raises(ValueError, match=message), MustDrop(**settings).on(ours()):
+        pass
+
+
+def test_layers_compile_whole_and_keep_the_same_tokens():
+    """With counts fixed every layer has one shape: no graph breaks, nothing compiled again for another picture."""
+    model, reducer, graphs = copy.deepcopy(ours()), MustDrop(**EXACT), []
+    for layer in model.model.layers:
+        layer.compile(backend="eager", dynamic=False, fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=2 * LAYERS, fail_on_recompile_limit_hit=True):
+        for seed in (1, 2):
+            given = {"inputs": prompt(3, 6, seed=seed), "images": pictures(1, seed=seed), "new_tokens": 1}
+            _, logits, (trace,) = run(model, reducer, **given)
+            _, same_logits, (same,) = run(ours(), reducer, **given)
+            assert trace.kept == same.kept
+            torch.testing.assert_close(logits, same_logits, atol=1e-5, rtol=0)
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[1]
