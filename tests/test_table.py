@@ -22,7 +22,7 @@ REAL = Layout("A table", "llava-1.5-7b", COLUMNS, (64,), ("fastv", "mustdrop"))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return results_folder(tmp_path_factory.mktemp("results"))
+    return results_folder(tmp_path_factory.mktemp("some") / "results")
 
 
 def real(folder: Path, task: str, method: str, retain: int, score: float, half: float, **more) -> None:
