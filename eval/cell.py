@@ -76,6 +76,7 @@ class Cell:
             "model": self.model_name,
             "model_files": _model_fingerprint(self.model),
             "task_data": _task_fingerprint(self.task),
+            "setting_files": [_file_fingerprint(value) for value in self.settings.values() if _is_file(value)],
             "code": _code_fingerprint(),
             "versions": provenance.versions(),
         }
@@ -101,6 +102,14 @@ class Cell:
 # Hashing a checkpoint takes a moment; within one process its files are taken not to change.
 _model_fingerprint = cache(provenance.model_fingerprint)
 _code_fingerprint = cache(provenance.code_fingerprint)
+
+
+def _is_file(value: object) -> bool:
+    return isinstance(value, str) and value.endswith(".npy") and Path(value).is_file()
+
+
+def _file_fingerprint(path: str) -> str:
+    return provenance.digest(Path(path).read_bytes().hex())
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
+from types import ModuleType
 
 from tqdm import tqdm
 
@@ -23,6 +24,19 @@ def progress(items: Iterable | None = None, description: str = "", **options) ->
     """
     interval = 0.2 if sys.stderr.isatty() else 30.0
     return tqdm(items, desc=description, mininterval=interval, maxinterval=interval, dynamic_ncols=True, **options)
+
+
+class _Hidden(tqdm):
+    """A bar that is never shown, whatever it is told."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **{**options, "disable": True})
+
+
+def hide_bars(*modules: ModuleType) -> None:
+    """Hide the tqdm bars of other people's modules: ours says how far things are."""
+    for module in modules:
+        module.tqdm = _Hidden
 
 
 def quiet() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from eval import provenance, rows
 from eval.cell import Cell, write_json
-from eval.progress import quiet
+from eval.progress import hide_bars, quiet
 from eval.samples import read_lines, write_lines
 
 
@@ -106,10 +106,14 @@ def _task_manager(task: str):
 
 def _evaluate(cell: Cell, out: Path, loaded, manager, force: bool, verbose: bool) -> dict | None:
     """One cell's row, through lmms-eval; None in all processes but the first."""
-    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval import evaluator
+    from lmms_eval.api import task as tasks
     from lmms_eval.models import get_model
 
     from eval.lmms import rank_files
+
+    if not verbose:
+        hide_bars(evaluator, tasks)
 
     samples = cell.file(out).with_suffix(".jsonl")
     model = get_model("llava_mustdrop")(
@@ -121,7 +125,7 @@ def _evaluate(cell: Cell, out: Path, loaded, manager, force: bool, verbose: bool
         resume=not force,
         description=f"{cell.task} {cell.label}",
     )
-    results = simple_evaluate(
+    results = evaluator.simple_evaluate(
         model=model,
         tasks=[cell.task],
         task_manager=manager,

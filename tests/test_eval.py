@@ -409,12 +409,18 @@ def test_tasks_of_the_embedded_model_are_synthetic_and_run_once():
     assert settings.check_tasks(names, "x/llava-mini", None) == [("gqa", "mini_gqa"), ("pope", "mini_pope")]
 
 
-def test_identity_is_what_can_change_a_result(checkpoint):
+def test_identity_is_what_can_change_a_result(checkpoint, tmp_path):
     cell = Cell(str(checkpoint), "gqa", "mini_gqa", settings={"method": "mustdrop"})
     same = Cell(str(checkpoint), "vqav2", "mini_gqa", "another name", 64, {"method": "mustdrop"})
     assert cell.key == same.key
     changes = {"task": "mini_pope", "settings": {"method": "vanilla"}, "limit": 4, "dtype": "bfloat16", "seed": 1}
     assert len({dataclasses.replace(cell, **{name: value}).key for name, value in changes.items()} | {cell.key}) == 6
+    heads = tmp_path / "heads.npy"
+    keys = set()
+    for content in (b"one", b"two"):
+        heads.write_bytes(content)
+        keys.add(dataclasses.replace(cell, settings={"method": "yopo", "heads": str(heads)}).key)
+    assert len(keys) == 2
 
 
 def test_several_processes_share_the_questions(checkpoint, configs, small_task, tmp_path):
