@@ -10,6 +10,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import sentencepiece
 import torch
+from checkpoint import save_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -52,3 +53,17 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         minloglevel=2,
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """A small random model whose name makes it the embedded one."""
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "llava-mini-random", tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def loaded(checkpoint: Path):
+    """The same, loaded: an ``eval.inference.LoadedModel``."""
+    from eval.inference import LoadedModel
+
+    return LoadedModel.load(str(checkpoint), device="cpu")

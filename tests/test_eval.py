@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint import save_checkpoint
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
-from eval import calibrate, cli, rows, run, samples, settings, summary, tasks
+from eval import cli, rows, run, samples, settings, summary, tasks
 from eval.cell import Cell
 from eval.inference import LoadedModel
 from eval.lmms import LlavaMustDrop
@@ -26,17 +25,6 @@ from llava.train.mini import questions, scenes
 from mustdrop.cost import ModelShape
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
-    """A small random model whose name makes it the embedded one."""
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "llava-mini-random", tokenizer_folder)
-
-
-@pytest.fixture(scope="module")
-def loaded(checkpoint) -> LoadedModel:
-    return LoadedModel.load(str(checkpoint), device="cpu")
 
 
 @pytest.fixture
@@ -448,49 +436,3 @@ def test_every_command_has_help(capsys):
             cli.main([name, "--help"])
         assert left.value.code == 0 and "usage:" in capsys.readouterr().out
     assert cli.main(["runn"]) == 2 and "'runn'" in capsys.readouterr().err
-
-
-# Calibration
-
-
-def staircase(scale: float) -> calibrate.Point:
-    """Falls from 100 to 10 in steps of one."""
-    tokens = max(10.0, 100.0 - max(0.0, 15 * math.log10(scale / 1e-4)))
-    return calibrate.Point(scale, tokens + 5, float(round(tokens)))
-
-
-def test_search_finds_targets_and_reuses_points():
-    known: dict[float, calibrate.Point] = {}
-    for target in (90, 50, 30):
-        found = calibrate.search(staircase, target, known, 0.02)
-        assert abs(found.tokens_official - target) <= 0.02 * target
-    before = len(known)
-    calibrate.search(staircase, 50, known, 0.02)
-    assert len(known) == before < 30
-
-
-@pytest.mark.parametrize(("target", "word"), [(5, "floor of 10.0"), (120, "above the 100.0")])
-def test_search_says_what_is_out_of_reach(target, word):
-    with pytest.raises(calibrate.OutOfReach, match=word):
-        calibrate.search(staircase, target, {}, 0.02)
-
-
-def test_calibration_writes_a_method_that_keeps_what_it_says(checkpoint, loaded, tmp_path, capsys):
-    argv = ["--model", str(checkpoint), "--retain", "12", "1", "--samples", "16", "--out", str(tmp_path)]
-    assert calibrate.main(argv) == 1
-    assert "1: out of reach" in capsys.readouterr().err
-    text = (tmp_path / "mustdrop_12.yaml").read_text()
-    settings = read_method(str(tmp_path / "mustdrop_12.yaml"))
-    assert settings["global_threshold"] / settings["individual_threshold"] == pytest.approx(1.1, rel=1e-3)
-    pairs = calibrate.read_samples("mini", None, ".", 16)
-    tokens, official = calibrate.measure_tokens(loaded, settings, pairs, 8, "again")
-    assert official == pytest.approx(12, rel=0.02)
-    assert f"{official:.1f} by the authors' meter" in text and f"{tokens:.1f} if every layer" in text
-
-
-def test_calibration_reads_a_users_samples(tmp_path):
-    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
-    data = tmp_path / "data.json"
-    data.write_text(json.dumps([{"image": "a.png", "question": "what?"}] * 3))
-    pairs = calibrate.read_samples(None, str(data), str(tmp_path), 2)
-    assert len(pairs) == 2 and pairs[0][0].size == (20, 10) and pairs[0][1] == "what?"

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-from checkpoint import save_checkpoint
-
 from eval import tasks
 from eval.inference import LoadedModel
 from eval.lmms import LlavaMustDrop
@@ -14,14 +11,6 @@ from eval.tasks import mini_gqa
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "checkpoints" / "llava-mini"
 QUESTIONS = 4
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
-    """The embedded model, or a random one where it is not checked out."""
-    if (EMBEDDED / "config.json").is_file():
-        return EMBEDDED
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "llava-mini-random", tokenizer_folder)
 
 
 def test_stock_llava_gives_our_plugins_answers(checkpoint, tmp_path, monkeypatch):

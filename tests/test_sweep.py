@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from checkpoint import save_checkpoint
 
 from eval import runner, settings
 from eval.cell import Cell, write_json
@@ -30,12 +29,6 @@ ROW = {
     "flops_reduction": 0.0, "flops_reductions": {}, "cache_bytes": 1.0, "vision_ms": 1.0, "prefill_ms": 1.0,
     "selector_ms": 0.0, "decode_ms": 1.0,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tokenizer_folder) -> Path:
-    """A small random model whose name makes it the embedded one: 36 patches, 8 layers."""
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "llava-mini-random", tokenizer_folder)
 
 
 @pytest.fixture(autouse=True)
