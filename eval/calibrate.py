@@ -75,6 +75,17 @@ def as_yaml(settings: dict, target: int, point: Point, notes: list[str]) -> str:
     return "".join(f"# {line}\n" for line in lines) + yaml.safe_dump(settings, sort_keys=False)
 
 
+def add_measuring_options(new: argparse.ArgumentParser) -> None:
+    """Options of every command that runs a model on training questions: which questions, and how."""
+    new.add_argument("--task", help="synthetic task whose training split is used, mini for all (default: mini)")
+    new.add_argument("--data", help='JSON list of {"image": file, "question": text}; never the benchmark itself')
+    new.add_argument("--image-folder", default=".", help="where the images of --data are (%(default)s)")
+    new.add_argument("--batch-size", default=8, help="(%(default)s)")
+    new.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    new.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (%(default)s)")
+    new.add_argument("--conv-template", default="vicuna_v1", help="conversation template (%(default)s)")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     new = argparse.ArgumentParser(
@@ -92,14 +103,8 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="fix other fields of the method, for instance key_rate=0.04; they are written to the file too",
     )
-    new.add_argument("--task", help="synthetic task whose training split is used, mini for all (default: mini)")
-    new.add_argument("--data", help='JSON list of {"image": file, "question": text}; never the benchmark itself')
-    new.add_argument("--image-folder", default=".", help="where the images of --data are (%(default)s)")
     new.add_argument("--tolerance", type=float, default=0.02, help="relative error that is good enough (%(default)s)")
-    new.add_argument("--batch-size", default=8, help="(%(default)s)")
-    new.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    new.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (%(default)s)")
-    new.add_argument("--conv-template", default="vicuna_v1", help="conversation template (%(default)s)")
+    add_measuring_options(new)
     return new
 
 

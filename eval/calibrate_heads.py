@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from eval.calibrate import check_data, read_samples
+from eval.calibrate import add_measuring_options, check_data, read_samples
 from eval.methods import CONFIGS
 from eval.progress import progress, quiet
 from eval.settings import EMBEDDED, check_model, check_out, whole_number
@@ -35,13 +35,7 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--full-layers", default="2", help="first layers that keep all heads (%(default)s)")
     new.add_argument("--samples", default=100, help="number of calibration samples (%(default)s)")
     new.add_argument("--out", help="the .npy file (default: configs/methods/MODEL/yopo_heads.npy)")
-    new.add_argument("--task", help="synthetic task whose training split is used, mini for all (default: mini)")
-    new.add_argument("--data", help='JSON list of {"image": file, "question": text}; never the benchmark itself')
-    new.add_argument("--image-folder", default=".", help="where the images of --data are (%(default)s)")
-    new.add_argument("--batch-size", default=8, help="(%(default)s)")
-    new.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
-    new.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (%(default)s)")
-    new.add_argument("--conv-template", default="vicuna_v1", help="conversation template (%(default)s)")
+    add_measuring_options(new)
     return new
 
 
