@@ -76,7 +76,7 @@ class Cell:
             "model": self.model_name,
             "model_files": _model_fingerprint(self.model),
             "task_data": _task_fingerprint(self.task),
-            "setting_files": [_file_fingerprint(value) for value in self.settings.values() if _is_file(value)],
+            "setting_files": [_file_fingerprint(file) for file in _files(self.settings)],
             "code": _code_fingerprint(),
             "versions": provenance.versions(),
         }
@@ -94,6 +94,15 @@ class Cell:
         """Whether there is a result."""
         return self.file(out).is_file()
 
+    def made_by_other_code(self, out: Path) -> Path | None:
+        """The newest result that differs from this cell in the code alone: another commit's; None if there is none."""
+        mine, found = _without_code(json.loads(json.dumps(self.identity(), default=str))), []
+        for file in self.file(out).parent.glob(f"{self.label}-*.json"):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if _without_code(content["identity"]) == mine:
+                found.append((content["provenance"]["date"], file))
+        return max(found)[1] if found else None
+
     def read(self, out: Path) -> dict:
         """The row of a finished cell."""
         return json.loads(self.file(out).read_text(encoding="utf-8"))["row"]
@@ -104,8 +113,16 @@ _model_fingerprint = cache(provenance.model_fingerprint)
 _code_fingerprint = cache(provenance.code_fingerprint)
 
 
-def _is_file(value: object) -> bool:
-    return isinstance(value, str) and value.endswith(".npy") and Path(value).is_file()
+def _without_code(identity: dict) -> dict:
+    return {name: value for name, value in identity.items() if name != "code"}
+
+
+def _files(settings: object) -> list[str]:
+    """Array files that settings name, also those of a composition's parts."""
+    if isinstance(settings, (dict, list, tuple)):
+        values = settings.values() if isinstance(settings, dict) else settings
+        return [file for value in values for file in _files(value)]
+    return [settings] if isinstance(settings, str) and settings.endswith(".npy") and Path(settings).is_file() else []
 
 
 def _file_fingerprint(path: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,6 +17,9 @@ AVERAGED = (
     "decode_ms", "accuracy",
 )  # fmt: skip
 
+QUIET = 0.5
+"""Most load beside the measured process itself on a machine that counts as quiet."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -26,7 +29,7 @@ class Result:
     ----------
     row : dict
         Its numbers, with ``share_of_vanilla``: the headline score divided by the untouched model's on the same
-        questions with the same seed; None where that is missing.
+        questions with the same seed; None where that is missing; and ``commit``, of the code that made it.
     identity, provenance : dict
         What decided the numbers and where they were made.
     file : pathlib.Path
@@ -108,6 +111,26 @@ def collect(folders: Iterable[str | Path]) -> tuple[list[Result], list[str]]:
     return _with_shares(whole), notes + left_out
 
 
+def prompt_ms(row: Mapping) -> float | None:
+    """What a prompt took from picture to answer: vision, prefill and decoding; None if not measured."""
+    parts = [row.get(f"{part}_ms") for part in ("vision", "prefill", "decode")]
+    return None if None in parts else sum(parts)
+
+
+def timing(results: Iterable[Result]) -> str:
+    """Where times were taken and whether anything else was at work there, as far as results tell."""
+    made = [result.provenance for result in results]
+    where = ", ".join(sorted({str(one.get("device")) for one in made}))
+    machines = [one["machine"] for one in made if one.get("machine")]
+    if len(machines) < len(made):
+        return f"{where}; load not recorded"
+    loads = [machine["load"] for machine in machines]
+    others = max(machine["load"] - machine["threads"] for machine in machines)
+    state = "quiet" if others < QUIET else "not quiet"
+    cores = "/".join(str(number) for number in sorted({machine["cores"] for machine in machines}))
+    return f"{where}; {state}, load {min(loads):.1f} to {max(loads):.1f} on {cores} cores"
+
+
 def merge_seeds(results: Iterable[Result]) -> list[dict]:
     """One row per model, task, method and budget; several seeds become their mean.
 
@@ -138,6 +161,7 @@ def _merge(rows: Sequence[dict]) -> dict:
         "score": fmean(scores),
         "score_ci95": [min(row["score_ci95"][0] for row in rows), max(row["score_ci95"][1] for row in rows)],
         "share_of_vanilla": _mean([row["share_of_vanilla"] for row in rows]),
+        "commit": ", ".join(sorted({row["commit"] for row in rows})),
         "seeds": len(rows),
         "seed_spread": stdev(scores) if len(rows) > 1 else None,
     }
@@ -198,4 +222,7 @@ def _read(file: Path) -> Result:
         raise ValueError(f"results: {str(file)!r} is no cell's result, expected JSON with a field 'row'") from None
     if missing:
         raise ValueError(f"results: {str(file)!r} lacks row.{missing[0]}")
-    return Result(row, content.get("identity", {}), content.get("provenance", {}), file)
+    made = content.get("provenance", {})
+    commit, dirty, _ = (made.get("git_commit") or "none").partition("-dirty")
+    row["commit"] = commit[:7] + dirty
+    return Result(row, content.get("identity", {}), made, file)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 
 from eval import published
-from eval.collect import VANILLA, Result, merge_seeds
+from eval.collect import VANILLA, Result, merge_seeds, prompt_ms
+from eval.methods import CONFIGS
 from eval.published import AVERAGE
 
 SHOW = ("ours", "published", "difference")
@@ -21,24 +23,33 @@ class Layout:
 
     Attributes
     ----------
-    title, model : str
-        Heading, and the model as ``eval/published.yaml`` or its results call it.
-    columns : tuple of str
+    title : str
+        Heading.
+    model : str, optional
+        As ``eval/published.yaml`` or its results call it. What is left out here and below is taken from the results.
+    columns : tuple of str, optional
         Benchmarks (``gqa``), or tasks of lmms-eval (``mini_gqa``).
-    budgets : tuple of int
+    budgets : tuple of int, optional
         Average numbers of vision tokens.
-    methods : tuple of str
-        Names, without ``vanilla``, which always comes first.
+    methods : tuple of str, optional
+        Names, without ``vanilla``, which always comes first. If left out, the best average of a budget comes first, and
+        methods whose number of tokens is none of the budgets come last.
     show : tuple of str
         Some of ``ours``, ``published`` and ``difference``.
+    costs : tuple of str
+        Some of ``tokens``, ``flops`` and ``time``, means over the columns.
+    notes : tuple of str
+        Sentences for below the table.
     """
 
     title: str
-    model: str
-    columns: tuple[str, ...]
-    budgets: tuple[int, ...]
-    methods: tuple[str, ...]
+    model: str | None = None
+    columns: tuple[str, ...] | None = None
+    budgets: tuple[int, ...] | None = None
+    methods: tuple[str, ...] | None = None
     show: tuple[str, ...] = SHOW
+    costs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,9 +80,21 @@ class Line:
         shares = {column: row["share_of_vanilla"] for column, row in self.ours.items()}
         return {column: 100 * share for column, share in shares.items() if share is not None}
 
+    def cost(self, name: str) -> float | None:
+        """One of `COSTS`, the mean over our rows; None where one does not have it."""
+        values = [COSTS[name][1](row) for row in self.ours.values()]
+        return fmean(values) if values and None not in values else None
 
-def read_layout(path: Path) -> Layout:
+
+def read_layout(path: Path, found: Iterable[str] = ()) -> Layout:
     """Read and check a table's YAML file.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        The file.
+    found : iterable of str
+        Names of methods that are known from results.
 
     Raises
     ------
@@ -97,11 +120,41 @@ def read_layout(path: Path) -> Layout:
     for key, value in content.items():
         _check_type(path, key, value)
     layout = Layout(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
-    _check_names(path, "columns", layout.columns, known_columns(layout.model))
+    if layout.columns and layout.model:
+        _check_names(path, "columns", layout.columns, known_columns(layout.model))
     _check_names(path, "show", layout.show, SHOW)
-    _check_names(path, "methods", layout.methods, _known_methods(layout.methods))
+    _check_names(path, "costs", layout.costs, list(COSTS))
+    _check_names(path, "methods", layout.methods or (), _known_methods(layout.methods or (), found))
     return layout
 
+
+def complete(layout: Layout, results: Sequence[Result]) -> Layout:
+    """The layout with model, columns and budgets taken from the results where it leaves them out.
+
+    Raises
+    ------
+    ValueError
+        If the results are of several models, or there are none.
+    """
+    rows = [result.row for result in results]
+    models = sorted({row["model"] for row in rows})
+    if layout.model is None and len(models) != 1:
+        raise ValueError(f"model: the table leaves it out, and the results are of {' and '.join(models) or 'none'}")
+    model = layout.model or models[0]
+    mine = [row for row in rows if _same_model(row["model"], model)]
+    tasks = sorted({row["task"] if row["synthetic"] else row["benchmark"] for row in mine})
+    budgets = sorted({row["retain"] for row in mine if row["method"] != VANILLA}, reverse=True)
+    return replace(
+        layout, model=model, columns=layout.columns or tuple(tasks), budgets=layout.budgets or tuple(budgets)
+    )
+
+
+COSTS: dict[str, tuple[str, Callable[[dict], float | None]]] = {
+    "tokens": ("tokens computed on", lambda row: row["mean_tokens"]),
+    "flops": ("FLOPs saved %", lambda row: None if row["flops_reduction"] is None else 100 * row["flops_reduction"]),
+    "time": ("ms", prompt_ms),
+}
+"""What a result cost: title of the column, and a row's value, None where it is not known."""
 
 _KEYS = {field.name: field for field in fields(Layout)}
 
@@ -117,7 +170,7 @@ def known_columns(model: str) -> list[str]:
 
 
 def lines(layout: Layout, results: Iterable[Result]) -> list[Line]:
-    """Vanilla, then every method at every budget.
+    """Vanilla, then every method at every budget, of a `complete` layout.
 
     Raises
     ------
@@ -130,14 +183,33 @@ def lines(layout: Layout, results: Iterable[Result]) -> list[Line]:
         raise ValueError(
             f"model: the results hold {' and '.join(models)}, which all are {layout.model}; name one of them"
         )
-    wanted = [(VANILLA, None), *((method, budget) for budget in layout.budgets for method in layout.methods)]
     found = []
-    for method, retain in wanted:
+    for method, retain in [(VANILLA, None), *_wanted(layout, rows)]:
         mine = [row for row in rows if row["method"] == method and retain in (None, row["retain"])]
         ours = {column: row for column in layout.columns for row in mine if _fills(row, column)}
         printed = published.rows(layout.model, method, retain)
         found.append(Line(method, retain, ours, [row for row in printed if set(row.values) & set(layout.columns)]))
-    return found
+    return found if layout.methods else _best_first(layout, found)
+
+
+def _wanted(layout: Layout, rows: Sequence[Mapping]) -> list[tuple[str, int]]:
+    """Methods and budgets of a table's lines."""
+    pairs = sorted({(row["method"], row["retain"]) for row in rows if row["method"] != VANILLA})
+    methods = layout.methods or list(dict.fromkeys(method for method, retain in pairs if retain in layout.budgets))
+    others = [] if layout.methods else [pair for pair in pairs if pair[0] not in methods]
+    return [*((method, budget) for budget in layout.budgets for method in methods), *others]
+
+
+def _best_first(layout: Layout, found: Sequence[Line]) -> list[Line]:
+    """The lines in the order of their averages, budget by budget; those that lack a column last."""
+    place = {budget: number for number, budget in enumerate((None, *layout.budgets))}
+
+    def rank(line: Line) -> tuple:
+        shares = line.shares().values()
+        whole = len(shares) == len(layout.columns)
+        return place.get(line.retain, len(place)), not whole, -fmean(shares) if shares else 0.0
+
+    return sorted(found, key=rank)
 
 
 def _same_model(found: str, wanted: str) -> bool:
@@ -194,9 +266,13 @@ def _check_names(path: Path, key: str, names: Iterable[str], known: Sequence[str
             raise ValueError(f"{path}: {key} has {name!r}{_hint(name, known)}, expected some of {', '.join(known)}")
 
 
-def _known_methods(wanted: Iterable[str]) -> list[str]:
-    """Methods with published figures; the registry, whose import takes seconds, is only asked about others."""
-    known = {row.method for model in published.models().values() for row in model.rows}
+def _known_methods(wanted: Iterable[str], found: Iterable[str]) -> list[str]:
+    """Methods with published figures, with results, or with a file, which may compose others.
+
+    The registry, whose import takes seconds, is only asked about what is none of these.
+    """
+    known = {row.method for model in published.models().values() for row in model.rows} | set(found)
+    known |= {re.sub(r"_\d+$", "", file.stem) for file in CONFIGS.rglob("*.yaml")}
     if not set(wanted) <= known:
         from mustdrop.registry import available_methods
 

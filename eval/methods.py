@@ -54,10 +54,11 @@ def method_at(model: str, method: str, retain: int, configs: Path = CONFIGS) -> 
     Raises
     ------
     ValueError
-        If the method is unknown, or there is neither file nor field.
+        If the method is unknown; `mustdrop.calibrate.OutOfReach` if there is neither file nor field.
     """
     candidates = [configs / Path(model).name / f"{method}_{retain}.yaml", configs / f"{method}_{retain}.yaml"]
     from mustdrop import load_reducer
+    from mustdrop.calibrate import OutOfReach
 
     for candidate in candidates:
         if candidate.is_file():
@@ -71,7 +72,7 @@ def method_at(model: str, method: str, retain: int, configs: Path = CONFIGS) -> 
     if hasattr(reducer, "retain") and not reducer.knobs:  # thresholds are what it is known by: they need finding
         load_reducer(settings)
         return settings, None
-    raise ValueError(
+    raise OutOfReach(
         f"RETAIN: no settings of {method} for {retain} tokens; make {_shown(candidates[0])} with "
         f"mustdrop calibrate --model {model} --method {method} --retain {retain}"
     )

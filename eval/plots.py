@@ -20,9 +20,12 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from eval import published
-from eval.collect import VANILLA, Result, collect, label, merge_seeds
+from eval.collect import VANILLA, Result, collect, label, merge_seeds, prompt_ms, timing
 from eval.published import AVERAGE
 from eval.settings import check_out
+
+OURS = "mustdrop"
+"""Methods whose names begin so have a stronger line."""
 
 INK = "#1b2028"
 """Text and axes. A report replaces it by its own colour of text."""
@@ -37,12 +40,10 @@ STYLE = {
     "ytick.color": INK, "axes.titlecolor": INK, "legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 200,
 }  # fmt: skip
 SIZE = (4.8, 3.6)
+CROWDED = 6
+"""With more methods than this, the legend stands beside the axes."""
+
 FORMATS = ("png", "svg")
-
-
-def _time(row: dict) -> float | None:
-    parts = [row[f"{part}_ms"] for part in ("vision", "prefill", "decode")]
-    return None if None in parts else sum(parts)
 
 
 def _flops(row: dict) -> float | None:
@@ -53,7 +54,7 @@ def _flops(row: dict) -> float | None:
 QUANTITIES: dict[str, tuple[str, Callable[[dict], float | None]]] = {
     "tokens": ("vision tokens, mean over layers", lambda row: row["mean_tokens"]),
     "flops": ("FLOPs up to the first new token, % of vanilla", _flops),
-    "time": ("vision + prefill + decode, ms per prompt", _time),
+    "time": ("vision + prefill + decode, ms per prompt", prompt_ms),
 }
 """What scores are drawn against: title of the axis, and the row's value, None where it is not known."""
 
@@ -106,6 +107,8 @@ def average_points(rows: Sequence[dict], quantity: str) -> list[Point]:
 def draw(points: Sequence[Point], title: str, x_title: str, y_title: str, colours: dict[str, int]) -> Figure:
     """One picture: a line per method with error bars, the untouched model as a point and a dashed level.
 
+    The legend names methods from high scores to low.
+
     Parameters
     ----------
     points : sequence of Point
@@ -116,9 +119,13 @@ def draw(points: Sequence[Point], title: str, x_title: str, y_title: str, colour
         Number of every method, so that it looks alike in all pictures.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
+        scores: dict[str, list[float]] = {}
+        for point in points:
+            scores.setdefault(point.method, []).append(point.y)
+        crowded = len(scores) > CROWDED
+        figure = Figure(figsize=(1.6 * SIZE[0], 1.3 * SIZE[1]) if crowded else SIZE, layout="constrained")
         axes = figure.add_subplot()
-        for method in sorted({point.method for point in points}, key=lambda name: colours.get(name, -1)):
+        for method in sorted(scores, key=lambda name: (name != VANILLA, -fmean(scores[name]))):
             mine = sorted((point for point in points if point.method == method), key=lambda point: point.x)
             plain = method == VANILLA
             colour = INK if plain else COLOURS[colours[method] % len(COLOURS)]
@@ -132,14 +139,17 @@ def draw(points: Sequence[Point], title: str, x_title: str, y_title: str, colour
                 color=colour,
                 marker="h" if plain else MARKERS[colours[method] % len(MARKERS)],
                 linestyle="none" if plain else "-",
-                linewidth=1.6,
+                linewidth=2.2 if method.startswith(OURS) else 1.3,
                 markersize=5.5,
-                elinewidth=1,
-                capsize=2.5,
+                elinewidth=0.7,
+                capsize=2,
             )
         axes.set_xlim(left=0)
         axes.set(title=title, xlabel=x_title, ylabel=y_title)
-        axes.legend(loc="best", fontsize=9)
+        if crowded:
+            figure.legend(loc="outside right upper", fontsize=9)
+        else:
+            axes.legend(loc="best", fontsize=9)
     return figure
 
 
@@ -148,6 +158,7 @@ def figures(results: Iterable[Result]) -> dict[str, Figure]:
 
     A quantity that no row has, as times may be, has no picture.
     """
+    results = list(results)
     rows = merge_seeds(results)
     models = list(dict.fromkeys(row["model"] for row in rows))
     methods = sorted({row["method"] for row in rows} - {VANILLA})
@@ -158,6 +169,8 @@ def figures(results: Iterable[Result]) -> dict[str, Figure]:
         tasks = list(dict.fromkeys(row["task"] for row in mine))
         prefix = f"{model}-" if len(models) > 1 else ""
         for quantity, (x_title, _) in QUANTITIES.items():
+            if quantity == "time":
+                x_title += f"\n{timing(result for result in results if result.row['model'] == model)}"
             points = average_points(mine, quantity) if len(tasks) > 1 else []
             if points:
                 title = _title(model, f"average of {len(tasks)} tasks", mine)

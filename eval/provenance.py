@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata as metadata
 import json
+import math
+import os
 import platform
 import shlex
 import subprocess
@@ -82,6 +84,14 @@ def device_name(device: str) -> str:
     return f"{_cpu_name()}, {torch.get_num_threads()} threads"
 
 
+def machine() -> dict:
+    """How busy the machine is, for whoever reads times: cores, torch's threads, the last minute's load."""
+    import torch
+
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
+    return {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": round(load, 2)}
+
+
 def provenance(command: Sequence[str], **more) -> dict:
     """The ``provenance`` object of a result file: the command, code, versions, date, and whatever else is given.
 
@@ -93,6 +103,7 @@ def provenance(command: Sequence[str], **more) -> dict:
         "git_commit": git_commit(),
         "code": code_fingerprint(),
         "versions": versions(),
+        "machine": machine(),
         "platform": f"{platform.system()} {platform.machine()}",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -67,15 +67,9 @@ def compare(a: Sequence[Mapping], b: Sequence[Mapping]) -> Comparison:
     ValueError
         If no question is in both, or lines have no score.
     """
-    other = {_question(line): line for line in b}
-    pairs = [(line, other[_question(line)]) for line in a if _question(line) in other]
-    if not pairs:
-        raise ValueError("no question was answered by both")
-    if any("score" not in line for pair in pairs for line in pair):
-        raise ValueError("a line has no score, so its cell was never finished")
-    first, second = (np.array([pair[side]["score"] for pair in pairs], float) for side in (0, 1))
-    better = first - second
-    _, picture = np.unique([line.get("picture", str(n)) for n, (line, _) in enumerate(pairs)], return_inverse=True)
+    pairs = _pairs(a, b)
+    first, second = _scores(pairs)
+    better, picture = first - second, _pictures(pairs)
     sums, counts = np.bincount(picture, better), np.bincount(picture)
     low, high = bootstrap_interval(lambda drawn: sums[drawn].sum() / counts[drawn].sum(), len(sums))
     only_a, only_b = int((better > 0).sum()), int((better < 0).sum())
@@ -89,6 +83,33 @@ def compare(a: Sequence[Mapping], b: Sequence[Mapping]) -> Comparison:
         len(pairs), 100 * first.mean(), 100 * second.mean(), 100 * better.mean(), (100 * low, 100 * high),
         only_a, only_b, float(p),
     )  # fmt: skip
+
+
+def paired(a: Sequence[Mapping], b: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:
+    """Per question that is in both: a's score minus b's, and the number of its picture; errors are `compare`'s."""
+    pairs = _pairs(a, b)
+    first, second = _scores(pairs)
+    return first - second, _pictures(pairs)
+
+
+def _pairs(a: Sequence[Mapping], b: Sequence[Mapping]) -> list[tuple[Mapping, Mapping]]:
+    other = {_question(line): line for line in b}
+    pairs = [(line, other[_question(line)]) for line in a if _question(line) in other]
+    if not pairs:
+        raise ValueError("no question was answered by both")
+    if any("score" not in line for pair in pairs for line in pair):
+        raise ValueError("a line has no score, so its cell was never finished")
+    return pairs
+
+
+def _scores(pairs: Sequence[tuple[Mapping, Mapping]]) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(np.array([pair[side]["score"] for pair in pairs], float) for side in (0, 1))
+
+
+def _pictures(pairs: Sequence[tuple[Mapping, Mapping]]) -> np.ndarray:
+    """Number of every pair's picture; a line that names none stands alone."""
+    names = [line.get("picture", str(number)) for number, (line, _) in enumerate(pairs)]
+    return np.unique(names, return_inverse=True)[1]
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
@@ -148,7 +169,7 @@ def table_rows(pairs: Sequence[tuple[Result, Result]]) -> list[list[str]]:
     ValueError
         If a cell's lines are missing or cannot be paired.
     """
-    lines = {one.samples: _lines(one) for pair in pairs for one in pair}
+    lines = {one.samples: lines_of(one) for pair in pairs for one in pair}
     compared = []
     for one, two in pairs:
         try:
@@ -174,6 +195,13 @@ def main(argv: list[str] | None = None) -> int:
     new.add_argument("results", type=Path, nargs="+", help="results folders")
     new.add_argument("--a", help="method and budget, such as mustdrop_64")
     new.add_argument("--b", help="what to compare it with (default: vanilla)")
+    new.add_argument(
+        "--against",
+        metavar="METHOD",
+        help="instead: every method against this one at every budget, on each task and on average; rival: against the "
+        "best at each budget that is not MustDrop",
+    )
+    new.add_argument("--format", choices=("simple", "github"), default="simple", help="(default: %(default)s)")
     new.add_argument("--task", nargs="+", help="only these tasks of lmms-eval, such as mini_gqa")
     args = new.parse_args(argv)
     try:
@@ -183,6 +211,9 @@ def main(argv: list[str] | None = None) -> int:
             if task not in tasks:
                 raise ValueError(f"--task: got {task!r}, expected some of {', '.join(tasks)}")
         results = [result for result in results if result.row["task"] in (args.task or tasks)]
+        if args.against:
+            print(_against(results, args.against, args.format))
+            return 0
         if args.b and not args.a:
             raise ValueError("--b: needs --a as well")
         pairs = named_pairs(results, args.a, args.b or VANILLA) if args.a else default_pairs(results)
@@ -190,9 +221,24 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(tabulate(rows, HEADERS, disable_numparse=True, colalign=("left",) * 3 + ("right",) * 10))
+    print(
+        tabulate(rows, HEADERS, tablefmt=args.format, disable_numparse=True, colalign=("left",) * 3 + ("right",) * 10)
+    )
     print(f"\n*: p < {LEVEL} after Holm's correction over {len(rows)} comparisons")
     return 0
+
+
+def _against(results: Sequence[Result], reference: str, style: str) -> str:
+    """The table of `eval.against` with what it means."""
+    from eval import against
+
+    headers, body = against.table(against.against(results, reference))
+    text = tabulate(body, headers, tablefmt=style, disable_numparse=True, colalign=("right", "left", "left"))
+    chosen = "; the best rival was chosen on these very questions" if reference == against.RIVAL else ""
+    return (
+        f"{text}\n\nPercentage points of the mean score per question, paired, with 95 % bootstrap intervals over "
+        f"pictures; the average is over tasks.\n*: p < {LEVEL} after Holm's correction over the averages{chosen}."
+    )
 
 
 def _question(line: Mapping) -> tuple:
@@ -204,7 +250,7 @@ def _name(result: Result) -> str:
     return f"{result.label}-seed{result.row['seed']}" if result.row["seed"] else result.label
 
 
-def _lines(result: Result) -> list[dict]:
+def lines_of(result: Result) -> list[dict]:
     """What comparing needs of a cell's lines."""
     return [{name: line[name] for name in USED if name in line} for line in result.lines()]
 

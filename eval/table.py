@@ -18,8 +18,18 @@ from statistics import fmean
 from tabulate import LATEX_ESCAPE_RULES, SEPARATING_LINE, tabulate
 
 from eval import published
-from eval.collect import VANILLA, Result, collect
-from eval.layout import Layout, Line, average_difference, lines, printed_average, printed_shares, read_layout
+from eval.collect import VANILLA, Result, collect, label, prompt_ms, timing
+from eval.layout import (
+    COSTS,
+    Layout,
+    Line,
+    average_difference,
+    complete,
+    lines,
+    printed_average,
+    printed_shares,
+    read_layout,
+)
 from eval.published import AVERAGE
 from eval.settings import check_out
 
@@ -27,7 +37,8 @@ STYLES = {"terminal": "simple", "markdown": "github", "latex": "latex_booktabs"}
 SUFFIXES = {"terminal": "txt", "markdown": "md", "latex": "tex", "csv": "csv"}
 CSV_FIELDS = (
     "model", "task", "method", "retain", "ours", "ci_low", "ci_high", "n", "published", "source", "difference",
-    "beyond_noise", "seeds", "seed_spread", "synthetic", "over",
+    "beyond_noise", "seeds", "seed_spread", "synthetic", "over", "mean_tokens", "flops_reduction",
+    "prompt_ms", "commit",
 )  # fmt: skip
 NOTHING = "-"
 RESULTS = Path("results")
@@ -37,10 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
     args = parser().parse_args(argv)
     try:
-        layout = read_layout(args.table)
         results, notes = _results(args.results)
+        layout = complete(read_layout(args.table, {result.row["method"] for result in results}), results)
         found = lines(layout, results)
-        notes = [*notes, *origins(layout, results)]
+        notes = [*layout.notes, *notes, *origins(found, results)]
         if args.format == "all" and args.out is None:
             raise ValueError("--format: all writes files, so it needs --out FOLDER")
         styles = list(SUFFIXES) if args.format == "all" else [args.format]
@@ -84,22 +95,27 @@ def _results(folders: list[Path] | None) -> tuple[list[Result], list[str]]:
     return collect(folders or [RESULTS])
 
 
-def origins(layout: Layout, results: Sequence[Result]) -> list[str]:
-    """Where the shown results were made, commits, devices and dates, or that there are only others; in one line."""
-    shown = [row for line in lines(layout, results) for row in line.ours.values()]
-    tasks = {(row["model"], row["task"]) for row in shown}
-    made = [result.provenance for result in results if (result.row["model"], result.row["task"]) in tasks]
+def origins(found: Sequence[Line], results: Sequence[Result]) -> list[str]:
+    """Where the shown results were made: commits, devices, dates; which methods if several commits made them."""
+    shown = [row for line in found for row in line.ours.values()]
+    names = {(row["model"], row["task"], label(row["method"], row["retain"])) for row in shown}
+    made = [result for result in results if (result.row["model"], result.row["task"], result.label) in names]
     if results and not made:
         others = sorted({f"{result.row['model']} on {result.row['task']}" for result in results})
         return [f"none of the {len(results)} results belongs here, they are of {', '.join(others)}"]
     if not made:
         return []
+    methods: dict[str, set[str]] = {}
+    for result in made:
+        methods.setdefault(result.row["commit"], set()).add(result.row["method"])
     facts = {
-        "commit": {(one.get("git_commit") or "none")[:12] for one in made},
-        "device": {f"{one.get('device')} {one.get('dtype')}" for one in made},
-        "date": {one.get("date", "unknown")[:10] for one in made},
+        "commit": sorted(methods),
+        "device": {f"{one.provenance.get('device')} {one.provenance.get('dtype')}" for one in made},
+        "date": {one.provenance.get("date", "unknown")[:10] for one in made},
     }
-    return [f"{len(made)} results; " + "; ".join(f"{name} {', '.join(sorted(value))}" for name, value in facts.items())]
+    line = "; ".join(f"{name} {', '.join(sorted(value))}" for name, value in facts.items())
+    several = [f"commit {commit}: {', '.join(sorted(names))}" for commit, names in sorted(methods.items())]
+    return [f"{len(made)} results; {line}", *(several if len(several) > 1 else []), f"times: {timing(made)}"]
 
 
 def render(layout: Layout, found: Sequence[Line], style: str, notes: Sequence[str] = ()) -> str:
@@ -131,7 +147,12 @@ def render(layout: Layout, found: Sequence[Line], style: str, notes: Sequence[st
 
 def header(layout: Layout) -> list[str]:
     """Titles of the columns of `body_rows`."""
-    return ["tokens", "method", "", *(_title(column) for column in layout.columns), AVERAGE]
+    return [
+        *("tokens", "method", ""),
+        *(_title(column) for column in layout.columns),
+        AVERAGE,
+        *(COSTS[cost][0] for cost in layout.costs),
+    ]
 
 
 def body_rows(layout: Layout, found: Sequence[Line]) -> list[list[str] | None]:
@@ -152,7 +173,9 @@ def body_rows(layout: Layout, found: Sequence[Line]) -> list[list[str] | None]:
             ):
                 block.append(_difference_row(layout, line, row, letters[row.source]))
         tokens = "all" if line.method == VANILLA else str(line.retain)
-        body.extend([tokens, line.method, *row] if not place else ["", "", *row] for place, row in enumerate(block))
+        costs = [_cost(line.cost(cost)) for cost in layout.costs]
+        for place, row in enumerate(block):
+            body.append(["", "", *row, *[""] * len(costs)] if place else [tokens, line.method, *row, *costs])
     return body
 
 
@@ -208,6 +231,10 @@ def _difference_row(layout: Layout, line: Line, row: published.Row, letter: str)
     return [f"difference {letter}", *figures, average]
 
 
+def _cost(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3g}" if value < 10 else f"{value:.0f}"
+
+
 def _score(column: str, row: Mapping | None) -> str:
     if row is None:
         return NOTHING
@@ -244,8 +271,12 @@ def _letters(layout: Layout, found: Sequence[Line]) -> dict[str, str]:
 
 
 def _tabulate(layout: Layout, body: list, style: str) -> str:
-    align = ("right", "left", "left", *["right"] * (len(layout.columns) + 1))
-    return tabulate(body, header(layout), tablefmt=STYLES[style], disable_numparse=True, colalign=align)
+    align = ["right", "left", "left", *["right"] * (len(layout.columns) + 1 + len(layout.costs))]
+    rows = [header(layout), *body]
+    if all(row is SEPARATING_LINE or row[2] in ("", "ours") for row in rows):  # nothing that needs telling apart
+        rows = [row if row is SEPARATING_LINE else row[:2] + row[3:] for row in rows]
+        del align[2]
+    return tabulate(rows[1:], rows[0], tablefmt=STYLES[style], disable_numparse=True, colalign=align)
 
 
 def _latex(tabular: str, caption: str) -> str:
@@ -277,7 +308,9 @@ def _csv_row(layout: Layout, line: Line, printed: published.Row | None, column: 
     if ours is not None:
         low, high = ours["score_ci95"]
         row |= {"ours": ours["score"], "ci_low": low, "ci_high": high}
-        row |= {name: ours[name] for name in ("n", "seeds", "seed_spread", "synthetic")}
+        row |= {name: ours[name] for name in ("n", "seeds", "seed_spread", "synthetic", "commit")}
+        row |= {"mean_tokens": ours["mean_tokens"], "flops_reduction": ours["flops_reduction"]}
+        row["prompt_ms"] = prompt_ms(ours)
     if printed is not None and column in printed.values:
         row |= {"published": printed.values[column], "source": printed.source}
         row |= {"difference": line.difference(column, printed), "beyond_noise": line.beyond_noise(column, printed)}

@@ -78,10 +78,17 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: holds {type(settings).__name__}, it must be a mapping with a field 'method'")
-    for field, value in settings.items():
-        if isinstance(value, str) and value.endswith(".npy") and (path.parent / value).is_file():
-            settings[field] = os.path.relpath(path.parent / value)
-    return settings
+    return _found(settings, path.parent)
+
+
+def _found(settings: Any, folder: Path) -> Any:
+    """Settings, also those of a composition's parts, with the array files that lie in a folder."""
+    if isinstance(settings, dict):
+        return {field: _found(value, folder) for field, value in settings.items()}
+    if isinstance(settings, list):
+        return [_found(value, folder) for value in settings]
+    is_array = isinstance(settings, str) and settings.endswith(".npy") and (folder / settings).is_file()
+    return os.path.relpath(folder / settings) if is_array else settings
 
 
 def _hint(name: Any, known: typing.Iterable[str] = METHODS) -> str:

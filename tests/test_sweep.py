@@ -9,6 +9,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
@@ -20,6 +21,7 @@ from eval.sweep.jobs import run_cells
 from eval.sweep.launch import Launch
 from eval.sweep.status import Answers, Board
 from eval.tasks import SUITE, mini_gqa, prepare
+from mustdrop import available_methods, load_reducer
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERVAL = [0.0, 1.0]
@@ -33,8 +35,8 @@ ROW = {
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch, tmp_path) -> None:
-    monkeypatch.delenv("LIMIT", raising=False)
-    monkeypatch.delenv("OUT", raising=False)
+    for name in ("MODEL", "LIMIT", "OUT"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MUSTDROP_CACHE", str(tmp_path / "cache"))
 
 
@@ -168,6 +170,36 @@ def test_shipped_sweeps_are_valid(name, monkeypatch):
     assert {"vanilla", "mustdrop"} <= {cell.method for cell in read.cells}
 
 
+def test_comparison_has_every_method_and_names_what_is_out_of_reach():
+    read = plan.read(ROOT / "configs" / "sweeps" / "compare.yaml")
+    named = {cell.method for cell in read.cells}
+    dropping = {name for name in available_methods() if hasattr(load_reducer({"method": name}), "retain")}
+    assert dropping <= named, "a method is missing in configs/sweeps/compare.yaml"
+    assert {cell.retain for cell in read.cells} >= {None, 192, 128, 64, 32}
+    assert {cell.task for cell in read.cells} == set(SUITE)
+    lacking = {(one.method, one.retain) for one in read.left_out}
+    assert ("sparsevlm", 32) in lacking and not lacking & {(cell.method, cell.retain) for cell in read.cells}
+    assert any("at least 40 for SparseVLM" in line for line in read.settings["left_out"])
+
+
+def test_a_list_of_budgets_and_names_for_compositions(write):
+    exact = {"name": "exact", "method": "mustdrop", "retain": [18, 12]}
+    both = {"name": "both", "method": "compose", "parts": [{"method": "uniform", "retain": 9}, {"method": "yopo"}]}
+    cells = plan.read(write(tasks=["mini_gqa"], methods=[exact, both])).cells
+    assert [cell.label for cell in cells] == ["vanilla", "exact_18", "exact_12", "both"]
+    assert cells[2].settings == {"method": "mustdrop", "retain": 12}
+
+
+def test_arrays_inside_compositions_belong_to_the_identity(write, tmp_path):
+    file = tmp_path / "both.yaml"
+    file.write_text("method: compose\nparts: [{method: uniform, retain: 9}, {method: yopo, heads: heads.npy}]\n")
+    keys = []
+    for active in (True, False):
+        np.save(tmp_path / "heads.npy", np.full((8, 2), active))
+        keys.append(plan.read(write(methods=[str(file)])).cells[1].key)
+    assert keys[0] != keys[1]
+
+
 # What is refused
 
 
@@ -188,6 +220,8 @@ def test_shipped_sweeps_are_valid(name, monkeypatch):
         ({"methods": ["mustdop"]}, ["methods:", "'mustdop'", "did you mean mustdrop?"]),
         ({"methods": ["configs/methods/none.yaml"]}, ["methods: configs/methods/none.yaml", "no such file"]),
         ({"methods": [{"method": "fastv", "layr": 2}]}, ["methods: layr", "did you mean layer?"]),
+        ({"methods": [{"method": "compose", "parts": [{"method": "yopo"}]}]}, ["methods: name: got None", "a name of"]),
+        ({"unreachable": "ignore"}, ["unreachable: got 'ignore'", "skip or stop"]),
         ({"methods": [{"method": "fastv", "name": "a/b"}]}, ["methods: name: got 'a/b'", "letters"]),
         ({"methods": [["fastv"]]}, ["methods: got ['fastv']", "name"]),
         (
@@ -195,7 +229,10 @@ def test_shipped_sweeps_are_valid(name, monkeypatch):
             ["methods:", "two different ones are called 'mustdrop'", "name: ..."],
         ),
         ({"methods": ["mustdrop"], "retain": [17]}, ["retain: no settings of mustdrop for 17 tokens", "calibrate"]),
-        ({"methods": [{"method": "fastv", "layer": 4}]}, ["retain: 9", "fastv on llava-mini-random", "at least"]),
+        (
+            {"methods": [{"method": "fastv", "layer": 4}]},
+            ["retain: fastv on llava-mini-random: retain is 9", "at least"],
+        ),
         ({"retain": [600]}, ["retain: 600", "only 36 vision tokens"]),
         ({"retain": ["many"]}, ["retain: got 'many'", "whole number of 1 or more"]),
         ({"seeds": [-1]}, ["seeds: got -1", "whole number of 0 or more"]),
@@ -260,6 +297,7 @@ def test_defaults_fit_this_machine(monkeypatch):
         return found.gpus, found.parallel, found.threads
 
     assert taken(Launch(), embedded=True) == (0, 8, 1)
+    assert taken(Launch(parallel=1), embedded=True) == (0, 1, 1)
     assert taken(Launch()) == (0, 1, 8)
     assert taken(Launch(parallel=4)) == (0, 4, 2)
     assert taken(Launch(where="slurm", cpus=4, gpus=1)) == (1, None, 4)
@@ -330,6 +368,34 @@ def test_what_fails_twice_is_reported_with_its_log(write, workers, tmp_path, cap
     )
     assert cli.main(arguments) == 0
     assert used.jobs[-1] == ["fastv_18"]
+
+
+def test_methods_added_at_a_later_commit_join_the_results_of_the_earlier(write, workers, tmp_path, monkeypatch, capsys):
+    used, out = workers(), str(tmp_path / "out")
+    assert cli.main([str(write(tasks=["mini_gqa"])), "--out", out]) == 0
+    monkeypatch.setattr("eval.cell._code_fingerprint", lambda: "another commit")
+    later = str(write(tasks=["mini_gqa"], methods=["fastv", "uniform"]))
+    before = len(used.evaluated)
+    assert cli.main([later, "--out", out, "--dry-run", "--any-commit"]) == 0
+    assert "5 cells, 2 waiting" in capsys.readouterr().out
+    assert cli.main([later, "--out", out, "--any-commit"]) == 0
+    assert used.evaluated[before:] == ["mini_gqa uniform_18", "mini_gqa uniform_9"]
+    assert len(json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]) == 5
+    # Other questions are no matter of the code's version, and without the option everything is new.
+    assert cli.main([later, "--out", out, "--any-commit", "--limit", "6", "--dry-run"]) == 0
+    assert cli.main([later, "--out", out, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "5 cells, 5 waiting" in printed and "5 cells, 3 waiting" in printed
+    assert cli.main([later, "--out", out, "--any-commit", "--force"]) == 2
+    assert "--any-commit: not with --force" in capsys.readouterr().err
+
+
+def test_what_is_out_of_reach_is_skipped_if_the_file_says_so(write, workers, tmp_path, capsys):
+    used = workers()
+    file = write(tasks=["mini_gqa"], methods=[{"method": "fastv", "layer": 4}], unreachable="skip")
+    assert cli.main([str(file), "--out", str(tmp_path / "out"), "--parallel", "1"]) == 0
+    assert used.jobs == [["vanilla", "fastv_18"]]
+    assert "left out: fastv on llava-mini-random: retain is 9" in capsys.readouterr().err
 
 
 def test_cells_of_a_job_that_died_go_on_in_others(write, workers, tmp_path, capsys):

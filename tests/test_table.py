@@ -201,7 +201,7 @@ def test_all_formats_are_written(real_folder, tmp_path, capsys):
     out = tmp_path / "tables"
     assert table.main([str(layout), "--results", str(real_folder), "--format", "all", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert (out / "small.txt").read_text() == printed and "commit c0ffeec0ffee" in printed
+    assert (out / "small.txt").read_text() == printed and "commit c0ffeec;" in printed
     assert (out / "small.md").read_text().startswith("## T & U_1")
     latex = (out / "small.tex").read_text()
     assert r"\begin{tabular}" in latex and r"T \& U\_1" in latex and r"54.0 $\pm$0.9" in latex and r"\toprule" in latex
@@ -233,7 +233,7 @@ def test_results_of_something_else_are_named(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "tables").glob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_tables_are_valid(file):
-    assert read_layout(file).budgets == (192, 128, 64)
+    assert read_layout(file).budgets[:3] == (192, 128, 64)
 
 
 @pytest.mark.parametrize(

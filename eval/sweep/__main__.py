@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m eval.sweep",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="LIMIT and OUT may also be set in the environment.",
+        epilog="MODEL, LIMIT and OUT may also be set in the environment.",
     )
     new.add_argument("file", type=Path, help="the sweep, such as configs/sweeps/table1_mini.yaml")
     new.add_argument("--dry-run", action="store_true", help="list the cells and run nothing")
@@ -50,8 +50,16 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument(
         "--limit", metavar="LIMIT", default=os.environ.get("LIMIT"), help="only the first LIMIT questions of every task"
     )
+    new.add_argument(
+        "--model", metavar="MODEL", default=os.environ.get("MODEL"), help="a checkpoint instead of the file's models"
+    )
     new.add_argument("--parallel", metavar="N", help="jobs at once (default: as the file says)")
     new.add_argument("--detach", action="store_true", help="leave once SLURM has the jobs; come back without it")
+    new.add_argument(
+        "--any-commit",
+        action="store_true",
+        help="leave finished results as they are that differ from what is wanted in the code's version alone",
+    )
     new.add_argument("--force", action="store_true", help="throw finished results away and compute them again")
     return new
 
@@ -61,11 +69,13 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
     try:
-        plan = read(args.file, args.limit, args.where, online=not args.dry_run)
+        if args.any_commit and args.force:
+            raise ValueError("--any-commit: not with --force, which computes everything again")
+        plan = read(args.file, args.limit, args.where, online=not args.dry_run, model=args.model or None)
         out = check_out(Path(args.out or Path("results") / plan.name))
         launch = _launch(plan, args)
         if args.dry_run:
-            print(_listing(plan, out, launch))
+            print(_listing(plan, out, launch, args.any_commit))
             return 0
         launch.check_here()
         with ExitStack() as stack:
@@ -94,7 +104,9 @@ def _sweep(
     command = ["eval.sweep", *argv]
     if args.force:
         _throw_away(plan, out)
-    board = Board(plan.cells, out, {**plan.settings, "launch": asdict(launch)}, provenance.provenance(command))
+    board = Board(
+        plan.cells, out, {**plan.settings, "launch": asdict(launch)}, provenance.provenance(command), args.any_commit
+    )
     board.save()
     control = Control(board, launch, command, lock_file)
     try:
@@ -107,6 +119,8 @@ def _sweep(
                 f"{plan.name}: {len(plan.cells)} cells, {board.earlier} finished earlier, "
                 f"{len(control.waiting)} jobs to start{taken_up}; results in {out}"
             )
+            for left_out in plan.left_out:
+                board.say(str(left_out))
             control.submit()
             if args.detach:
                 board.say("SLURM has the jobs; the same command without --detach shows what has become of them")
@@ -162,13 +176,17 @@ def _report(board: Board, name: str) -> int:
     return 1 if failed else 0
 
 
-def _listing(plan: Plan, out: Path, launch: Launch) -> str:
-    """The cells as a table, and how many jobs they would make."""
+def _listing(plan: Plan, out: Path, launch: Launch, any_commit: bool) -> str:
+    """The cells as a table, what is left out, and how many jobs there would be."""
     in_queue: dict[str, str] = {}
     if shutil.which("squeue") and (out / FOLDER).is_dir():
         in_queue = {key: job.id for job in running_jobs(out) for key in job.task.keys}
     states = [
-        "finished" if cell.finished(out) else f"SLURM job {in_queue[cell.key]}" if cell.key in in_queue else "waiting"
+        "finished"
+        if cell.finished(out) or (any_commit and cell.made_by_other_code(out))
+        else f"SLURM job {in_queue[cell.key]}"
+        if cell.key in in_queue
+        else "waiting"
         for cell in plan.cells
     ]
     lines = [
@@ -179,8 +197,9 @@ def _listing(plan: Plan, out: Path, launch: Launch) -> str:
     jobs = len(chunks(waiting, launch))
     at_once = f", {launch.parallel} at once" if launch.parallel else ""
     table = tabulate(lines, ["model", "task", "method", "retain", "seed", "key", "state"], missingval="-")
+    left_out = "".join(f"{one}\n" for one in plan.left_out)
     return (
-        f"{table}\n\n{len(plan.cells)} cells, {len(waiting)} waiting; {jobs} jobs ({launch.where}{at_once}); "
+        f"{table}\n\n{left_out}{len(plan.cells)} cells, {len(waiting)} waiting; {jobs} jobs ({launch.where}{at_once}); "
         f"results in {out}"
     )
 

@@ -38,7 +38,8 @@ class Launch:
     cells_per_job : int, optional
         By default, here, as few jobs as keep all cores or GPUs busy to the end; on SLURM one per model and method.
     threads : int, optional
-        Threads per job. By default, here, cores divided by ``parallel``; on SLURM ``cpus``.
+        Threads per job. By default, here, one for the embedded model, else cores divided by ``parallel``; on SLURM
+        ``cpus``.
     setup : list of str
         Shell lines before a SLURM job begins.
     sbatch : dict
@@ -93,7 +94,7 @@ class Launch:
         cores, found = cpu_cores(), len(visible_gpus()) if device in (None, "cuda") else 0
         gpus = min(found, 1) if self.gpus is None else self.gpus
         parallel = self.parallel or (max(1, found // gpus) if gpus else cores if embedded else 1)
-        threads = self.threads or max(1, cores // parallel)
+        threads = self.threads or (1 if embedded else max(1, cores // parallel))
         return replace(self, gpus=gpus, parallel=parallel, threads=threads, time=self.time or WEEK)
 
 

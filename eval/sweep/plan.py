@@ -17,9 +17,10 @@ from eval.methods import VANILLA, method_at, read_method
 from eval.sweep.launch import Launch, hint
 from eval.tasks import BENCHMARKS, GROUP, SUITE
 from mustdrop import load_reducer
+from mustdrop.calibrate import OutOfReach
 from mustdrop.cost import ModelShape
 
-KEYS = ("models", "tasks", "methods", "retain", "seeds", "batch_size", "limit", "overrides", "launch")
+KEYS = ("models", "tasks", "methods", "retain", "seeds", "batch_size", "limit", "overrides", "launch", "unreachable")
 OPTIONS = {"MODEL": "models", "LIMIT": "limit", "RETAIN": "retain", "task": "tasks"}
 """How ``eval.settings`` and ``eval.methods`` call what keys are here."""
 
@@ -40,12 +41,28 @@ class Plan:
         Per model, task and seed: the untouched model, then every method at every budget.
     launch : Launch
         Where and how.
+    left_out : tuple of LeftOut
+        Methods at budgets that they cannot reach, where the file says ``unreachable: skip``.
     """
 
     name: str
     settings: dict
     cells: tuple[Cell, ...]
     launch: Launch
+    left_out: tuple[LeftOut, ...] = ()
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A method at a budget that it cannot reach on a model, and why."""
+
+    model: str
+    method: str
+    retain: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"left out: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,13 @@ class Method:
 UNTOUCHED = Method(VANILLA, None, {"method": VANILLA})
 
 
-def read(file: Path, limit: str | int | None = None, where: str | None = None, online: bool = True) -> Plan:
+def read(
+    file: Path,
+    limit: str | int | None = None,
+    where: str | None = None,
+    online: bool = True,
+    model: str | None = None,
+) -> Plan:
     """Read and check a sweep.
 
     Parameters
@@ -73,6 +96,8 @@ def read(file: Path, limit: str | int | None = None, where: str | None = None, o
         Overrides the file's.
     online : bool
         Whether to see that the hub has the models, and that there are tokens for what tasks download.
+    model : str, optional
+        Instead of the file's models.
 
     Raises
     ------
@@ -81,11 +106,13 @@ def read(file: Path, limit: str | int | None = None, where: str | None = None, o
     """
     given = _mapping(file)
     limit = _whole(file, "limit", given.get("limit") if limit is None or not str(limit).strip() else limit, 1)
-    names = _texts(file, "models", given.get("models", settings.EMBEDDED))
+    names = _texts(file, "models", model or given.get("models", settings.EMBEDDED))
     seeds = [_whole(file, "seeds", seed, 0) for seed in _list(given.get("seeds", 0))]
     retain = [_whole(file, "retain", number, 1) for number in _list(given.get("retain", []))]
     batch_size = _whole(file, "batch_size", given.get("batch_size", settings.DEFAULT_BATCH_SIZE), 1)
     overrides = _overrides(file, given.get("overrides") or {})
+    if given.get("unreachable", "stop") not in ("stop", "skip"):
+        raise _wrong(file, "unreachable", given["unreachable"], "skip or stop")
     if not isinstance(given.get("launch") or {}, Mapping):
         raise _wrong(file, "launch", given["launch"], "a mapping such as {where: local}")
     with _naming(file, "launch"):
@@ -95,10 +122,14 @@ def read(file: Path, limit: str | int | None = None, where: str | None = None, o
         models = list(dict.fromkeys(settings.check_model(name, online) for name in names))
 
     cells: list[Cell] = []
+    left_out: list[LeftOut] = []
     for model in models:
         with _naming(file, "tasks"):
             pairs = settings.check_tasks(tasks, model, limit, online)
-        methods = _methods(file, given.get("methods") or [], model, list(dict.fromkeys(retain)))
+        methods, beyond = _methods(file, given.get("methods") or [], model, list(dict.fromkeys(retain)))
+        if beyond and given.get("unreachable") != "skip":
+            raise ValueError(f"{file}: retain: {beyond[0].reason}")
+        left_out += beyond
         common = {"model": model, "limit": limit, "batch_size": batch_size, **overrides}
         cells += [
             Cell(**common, benchmark=benchmark, task=task, seed=seed, **vars(method))
@@ -106,7 +137,8 @@ def read(file: Path, limit: str | int | None = None, where: str | None = None, o
             for seed in dict.fromkeys(seeds)
             for method in (UNTOUCHED, *methods)
         ]
-    return Plan(file.stem, {**given, "limit": limit}, tuple(cells), launch)
+    facts = {**given, "models": names, "limit": limit, "left_out": list(map(str, left_out))}
+    return Plan(file.stem, facts, tuple(cells), launch, tuple(left_out))
 
 
 def _mapping(file: Path) -> dict:
@@ -161,11 +193,15 @@ def _overrides(file: Path, given: object) -> dict:
     return dict(given)
 
 
-def _methods(file: Path, given: object, model: str, retain: Sequence[int]) -> list[Method]:
-    """Every method at every budget for one model, each checked against the model's sizes."""
+def _methods(file: Path, given: object, model: str, retain: Sequence[int]) -> tuple[list[Method], list[LeftOut]]:
+    """Every method at every budget for one model, each checked against the model's sizes, and what is out of reach."""
     found: dict[tuple, Method] = {}
+    left_out: list[LeftOut] = []
     for entry in _list(given):
         for method in _variants(file, entry, model, retain):
+            if isinstance(method, LeftOut):
+                left_out.append(method)
+                continue
             if method.settings["method"] == VANILLA:
                 continue
             known = found.setdefault((method.method, method.retain), method)
@@ -175,13 +211,16 @@ def _methods(file: Path, given: object, model: str, retain: Sequence[int]) -> li
                     "another name, {name: ..., method: ..., ...}"
                 )
             with _naming(file, f"retain: {method.retain}" if method.retain in retain else "methods"):
-                _check_reach(method, model)
-    return list(found.values())
+                reason = _out_of_reach(method, model)
+            if reason is not None:
+                left_out.append(LeftOut(model, method.method, method.retain, reason))
+                del found[method.method, method.retain]
+    return list(found.values()), left_out
 
 
-def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> Iterator[Method]:
+def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> Iterator[Method | LeftOut]:
     """What one entry of ``methods`` means: a name at every budget, a file as it is, fields at every budget they leave
-    open."""
+    open or list."""
     if isinstance(entry, str) and Path(entry).suffix in (".yaml", ".yml"):
         path = next((path for path in (Path(entry), settings.ROOT / entry) if path.is_file()), Path(entry))
         with _naming(file, "methods"):
@@ -194,20 +233,21 @@ def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> I
             load_reducer({"method": entry})
         for number in retain if entry != VANILLA else ():
             with _naming(file, "retain"):
-                yield Method(entry, number, method_at(model, entry, number)[0])
+                yield _at_budget(model, entry, number)
         if not retain:
             yield Method(entry, None, {"method": entry})
     elif isinstance(entry, Mapping):
         own = {key: value for key, value in entry.items() if key != "name"}
-        name = entry.get("name", entry.get("method"))
+        name = entry.get("name", None if entry.get("method") == "compose" else entry.get("method"))
+        budgets = own.pop("retain") if isinstance(own.get("retain"), list) else None
         with _naming(file, "methods"):
             reducer = load_reducer(own)
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
-            raise _wrong(file, "methods: name", name, "letters, digits and any of _ . -")
-        if not retain or "retain" in own or not hasattr(reducer, "retain") or reducer.knobs:
+            raise _wrong(file, "methods: name", name, "a name of letters, digits and any of _ . -")
+        if budgets is None and (not retain or "retain" in own or not hasattr(reducer, "retain") or reducer.knobs):
             yield Method(name, own.get("retain"), own)
             return
-        for number in retain:
+        for number in retain if budgets is None else budgets:
             with _naming(file, "methods"):
                 load_reducer({**own, "retain": number})
             yield Method(name, number, {**own, "retain": number})
@@ -215,11 +255,27 @@ def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> I
         raise _wrong(file, "methods", entry, "a method's name, the path of a YAML file, or a mapping {method: ...}")
 
 
-def _check_reach(method: Method, model: str) -> None:
-    """Ask the reducer whether it can do what is wanted on a model of this size; what depends on data shows later."""
+def _at_budget(model: str, name: str, retain: int) -> Method | LeftOut:
+    """A method at a budget, or why there is no such thing."""
+    try:
+        return Method(name, retain, method_at(model, name, retain)[0])
+    except OutOfReach as error:
+        return LeftOut(model, name, retain, str(error).removeprefix("RETAIN: "))
+
+
+def _out_of_reach(method: Method, model: str) -> str | None:
+    """Why a reducer cannot keep the wanted number of tokens on a model of this size, None if it can.
+
+    What depends on data shows later.
+
+    Raises
+    ------
+    ValueError
+        If something else does not fit the model.
+    """
     shape = _shape(model)
     if shape is None:
-        return
+        return None
     name = Path(model).name
     if method.retain is not None and method.retain > shape.vision_tokens:
         raise ValueError(f"{name} has only {shape.vision_tokens} vision tokens per picture")
@@ -227,9 +283,15 @@ def _check_reach(method: Method, model: str) -> None:
     try:
         # Of the tower, the blocks that are run are known; features are taken before the last one, as a rule.
         reducer.check(shape.layers, shape.vision_layers + 1)
-        reducer.check_tokens(shape.layers, shape.patches)
     except ValueError as error:
         raise ValueError(f"{method.method} on {name}: {error}") from None
+    try:
+        reducer.check_tokens(shape.layers, shape.patches)
+    except ValueError as error:
+        if method.retain is None:
+            raise ValueError(f"{method.method} on {name}: {error}") from None
+        return f"{method.method} on {name}: {error}"
+    return None
 
 
 @cache

@@ -55,8 +55,10 @@ class Entry:
         Its numbers, once it is finished.
     """
 
-    def __init__(self, cell: Cell, out: Path):
+    def __init__(self, cell: Cell, out: Path, any_commit: bool = False):
         self.cell, self.key, self.file = cell, cell.key, cell.file(out)
+        if any_commit and not self.file.is_file():
+            self.file = cell.made_by_other_code(out) or self.file
         self.state, self.job, self.log, self.reason, self.row = "waiting", None, None, "", None
         self.answers = Answers(self.file.with_suffix(".jsonl"))
 
@@ -83,11 +85,13 @@ class Board:
         Results folder.
     settings, provenance : dict
         For ``sweep.json``.
+    any_commit : bool
+        Whether results of other versions of the code count.
     """
 
-    def __init__(self, cells: Sequence[Cell], out: Path, settings: dict, provenance: dict):
+    def __init__(self, cells: Sequence[Cell], out: Path, settings: dict, provenance: dict, any_commit: bool = False):
         self.out, self.settings, self.provenance = out, settings, provenance
-        self.entries = {entry.key: entry for entry in (Entry(cell, out) for cell in cells)}
+        self.entries = {entry.key: entry for entry in (Entry(cell, out, any_commit) for cell in cells)}
         for entry in self.entries.values():
             if entry.finished():
                 entry.state = "finished"

@@ -1,0 +1,142 @@
+"""Every method against one of them on the same questions, budget by budget: each task, and the average of all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+from scipy.stats import norm
+
+from eval.collect import VANILLA, Result
+from eval.published import AVERAGE
+from eval.rows import RESAMPLES
+from eval.significance import holm, lines_of, paired
+
+RIVAL = "rival"
+"""Stands for the best method, at each budget, that is not MustDrop."""
+
+OURS = "mustdrop"
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean score per question of a method minus another's, percentage points, with its 95 % interval."""
+
+    value: float
+    interval: tuple[float, float]
+    p: float
+
+    @classmethod
+    def of(cls, value: float, draws: np.ndarray) -> Difference:
+        """From a value and its bootstrap draws ``[resamples]``; p takes them as normal."""
+        spread = draws.std()
+        p = 2 * norm.sf(abs(value) / spread) if spread else 1.0
+        low, high = np.percentile(draws, [2.5, 97.5])
+        return cls(value, (float(low), float(high)), float(p))
+
+    def __str__(self) -> str:
+        return f"{self.value:+.1f} ({self.interval[0]:+.1f} to {self.interval[1]:+.1f})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at a budget against a reference: its difference per task, and on the average of all tasks."""
+
+    method: str
+    reference: str
+    retain: int
+    tasks: dict[str, Difference]
+    average: Difference | None
+
+
+def against(results: Sequence[Result], reference: str) -> list[Row]:
+    """All methods against one of them, by budget from many tokens to few.
+
+    Parameters
+    ----------
+    results : sequence of Result
+        Of one model; of several seeds the first counts.
+    reference : str
+        A method, or `RIVAL`. Budgets at which it has no result are left out.
+
+    Raises
+    ------
+    ValueError
+        If the method has no results, or results are of several models.
+    """
+    cells = _cells(results)
+    tasks = sorted({task for task, _, _ in cells})
+    methods = sorted({method for _, method, _ in cells})
+    if reference not in (*methods, RIVAL):
+        raise ValueError(f"--against: got {reference!r}, expected {RIVAL} or one of {', '.join(methods)}")
+    lines = {}
+    found = []
+    for retain in sorted({retain for _, _, retain in cells}, reverse=True):
+        here = [method for method in methods if any((task, method, retain) in cells for task in tasks)]
+        other = best_rival(cells, tasks, here, retain) if reference == RIVAL else reference
+        for method in here if other in here else ():
+            if method == other:
+                continue
+            both = [task for task in tasks if {(task, method, retain), (task, other, retain)} <= cells.keys()]
+            for key in [(task, name, retain) for task in both for name in (method, other)]:
+                lines.setdefault(key, None)
+                lines[key] = lines[key] or lines_of(cells[key])
+            pairs = {task: (lines[task, method, retain], lines[task, other, retain]) for task in both}
+            found.append(Row(method, other, retain, *differences(pairs, len(tasks))))
+    return found
+
+
+def differences(pairs: Mapping[str, tuple[list, list]], tasks: int) -> tuple[dict[str, Difference], Difference | None]:
+    """Per task and on average; the latter None unless all `tasks` are there. The bootstrap draws pictures, by task."""
+    values, drawn = {}, {}
+    for number, (task, (first, second)) in enumerate(pairs.items()):
+        better, picture = paired(first, second)
+        sums, counts = np.bincount(picture, better), np.bincount(picture)
+        chosen = np.random.default_rng(number).integers(0, len(sums), (RESAMPLES, len(sums)))
+        values[task] = 100 * float(better.mean())
+        drawn[task] = 100 * sums[chosen].sum(1) / counts[chosen].sum(1)
+    each = {task: Difference.of(values[task], drawn[task]) for task in values}
+    if len(each) < tasks:
+        return each, None
+    return each, Difference.of(fmean(values.values()), np.mean(list(drawn.values()), axis=0))
+
+
+def best_rival(cells: Mapping[tuple, Result], tasks: Sequence[str], methods: Sequence[str], retain: int) -> str | None:
+    """The method with the highest mean accuracy over all tasks that is not MustDrop, alone or with others."""
+    whole = [
+        method for method in methods if OURS not in method and all((task, method, retain) in cells for task in tasks)
+    ]
+
+    def accuracy(method: str) -> float:
+        return fmean(cells[task, method, retain].row["accuracy"] for task in tasks)
+
+    return max(whole, key=accuracy, default=None)
+
+
+def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows as text; a star where Holm's correction over all averages leaves p below `LEVEL`."""
+    tasks = sorted({task for row in rows for task in row.tasks})
+    given = [row for row in rows if row.average is not None]
+    corrected = dict(zip(map(id, given), holm([row.average.p for row in given]) if given else (), strict=True))
+    body = [
+        [
+            str(row.retain), row.method, row.reference, *(str(row.tasks.get(task, "-")) for task in tasks),
+            "-" if row.average is None else f"{row.average}{'*' if corrected[id(row)] < LEVEL else ''}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return ["tokens", "method", "minus", *tasks, AVERAGE], body
+
+
+def _cells(results: Sequence[Result]) -> dict[tuple[str, str, int], Result]:
+    models = sorted({result.row["model"] for result in results})
+    if len(models) > 1:
+        raise ValueError(f"--against: the results are of {' and '.join(models)}, expected those of one model")
+    found: dict[tuple[str, str, int], Result] = {}
+    for result in sorted(results, key=lambda one: one.row["seed"]):
+        if result.row["method"] != VANILLA:
+            found.setdefault((result.row["task"], result.row["method"], result.row["retain"]), result)
+    return found
