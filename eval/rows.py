@@ -77,7 +77,7 @@ def flops(record: Mapping, shape: ModelShape) -> dict[str, dict[str, int]]:
         record["vision_tokens"],
         text_tokens=record["text_tokens"],
         image_tokens=[image["tokens"] - shape.feature_cls for image in record["images"]],
-        tower_tokens=[dict(image["blocks"]) for image in record["images"]],
+        tower_tokens=[{-1: image["patches"], **dict(image["blocks"])} for image in record["images"]],
         before_mlp=record["before_mlp"],
         plans=record["plans"],
         cache_lengths=record["cache_lengths"],

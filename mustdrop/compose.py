@@ -38,6 +38,12 @@ class Compose(Reducer):
     def does(self, hook: str) -> bool:
         return any(part.does(hook) for part in self.parts)
 
+    def on_pixels(self, images: Tensor, patch_size: int) -> Tensor | None:
+        for _, part in self._at("on_pixels"):
+            changed = part.on_pixels(images, patch_size)
+            images = images if changed is None else changed
+        return images
+
     def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
         tokens = step.tokens
         for number, part in self._at("after_vision_block"):
@@ -62,6 +68,11 @@ class Compose(Reducer):
             tokens = part.on_projected_features(tokens, state.setdefault(number, {})) or tokens
         return tokens
 
+    def on_question(self, tokens: VisionTokens, question: Tensor, real: Tensor, state: dict) -> VisionTokens | None:
+        for number, part in self._at("on_question"):
+            tokens = part.on_question(tokens, question, real, state.setdefault(number, {})) or tokens
+        return tokens
+
     def before_decoder_layer(self, step: DecoderStep) -> LayerPlan | None:
         plans = [plan for plan in self._ask("before_decoder_layer", step) if plan is not None]
         return reduce(LayerPlan.__and__, plans) if plans else None
@@ -75,8 +86,9 @@ class Compose(Reducer):
         if len(answers) > 1 and any(isinstance(answer, Keep) and answer.into is not None for answer in answers):
             raise ValueError("parts: after a decoder layer in which one reducer merges tokens no other may drop any")
         keep = _all(answers, step.tokens)
-        alone = len(self._at("after_decoder_layer")) == 1  # else a part cannot know what was there before it
-        return keep if alone or not isinstance(keep, Keep) else replace(keep, dropped=None)
+        others = len(self._at("after_decoder_layer")) > 1 or self.does("on_question")
+        unknown = others and isinstance(keep, Keep)  # a part cannot know what was there before it
+        return replace(keep, dropped=None) if unknown else keep
 
     def after_prefill(self, step: CacheStep) -> list[Tensor | Tokens | None] | None:
         answers = [answer for answer in self._ask("after_prefill", step) if answer is not None]

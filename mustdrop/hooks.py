@@ -1,15 +1,17 @@
 """The seam between a multimodal model and the methods that make it cheaper.
 
-A model holds one `Reducer` and calls it at six points; the base class does nothing at any of them, and then the
+A model holds one `Reducer` and calls it at seven points; the base class does nothing at any of them, and then the
 model computes exactly what it would compute without the seam:
 
-1. `after_vision_block`     merge or drop tokens inside the vision encoder, choose tokens that must stay;
+1. `on_pixels`              the pictures before they are cut into patches
+2. `after_vision_block`     merge or drop tokens inside the vision encoder, choose tokens that must stay;
    `inside_vision_block`    the same between a block's attention and its MLP
-2. `on_vision_features`     the selected features before the projector; `on_projected_features` after it
-3. `before_decoder_layer`   what to compute for vision tokens in the coming decoder layer
-4. `after_decoder_layer`    in prefill: which tokens go on to the next layer
-5. `after_prefill`          which cached keys and values each layer keeps
-6. `after_decode_layer`     the same after each decode step, from what the new token attended to
+3. `on_vision_features`     the selected features before the projector; `on_projected_features` after it, and
+   `on_question`            once more for every prompt, with the text that asks about the picture
+4. `before_decoder_layer`   what to compute for vision tokens in the coming decoder layer
+5. `after_decoder_layer`    in prefill: which tokens go on to the next layer
+6. `after_prefill`          which cached keys and values each layer keeps
+7. `after_decode_layer`     the same after each decode step, from what the new token attended to
 
 Two ideas carry the seam. Attention is computed on demand (`Attention`): a hook gets the probabilities of the rows it
 asks for, recomputed from queries and cached keys, so the model itself never leaves its fast attention kernel. And one
@@ -247,6 +249,9 @@ class Reducer:
         """Whether a hook is overridden; models skip idle ones altogether."""
         return getattr(type(self), hook) is not getattr(Reducer, hook)
 
+    def on_pixels(self, images: Tensor, patch_size: int) -> Tensor | None:
+        """Change the preprocessed pictures `[images, 3, height, width]`, their sizes too, or None."""
+
     def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
         """Return the tokens that go on, or None to leave them."""
 
@@ -258,6 +263,13 @@ class Reducer:
 
     def on_projected_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
         """Change the projected features (`prefix` 0) before they join the text, or None."""
+
+    def on_question(self, tokens: VisionTokens, question: Tensor, real: Tensor, state: dict) -> VisionTokens | None:
+        """As `on_projected_features`, one row for every picture of every prompt, or None.
+
+        `question` `[rows, length, width]` are the embeddings of the text after the prompt's first picture, padded where
+        `real` `[rows, length]` is False.
+        """
 
     def before_decoder_layer(self, step: DecoderStep) -> LayerPlan | None:
         """Return what the layer shall compute for vision tokens, or None for everything."""

@@ -81,7 +81,8 @@ class Workload:
 
         `vision_tokens` may also be one number for all layers, or a fraction below 1 of all vision tokens. The filter
         layers are by default those after which tokens disappear, and the cache holds what prefill saw. `tower_tokens`
-        says per image how many patch tokens are left after which vision block; by default `image_tokens` after block 0.
+        says per image how many patch tokens are left after which vision block (-1: before the first, of a smaller
+        picture); by default `image_tokens` after block 0.
         `plans` are the layers that compute less for vision tokens: `Trace.plans`, or a `LayerPlan` for each; the pairs
         of the latter are estimated as if all text came before the images, and tokens lay evenly on the grid. A layer
         that is skipped has no vision tokens.
@@ -162,8 +163,8 @@ def _grid_pairs(side: int, images: int, window: int) -> int:
 
 
 def _through_tower(shape: ModelShape, left: Mapping[int, int]) -> tuple[int, ...]:
-    """Patch tokens entering each vision block and leaving the last, from those left after some blocks."""
-    counts = [shape.patches]
+    """Patch tokens entering each vision block and leaving the last, from those left after some blocks (-1: before)."""
+    counts = [left.get(-1, shape.patches)]
     for block in range(shape.vision_layers):
         counts.append(left.get(block, counts[-1]))
     return tuple(counts)
@@ -187,7 +188,7 @@ def vision_macs(shape: ModelShape, tokens: Sequence[int], mlp_tokens: Sequence[i
     the same; CLS is added here.
     """
     d, m = shape.vision_hidden, shape.vision_mlp
-    embedding = shape.patches * 3 * shape.patch_size**2 * d
+    embedding = tokens[0] * 3 * shape.patch_size**2 * d
     lengths, inner = ([n + shape.vision_cls for n in counts] for counts in (tokens, mlp_tokens or tokens))
     return embedding + sum(n * d * 4 * d + 2 * n * n * d for n in lengths) + sum(n * d * 2 * m for n in inner)
 

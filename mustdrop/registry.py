@@ -6,11 +6,13 @@ from mustdrop.hooks import Reducer
 from mustdrop.methods import (
     YOPO,
     AveragePool,
+    CDPruner,
     DivPrune,
     FastV,
     PruMerge,
     PyramidDrop,
     Random,
+    SmallImage,
     SparseVLM,
     ToMe,
     Uniform,
@@ -27,11 +29,13 @@ METHODS: dict[str, type[Reducer]] = {
     "visionzip": VisionZip,
     "prumerge": PruMerge,
     "divprune": DivPrune,
+    "cdpruner": CDPruner,
     "tome": ToMe,
     "yopo": YOPO,
     "random": Random,
     "uniform": Uniform,
     "avgpool": AveragePool,
+    "smallimage": SmallImage,
 }
 
 

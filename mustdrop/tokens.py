@@ -112,6 +112,13 @@ class VisionTokens:
         """`valid` for all of `hidden`, bool `[images, prefix + tokens]` or None."""
         return None if self.valid is None else F.pad(self.valid, (self.prefix, 0), value=True)
 
+    def rows(self, numbers: Tensor) -> VisionTokens:
+        """The tokens of these images, int64 `[rows]`; an image may come several times."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return dataclasses.replace(
+            self, **{name: value[numbers] for name, value in fields.items() if isinstance(value, Tensor)}
+        )
+
     def with_hidden(self, hidden: Tensor) -> VisionTokens:
         """The same tokens with other hidden states `[images, prefix + tokens, width]`."""
         return dataclasses.replace(self, hidden=hidden)

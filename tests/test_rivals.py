@@ -15,7 +15,9 @@ from mustdrop import tokens as tokens_module
 from mustdrop.compose import Compose
 from mustdrop.hooks import Attention, Call, VisionStep, VisionTokens
 from mustdrop.macs import Workload
+from mustdrop.methods.cdpruner import RIDGE, most_probable, stretched
 from mustdrop.methods.divprune import most_diverse
+from mustdrop.methods.smallimage import nearest_grid
 from mustdrop.methods.sparsevlm_ops import density_peaks
 from mustdrop.methods.tome import match
 from mustdrop.shape import ModelShape
@@ -23,7 +25,7 @@ from mustdrop.shape import ModelShape
 PATCHES = SIDE * SIDE
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "methods"
 DECODER = ("fastv", "pyramiddrop", "sparsevlm")
-VISION = ("visionzip", "prumerge", "tome", "divprune", "random", "uniform", "avgpool")
+VISION = ("visionzip", "prumerge", "tome", "divprune", "cdpruner", "random", "uniform", "avgpool", "smallimage")
 
 
 def trace_of(settings: dict | Reducer, images: int = 1, model=None, seed: int = 1):
@@ -58,7 +60,8 @@ def test_retain_is_reached_within_rounding_in_the_decoder(method, retain):
 def test_retain_is_per_image(method):
     one, two = (trace_of({"method": method, "retain": 50}, images) for images in (1, 2))
     assert two.vision_tokens == [2 * count for count in one.vision_tokens]
-    assert 0 < sum(patch < PATCHES for patch in two.kept["decode"][LAYERS - 1]) < len(two.kept["decode"][LAYERS - 1])
+    patches, kept = one.images[0]["patches"], two.kept["decode"][LAYERS - 1]
+    assert 0 < sum(patch < patches for patch in kept) < len(kept)
 
 
 @pytest.mark.parametrize(("layers", "tokens"), [(32, 576), (40, 576), (16, 576), (28, 729)])
@@ -124,6 +127,8 @@ def test_every_method_file_loads_and_means_its_number(file):
         ({"method": "prumerge", "neighbours": -1}, "neighbours is -1: it must be 0 or more"),
         ({"method": "prumerge", "retain": 1}, "retain is 1: it must be 2 or more"),
         ({"method": "divprune", "retain": 0}, "retain is 0: it must be 1 or more"),
+        ({"method": "cdpruner", "retain": 0}, "retain is 0: it must be 1 or more"),
+        ({"method": "smallimage", "retain": 0}, "retain is 0: it must be 1 or more"),
         ({"method": "random", "retain": -3}, "retain is -3: it must be 1 or more"),
     ],
 )
@@ -267,6 +272,61 @@ def test_divprune_takes_one_of_each_kind_first():
     assert sorted((chosen // 5).tolist()) == [0, 1, 2, 3]
 
 
+def by_determinants(kernel: torch.Tensor, count: int) -> list[int]:
+    """Greedy search by its definition: again and again the token with which the determinant is largest."""
+    chosen: list[int] = []
+    for _ in range(count):
+        others = [token for token in range(len(kernel)) if token not in chosen]
+        chosen.append(max(others, key=lambda token: kernel[[*chosen, token]][:, [*chosen, token]].det().item()))
+    return sorted(chosen)
+
+
+def test_cdpruner_is_greedy_in_the_determinant():
+    features, relevance = torch.randn(3, 20, 8, dtype=torch.double), torch.rand(3, 20, dtype=torch.double)
+    valid = torch.arange(20) < torch.tensor([20, 20, 13])[:, None]
+    chosen = most_probable(features, relevance, 9, valid)
+    for row, count in enumerate(valid.sum(-1).tolist()):
+        kernel = features[row] @ features[row].T + RIDGE * relevance[row].square().diag()
+        assert chosen[row].nonzero()[:, 0].tolist() == by_determinants(kernel[:count, :count], 9)
+
+
+def test_cdpruner_keeps_what_the_question_is_about():
+    """Of five kinds of patches, twenty of each, one of the two that the text names."""
+    kinds = torch.eye(5).repeat_interleave(20, 0)[None] + 0.1 * torch.randn(1, 100, 5)
+    tokens = VisionTokens.from_patches(kinds, (10, 10), prefix=0)
+    question, real = torch.tensor([[[1.0, 1, 0, 0, 0], [0, 0, 0, 9, 9]]]), torch.tensor([[True, False]])
+    kept = load_reducer({"method": "cdpruner", "retain": 2}).on_question(tokens, question, real, {})
+    assert (kept.anchor[0] // 20).tolist() == [0, 1]
+    assert stretched(torch.zeros(1, 4)).tolist() == [[1.0] * 4]
+
+
+def test_cdpruner_asks_every_prompt_about_a_shared_picture():
+    picture = pictures(1, seed=1)[0]
+    ids = [prompt(3, 6, seed=seed) for seed in (1, 5)]
+    reducer = load_reducer({"method": "cdpruner", "retain": 20})
+    traces = run(ours(), reducer, **batch(ids), images=[picture, picture])[2]
+    assert traces[0].tokens != traces[1].tokens
+    for trace, alone in zip(traces, ids, strict=True):
+        assert trace.tokens == run(ours(), reducer, inputs=alone, images=picture[None])[2][0].tokens
+
+
+def test_smallimage_sees_the_whole_picture_in_fewer_patches():
+    trace = trace_of({"method": "smallimage", "retain": 50})
+    assert trace.images == [{"patches": 49, "tokens": 49, "blocks": []}] and trace.vision_tokens == [49] * LAYERS
+    flat = torch.full((1, 3, 168, 168), 0.7)
+    smaller = load_reducer({"method": "smallimage", "retain": 36}).on_pixels(flat, 14)
+    torch.testing.assert_close(smaller, flat[..., :84, :84])
+
+
+@pytest.mark.parametrize(
+    ("grid", "count", "expected"),
+    [((24, 24), n, sides) for n, sides in ((192, (14, 14)), (128, (11, 12)), (64, (8, 8)), (32, (5, 6)), (1, (1, 1)))]
+    + [((12, 48), 64, (4, 16)), ((24, 24), 575, (24, 24))],
+)
+def test_smaller_grids_come_as_near_as_they_can(grid, count, expected):
+    assert nearest_grid(grid, count) == expected
+
+
 def test_random_is_seeded_and_the_same_for_a_picture_everywhere():
     first, again, other = (trace_of({"method": "random", "retain": 30, "seed": seed}).tokens for seed in (1, 1, 2))
     assert first == again != other
@@ -300,7 +360,7 @@ def on_meta(*shape: int) -> torch.Tensor:
     return torch.empty(*shape, device="meta")
 
 
-@pytest.mark.parametrize("method", [*VISION, "visionzip compat official", "prumerge plus true"])
+@pytest.mark.parametrize("method", [*VISION[:-1], "visionzip compat official", "prumerge plus true"])
 def test_the_host_waits_for_no_choice_in_the_tower(method):
     method, *option = method.split()
     settings = {option[0]: yaml.safe_load(option[1])} if option else {}
@@ -310,6 +370,9 @@ def test_the_host_waits_for_no_choice_in_the_tower(method):
     step = VisionStep(2, 4, True, tokens, attention, attention, {}, run=3)
     if method == "divprune":
         tokens = reducer.on_projected_features(tokens.without_prefix(), {})
+    elif method == "cdpruner":
+        real = torch.ones(2, 6, dtype=torch.bool, device="meta")
+        tokens = reducer.on_question(tokens.without_prefix(), on_meta(2, 6, 32), real, {})
     elif method == "tome":
         tokens = replace(reducer, retain=80).inside_vision_block(step)
     else:
@@ -328,6 +391,7 @@ def test_predicted_cost_of_tower_and_projector_is_what_torch_counts(method):
         model.encode_images(pictures(1), call)
     counts = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
     left = {block: len(owner[0][owner[0] >= 0].unique()) for block, owner in call.vision.items()}
+    left |= {-1: 30} if method == "smallimage" else {}
     shape = ModelShape.from_config(model.config.to_dict(), "tiny")
     parts = macs.costs(
         shape, Workload.of(shape, 30, image_tokens=[30], tower_tokens=[left], before_mlp=method == "tome")

@@ -135,28 +135,45 @@ class LlavaMetaForCausalLM:
         assigned = _assign_images(len(stacks), [len(row) - 1 for row in chunks])
         distinct, first_tile = _distinct(stacks, [i for own in assigned for i in own])
         encoded = self.encode_images(torch.cat(distinct), call) if distinct else None
-        counts = [] if encoded is None else encoded.counts.tolist()
-
         embedding = self.get_input_embeddings()
         ids = torch.tensor([i for row in chunks for chunk in row for i in chunk], device=embedding.weight.device)
         text = embedding(ids.long())
+        call.tiles.extend([first_tile[i] + tile for i in own for tile in range(len(stacks[i]))] for own in assigned)
+        places = call.tiles
+        if encoded is not None and call.does("on_question"):
+            encoded, places = self._ask(encoded, text, chunks, call)
+        counts = [] if encoded is None else encoded.counts.tolist()
         sequences = [_Sequence(self.reducer.positions == "renumber") for _ in rows]
         used = 0
         for number, (sequence, own, row) in enumerate(zip(sequences, assigned, chunks, strict=True)):
             targets = None if labels is None else labels[number][keep[number]].to(text.device)
             start = 0
-            tiles: list[int] = []
+            tiles = iter(places[number])
             for place, chunk in enumerate(row):
-                for offset in range(len(stacks[own[place - 1]]) if place else 0):
-                    tiles.append(first_tile[own[place - 1]] + offset)
-                    sequence.add_image(encoded, tiles[-1], counts[tiles[-1]], wants_labels=targets is not None)
+                for _ in range(len(stacks[own[place - 1]]) if place else 0):
+                    tile = next(tiles)
+                    sequence.add_image(encoded, tile, counts[tile], wants_labels=targets is not None)
                 end = start + len(chunk)
                 sequence.add_text(text[used : used + len(chunk)], None if targets is None else targets[start:end])
                 used, start = used + len(chunk), end + 1
             call.images.append(sequence.images)
-            call.tiles.append(tiles)
         limit = getattr(self.config, "tokenizer_model_max_length", None) if labels is not None else None
         return _pad(sequences, padding_side, limit, call)
+
+    def _ask(
+        self, encoded: VisionTokens, text: Tensor, chunks: list[list[list[int]]], call: Call
+    ) -> tuple[VisionTokens, list[list[int]]]:
+        """What the reducer leaves of every prompt's images once it knows their text, and the rows of each prompt."""
+        rows = [tile for tiles in call.tiles for tile in tiles]
+        own = text.split([sum(map(len, row)) for row in chunks])
+        questions = [part[len(row[0]) :] for part, row in zip(own, chunks, strict=True)]
+        questions = [part for part, tiles in zip(questions, call.tiles, strict=True) for _ in tiles]
+        real = pad_sequence([torch.ones_like(part[:, 0], dtype=torch.bool) for part in questions], batch_first=True)
+        with call.timed("vision", text.device), call.timed("selector", text.device):
+            each = encoded.rows(torch.tensor(rows, device=encoded.hidden.device))
+            asked = call.reducer.on_question(each, pad_sequence(questions, batch_first=True), real, call.state) or each
+        numbers = iter(range(len(rows)))
+        return asked, [[next(numbers) for _ in tiles] for tiles in call.tiles]
 
     def prepare_inputs_labels_for_multimodal(
         self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None

@@ -1,10 +1,12 @@
 """Other methods over the same seam, one file each."""
 
+from mustdrop.methods.cdpruner import CDPruner
 from mustdrop.methods.controls import AveragePool, Random, Uniform
 from mustdrop.methods.divprune import DivPrune
 from mustdrop.methods.fastv import FastV
 from mustdrop.methods.prumerge import PruMerge
 from mustdrop.methods.pyramiddrop import PyramidDrop
+from mustdrop.methods.smallimage import SmallImage
 from mustdrop.methods.sparsevlm import SparseVLM
 from mustdrop.methods.tome import ToMe
 from mustdrop.methods.visionzip import VisionZip
@@ -13,11 +15,13 @@ from mustdrop.methods.yopo import YOPO
 __all__ = [
     "YOPO",
     "AveragePool",
+    "CDPruner",
     "DivPrune",
     "FastV",
     "PruMerge",
     "PyramidDrop",
     "Random",
+    "SmallImage",
     "SparseVLM",
     "ToMe",
     "Uniform",

@@ -66,6 +66,9 @@ class CLIPVisionTower(nn.Module):
         model = self.vision_tower
         patches = model.embeddings.patch_embedding
         images = images.to(device=patches.weight.device, dtype=patches.weight.dtype)
+        if call.does("on_pixels"):
+            changed = call.reducer.on_pixels(images, patches.stride[0])
+            images = images if changed is None else changed
         grid = tuple(size // patches.stride[0] for size in images.shape[-2:])
         hidden = model.pre_layrnorm(model.embeddings(images, interpolate_pos_encoding=grid != self._native_grid))
         tokens = VisionTokens.from_patches(hidden, grid, prefix=1)
