@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -17,6 +20,24 @@ from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_i
 from llava.model.builder import load_pretrained_model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
+
+
+def ahead(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[Prepared]:
+    """``prepare(item)`` of every item in order, the next one's in a thread while the caller works on this one's.
+
+    What `prepare` raises is raised here, where its result was due.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="prepare") as worker:
+        waiting: deque = deque()
+        for item in items:
+            waiting.append(worker.submit(prepare, item))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def resolve_device(device: str | None = None) -> str:
@@ -154,7 +175,11 @@ class LoadedModel:
         return tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
 
     def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict:
-        """Arguments for ``model.generate``: a batch padded on the left.
+        """Arguments for ``model.generate``: what ``prepare`` returns, on the model's device."""
+        return self._on_device(self.prepare(prompts, images))
+
+    def prepare(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict:
+        """The host's part of a batch, padded on the left; it may be done in another thread.
 
         Parameters
         ----------
@@ -178,8 +203,8 @@ class LoadedModel:
             attention_mask[row, length - len(prompt_ids) :] = True
         pictures = [picture for own in images for picture in own]
         return {
-            "input_ids": input_ids.to(self.device),
-            "attention_mask": attention_mask.to(self.device),
+            "input_ids": self._staged(input_ids),
+            "attention_mask": self._staged(attention_mask),
             "images": self._pixels(pictures),
             "image_sizes": [picture.size for picture in pictures] or None,
             "pad_token_id": self.pad_token_id,
@@ -192,8 +217,29 @@ class LoadedModel:
         keys = [(picture.mode, picture.size, hash(picture.tobytes())) for picture in pictures]
         different = dict(zip(keys, pictures, strict=True))
         pixels = process_images(list(different.values()), self.image_processor, self.model.config)
-        ready = {key: tiles.to(self.device, self.dtype) for key, tiles in zip(different, pixels, strict=True)}
+        ready = {key: self._staged(tiles.to(self.dtype)) for key, tiles in zip(different, pixels, strict=True)}
         return [ready[key] for key in keys]
+
+    def _staged(self, tensor: Tensor) -> Tensor:
+        """A tensor in memory from which a GPU copies while the host goes on."""
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def _on_device(self, prepared: dict) -> dict:
+        """A prepared batch where the model is; one tensor for several prompts stays one."""
+        moved: dict[int, Tensor] = {}
+
+        def move(tensor: Tensor) -> Tensor:
+            if id(tensor) not in moved:
+                moved[id(tensor)] = tensor.to(self.device, non_blocking=True)
+            return moved[id(tensor)]
+
+        images = prepared["images"]
+        return {
+            **prepared,
+            "input_ids": move(prepared["input_ids"]),
+            "attention_mask": move(prepared["attention_mask"]),
+            "images": None if images is None else [move(tiles) for tiles in images],
+        }
 
     def seen(self, picture: Image.Image) -> Image.Image | None:
         """A picture as the vision tower sees it, padded or cropped and resized; None if it is cut into tiles."""
@@ -206,8 +252,12 @@ class LoadedModel:
         )
         return Image.fromarray(((pixels * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
-    @torch.inference_mode()
     def answer(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], **generation) -> list[str]:
         """Generate for a batch; arguments as ``inputs`` takes them, ``generation`` as transformers does."""
-        ids = self.model.generate(**self.inputs(prompts, images), **generation)
+        return self.answer_prepared(self.prepare(prompts, images), **generation)
+
+    @torch.inference_mode()
+    def answer_prepared(self, prepared: dict, **generation) -> list[str]:
+        """Generate for what ``prepare`` returned."""
+        ids = self.model.generate(**self._on_device(prepared), **generation)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]

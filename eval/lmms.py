@@ -20,7 +20,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from eval.inference import LoadedModel
+from eval.inference import LoadedModel, ahead
 from eval.methods import read_method
 from eval.progress import progress
 from eval.rows import flops, shape_of
@@ -154,14 +154,18 @@ class LlavaMustDrop(lmms):
             description=self.description, total=len(requests), unit="question", disable=self._rank > 0
         ) as bar:
             bar.update(len(requests) - len(waiting))
-            for batch in self._batches(waiting, lambda i: requests[i].args[:2]):
-                contexts, settings, *_ = zip(*(requests[index].args for index in batch), strict=True)
+
+            def prepare(batch: list[int]) -> tuple:
                 documents = [self._document(*requests[index].args[3:6]) for index in batch]
                 visuals = [
                     self._visuals(requests[index].args[2], document)
                     for index, document in zip(batch, documents, strict=True)
                 ]
-                texts, traces = self._generate(contexts, visuals, settings[0])
+                return batch, documents, visuals, self._prepare([requests[i].args[0] for i in batch], visuals)
+
+            batches = self._batches(waiting, lambda i: requests[i].args[:2])
+            for batch, documents, visuals, prepared in ahead(prepare, batches):
+                texts, traces = self._generate(prepared, requests[batch[0]].args[1])
                 for index, document, pictures, text, trace in zip(
                     batch, documents, visuals, texts, traces, strict=True
                 ):
@@ -196,9 +200,8 @@ class LlavaMustDrop(lmms):
             )
             with rounds as bar:
                 for batch in self._batches(active, lambda i: (contexts[i], requests[i].args[1])):
-                    texts, traces = self._generate(
-                        [contexts[i] for i in batch], [visuals[i] for i in batch], requests[batch[0]].args[1]
-                    )
+                    prepared = self._prepare([contexts[i] for i in batch], [visuals[i] for i in batch])
+                    texts, traces = self._generate(prepared, requests[batch[0]].args[1])
                     for index, text, trace in zip(batch, texts, traces, strict=True):
                         outputs[index].append(text)
                         self._record(
@@ -247,15 +250,17 @@ class LlavaMustDrop(lmms):
                 bar.update(len(batch))
         return results
 
-    def _generate(
-        self, contexts: Sequence[str], visuals: Sequence[Sequence[Image.Image]], settings: dict
-    ) -> tuple[list[str], list[Trace]]:
-        """Answers to a batch of contexts, each cut where ``until`` says, and their traces."""
+    def _prepare(self, contexts: Sequence[str], visuals: Sequence[Sequence[Image.Image]]) -> dict:
+        """The host's part of a batch of contexts with their pictures."""
         prompts = [
             self.loaded.prompt(context, len(pictures)) for context, pictures in zip(contexts, visuals, strict=True)
         ]
+        return self.loaded.prepare(prompts, visuals)
+
+    def _generate(self, prepared: dict, settings: dict) -> tuple[list[str], list[Trace]]:
+        """Answers to a prepared batch, each cut where ``until`` says, and their traces."""
         with self.reducer.on(self.loaded.model, timing=True) as run:
-            texts = self.loaded.answer(prompts, visuals, **_generation(settings))
+            texts = self.loaded.answer_prepared(prepared, **_generation(settings))
         return [_cut(text, settings.get("until")) for text in texts], run.traces
 
     @torch.inference_mode()

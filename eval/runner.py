@@ -111,6 +111,7 @@ def _evaluate(cell: Cell, out: Path, loaded, manager, force: bool, verbose: bool
     from lmms_eval.models import get_model
 
     from eval.lmms import rank_files
+    from eval.tasks import is_local
 
     if not verbose:
         hide_bars(evaluator, tasks)
@@ -137,8 +138,8 @@ def _evaluate(cell: Cell, out: Path, loaded, manager, force: bool, verbose: bool
         torch_random_seed=cell.seed,
         fewshot_random_seed=cell.seed,
         verbosity="INFO" if verbose else "WARNING",
-        # where some tasks leave files for a server to score; the second is what the command line would say
-        cli_args=Namespace(output_path=str(out), process_with_media=True),
+        # where some tasks leave files for a server to score; ours score without decoding every picture again
+        cli_args=Namespace(output_path=str(out), process_with_media=not is_local(cell.task)),
     )
     if results is None:
         return None

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from PIL import Image
 
 from eval import cli, rows, run, samples, settings, summary, tasks
 from eval.cell import Cell
-from eval.inference import LoadedModel
+from eval.inference import LoadedModel, ahead
 from eval.lmms import LlavaMustDrop
 from eval.methods import method_at, read_method
 from eval.tasks import mini_gqa
@@ -231,6 +232,25 @@ def test_batches_answer_like_single_questions(loaded, method, tmp_path):
     assert counts == {r["doc_id"]: r["vision_tokens"][0] for r in single.records} and counts[2] == 0
 
 
+def test_next_batch_is_prepared_meanwhile():
+    begun, second = [], Event()
+
+    def prepare(item: int) -> int:
+        begun.append(item)
+        if item == 1:
+            second.set()
+        if item == 3:
+            raise ValueError("picture 3 cannot be read")
+        return 10 * item
+
+    results, got = ahead(prepare, range(5)), []
+    with pytest.raises(ValueError, match="picture 3"):
+        for result in results:
+            got.append(result)
+            assert second.wait(10)  # while the caller still holds the first
+    assert got == [0, 10, 20] and begun[:4] == [0, 1, 2, 3]
+
+
 def test_spread_over_devices_answers_alike(loaded, checkpoint):
     spread = LoadedModel.load(str(checkpoint), device_map="auto")
     asked = requests("generate_until", {"max_new_tokens": 4}, visuals)
@@ -326,13 +346,13 @@ def test_run_writes_a_summary_and_resumes(checkpoint, configs, small_task, tmp_p
     lines = answers.read_text().splitlines()
     answers.write_text("\n".join([*lines[:3], lines[3][:40]]))
     file.unlink()
-    asked, answer = [], LoadedModel.answer
+    asked, prepare = [], LoadedModel.prepare
 
-    def counted(self, prompts, *rest, **settings):
+    def counted(self, prompts, images):
         asked.extend(prompts)
-        return answer(self, prompts, *rest, **settings)
+        return prepare(self, prompts, images)
 
-    monkeypatch.setattr(LoadedModel, "answer", counted)
+    monkeypatch.setattr(LoadedModel, "prepare", counted)
     assert run.main(arguments(checkpoint, configs, out)) == 0
     assert len(asked) == 1 and len(answers.read_text().splitlines()) == 4
     assert json.loads((out / "summary.json").read_text())["rows"][1]["accuracy"] == cut["accuracy"]
