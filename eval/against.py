@@ -68,11 +68,10 @@ def against(results: Sequence[Result], reference: str) -> list[Row]:
         If the method has no results, or results are of several models.
     """
     cells = _cells(results)
-    tasks = sorted({task for task, _, _ in cells})
-    methods = sorted({method for _, method, _ in cells})
+    tasks, methods = (sorted({key[place] for key in cells}) for place in (0, 1))
+    lines = _Lines(cells)
     if reference not in (*methods, RIVAL):
         raise ValueError(f"--against: got {reference!r}, expected {RIVAL} or one of {', '.join(methods)}")
-    lines = {}
     found = []
     for retain in sorted({retain for _, _, retain in cells}, reverse=True):
         here = [method for method in methods if any((task, method, retain) in cells for task in tasks)]
@@ -80,12 +79,38 @@ def against(results: Sequence[Result], reference: str) -> list[Row]:
         for method in here if other in here else ():
             if method == other:
                 continue
-            both = [task for task in tasks if {(task, method, retain), (task, other, retain)} <= cells.keys()]
-            for key in [(task, name, retain) for task in both for name in (method, other)]:
-                lines.setdefault(key, None)
-                lines[key] = lines[key] or lines_of(cells[key])
-            pairs = {task: (lines[task, method, retain], lines[task, other, retain]) for task in both}
+            pairs = lines.pairs(tasks, method, other, retain)
             found.append(Row(method, other, retain, *differences(pairs, len(tasks))))
+    return found
+
+
+def leaders(results: Sequence[Result], tasks: Sequence[str], ranked: Sequence[tuple[str, int]]) -> set[tuple[str, int]]:
+    """Methods at their budgets that no other is known to surpass.
+
+    Parameters
+    ----------
+    results : sequence of Result
+        Of one model.
+    tasks : sequence of str
+        What the average is over.
+    ranked : sequence of (method, budget)
+        The best first within a budget, only such as have all tasks.
+
+    Returns
+    -------
+    set of (method, budget)
+        The first of every budget, and those whose paired interval to it holds 0.
+    """
+    cells = _cells(results)
+    lines, best = _Lines(cells), {}
+    for method, retain in ranked:
+        best.setdefault(retain, method)
+    found = {(method, retain) for retain, method in best.items()}
+    for method, retain in ranked:
+        if method != best[retain]:
+            average = differences(lines.pairs(tasks, method, best[retain], retain), len(tasks))[1]
+            if average.interval[0] <= 0 <= average.interval[1]:
+                found.add((method, retain))
     return found
 
 
@@ -129,6 +154,23 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         for row in rows
     ]  # fmt: skip
     return ["tokens", "method", "minus", *tasks, AVERAGE], body
+
+
+class _Lines:
+    """The per-sample lines of cells, each read once."""
+
+    def __init__(self, cells: Mapping[tuple, Result]):
+        self.cells, self.read = cells, {}
+
+    def pairs(self, tasks: Sequence[str], method: str, other: str, retain: int) -> dict[str, tuple[list, list]]:
+        """By task, the lines of two methods, for tasks that both have."""
+        keys = {task: ((task, method, retain), (task, other, retain)) for task in tasks}
+        return {task: tuple(map(self._of, both)) for task, both in keys.items() if set(both) <= self.cells.keys()}
+
+    def _of(self, key: tuple) -> list[dict]:
+        if key not in self.read:
+            self.read[key] = lines_of(self.cells[key])
+        return self.read[key]
 
 
 def _cells(results: Sequence[Result]) -> dict[tuple[str, str, int], Result]:

@@ -18,6 +18,7 @@ from statistics import fmean
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from eval import published
 from eval.collect import VANILLA, Result, collect, label, merge_seeds, prompt_ms, timing
@@ -57,6 +58,9 @@ QUANTITIES: dict[str, tuple[str, Callable[[dict], float | None]]] = {
     "time": ("vision + prefill + decode, ms per prompt", prompt_ms),
 }
 """What scores are drawn against: title of the axis, and the row's value, None where it is not known."""
+
+LOGARITHMIC = ("tokens", "time")
+"""Drawn so that every doubling takes the same room, as budgets halve from one to the next."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,14 @@ def average_points(rows: Sequence[dict], quantity: str) -> list[Point]:
     return points
 
 
-def draw(points: Sequence[Point], title: str, x_title: str, y_title: str, colours: dict[str, int]) -> Figure:
+def draw(
+    points: Sequence[Point],
+    title: str,
+    x_title: str,
+    y_title: str,
+    colours: dict[str, int],
+    logarithmic: bool = False,
+) -> Figure:
     """One picture: a line per method with error bars, the untouched model as a point and a dashed level.
 
     The legend names methods from high scores to low.
@@ -117,6 +128,8 @@ def draw(points: Sequence[Point], title: str, x_title: str, y_title: str, colour
         Texts.
     colours : dict
         Number of every method, so that it looks alike in all pictures.
+    logarithmic : bool
+        Whether each doubling of x takes the same room.
     """
     with matplotlib.rc_context(STYLE):
         scores: dict[str, list[float]] = {}
@@ -144,8 +157,12 @@ def draw(points: Sequence[Point], title: str, x_title: str, y_title: str, colour
                 elinewidth=0.7,
                 capsize=2,
             )
-        axes.set_xlim(left=0)
         axes.set(title=title, xlabel=x_title, ylabel=y_title)
+        if logarithmic:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+        else:
+            axes.set_xlim(left=0)
         if crowded:
             figure.legend(loc="outside right upper", fontsize=9)
         else:
@@ -174,13 +191,15 @@ def figures(results: Iterable[Result]) -> dict[str, Figure]:
             points = average_points(mine, quantity) if len(tasks) > 1 else []
             if points:
                 title = _title(model, f"average of {len(tasks)} tasks", mine)
-                found[f"{prefix}{AVERAGE}-{quantity}"] = draw(points, title, x_title, "score, % of vanilla", colours)
+                found[f"{prefix}{AVERAGE}-{quantity}"] = draw(
+                    points, title, x_title, "score, % of vanilla", colours, quantity in LOGARITHMIC
+                )
             for task in tasks:
                 group = [row for row in mine if row["task"] == task]
                 points = task_points(group, quantity)
                 if points:
-                    name = f"{prefix}{task}-{quantity}"
-                    found[name] = draw(points, _title(model, task, group), x_title, _y_title(group[0]), colours)
+                    titles = (_title(model, task, group), x_title, _y_title(group[0]))
+                    found[f"{prefix}{task}-{quantity}"] = draw(points, *titles, colours, quantity in LOGARITHMIC)
     return found
 
 

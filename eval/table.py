@@ -11,7 +11,7 @@ import argparse
 import csv
 import io
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -55,12 +55,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.format == "all" and args.out is None:
             raise ValueError("--format: all writes files, so it needs --out FOLDER")
         styles = list(SUFFIXES) if args.format == "all" else [args.format]
+        bold = leading(layout, found, results) if "markdown" in styles and layout.methods is None else set()
         if args.out is not None:
-            write(args.out, args.table.stem, {style: render(layout, found, style, notes) for style in styles})
+            write(args.out, args.table.stem, {style: render(layout, found, style, notes, bold) for style in styles})
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(render(layout, found, styles[0], notes), end="")
+    print(render(layout, found, styles[0], notes, bold), end="")
     return 0
 
 
@@ -79,6 +80,17 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--format", choices=[*SUFFIXES, "all"], default="terminal", help="(default: %(default)s)")
     new.add_argument("--out", type=Path, help="folder that gets the table as a file named after the YAML")
     return new
+
+
+def leading(layout: Layout, found: Sequence[Line], results: Sequence[Result]) -> set[tuple[str, int]]:
+    """Methods at their budgets that no other is known to surpass on average; what lacks a column is not ranked."""
+    from eval.against import leaders
+
+    whole = [line for line in found if line.method != VANILLA and len(line.shares()) == len(layout.columns)]
+    tasks = [row["task"] for row in found[0].ours.values()]
+    models = {row["model"] for line in whole for row in line.ours.values()}
+    mine = [result for result in results if result.row["model"] in models]
+    return leaders(mine, tasks, [(line.method, line.retain) for line in whole])
 
 
 def write(out: Path, stem: str, texts: Mapping[str, str]) -> None:
@@ -118,7 +130,13 @@ def origins(found: Sequence[Line], results: Sequence[Result]) -> list[str]:
     return [f"{len(made)} results; {line}", *(several if len(several) > 1 else []), f"times: {timing(made)}"]
 
 
-def render(layout: Layout, found: Sequence[Line], style: str, notes: Sequence[str] = ()) -> str:
+def render(
+    layout: Layout,
+    found: Sequence[Line],
+    style: str,
+    notes: Sequence[str] = (),
+    bold: Collection[tuple[str, int]] = (),
+) -> str:
     """The table as text.
 
     Parameters
@@ -131,12 +149,19 @@ def render(layout: Layout, found: Sequence[Line], style: str, notes: Sequence[st
         ``terminal``, ``markdown``, ``latex`` or ``csv``; the last has one line per figure and source, and no notes.
     notes : sequence of str
         Stand below the legend.
+    bold : collection of (method, budget)
+        Whose average is bold in Markdown.
     """
     if style == "csv":
         return _csv(layout, found)
-    body = body_rows(layout, found)
+    body = body_rows(layout, found, bold if style == "markdown" else ())
     remarks = [*legend(layout, found), *notes]
     if style == "markdown":  # a rule between rows is not Markdown's
+        if bold:
+            remarks.append(
+                "bold: the best average of a budget, and those that differ from it by no more than chance (paired 95 % "
+                "interval of the mean score per question over these tasks, pictures drawn; not corrected)"
+            )
         text = _tabulate(layout, [row for row in body if row is not None], style)
         return f"## {layout.title}\n\n{text}\n\n" + "".join(f"- {remark}\n" for remark in remarks)
     text = _tabulate(layout, [SEPARATING_LINE if row is None else row for row in body], style)
@@ -155,7 +180,7 @@ def header(layout: Layout) -> list[str]:
     ]
 
 
-def body_rows(layout: Layout, found: Sequence[Line]) -> list[list[str] | None]:
+def body_rows(layout: Layout, found: Sequence[Line], bold: Collection[tuple[str, int]] = ()) -> list[list[str] | None]:
     """The table's rows as text, None between budgets."""
     letters = _letters(layout, found)
     body: list[list[str] | None] = []
@@ -165,6 +190,8 @@ def body_rows(layout: Layout, found: Sequence[Line]) -> list[list[str] | None]:
         block = []
         if "ours" in layout.show:
             block.extend(_our_rows(layout, line, found[0]))
+            if (line.method, line.retain) in bold:
+                block[0][-1] = f"**{block[0][-1]}**"
         for row in line.printed:
             if "published" in layout.show:
                 block.append(_published_row(layout, row, letters[row.source]))
@@ -186,7 +213,9 @@ def legend(layout: Layout, found: Sequence[Line]) -> list[str]:
     if "ours" in layout.show:
         remarks.append(f"{NOTHING}: no result")
     if ours:
-        remarks.append("ours: score ± the farther end of its 95 % interval; n: questions, as many as above unless said")
+        counts = {column: row["n"] for column, row in found[0].ours.items()}
+        said = ", ".join(f"{column} {n}" for column, n in counts.items()) if layout.costs else "as many as above"
+        remarks.append(f"ours: score ± the farther end of its 95 % interval; n: questions, {said} unless said")
     if any(row["seeds"] > 1 for row in ours):
         remarks.append("several seeds: mean score, intervals joined; spread: standard deviation over (number of) seeds")
     if any(row["synthetic"] for row in ours):
@@ -206,7 +235,9 @@ def _our_rows(layout: Layout, line: Line, vanilla: Line) -> list[list[str]]:
     cells = [line.ours.get(column) for column in layout.columns]
     shares = line.shares()
     block = [["ours", *map(_score, layout.columns, cells), _average(shares.values(), layout)]]
-    said = {} if line is vanilla else {column: row["n"] for column, row in vanilla.ours.items()}
+    said = {column: row["n"] for column, row in vanilla.ours.items()}
+    if line is vanilla and not layout.costs:  # where costs are shown, lines are many: the legend says it
+        said = {}
     if any(row["n"] != said.get(column) for column, row in line.ours.items()):
         block.append(["n", *(str(row["n"]) if row else "" for row in cells), ""])
     if any(row["seeds"] > 1 for row in line.ours.values()):

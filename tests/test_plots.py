@@ -82,3 +82,22 @@ def test_wrong_folder_is_one_line(tmp_path, capsys):
     assert plots.main([str(tmp_path / "none")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and "there is no folder" in error
+
+
+def test_many_methods_have_their_legend_beside_the_axes(tmp_path):
+    for number in range(plots.CROWDED + 2):
+        for retain in (18, 9):
+            write_cell(tmp_path, "mini_gqa", f"m{number}", retain, [1.0] * (QUESTIONS - number) + [0.0] * number)
+    write_cell(tmp_path, "mini_gqa")
+    figure = plots.figures(collect([tmp_path])[0])["mini_gqa-tokens"]
+    (axes,) = figure.axes
+    assert axes.get_legend() is None and axes.get_xscale() == "log"
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["vanilla", *(f"m{number}" for number in range(plots.CROWDED + 2))]  # from high scores to low
+    looks = {(bars[0].get_color(), bars[0].get_marker()) for bars in axes.containers}
+    assert len(looks) == len(names)
+
+
+def test_time_says_where_it_was_taken(folder):
+    assert "a CPU; load not recorded" in plots.figures(collect([folder])[0])["mini_gqa-time"].axes[0].get_xlabel()
