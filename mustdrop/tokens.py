@@ -49,9 +49,10 @@ def compact(
 
 
 def gather(values: Tensor, indices: Tensor) -> Tensor:
-    """Pick `indices` `[batch, kept]` from `values` `[batch, tokens, ...]`."""
-    index = indices.reshape(*indices.shape, *[1] * (values.dim() - 2)).expand(*indices.shape, *values.shape[2:])
-    return values.gather(1, index)
+    """Pick `indices` `[batch, kept]` from `values` `[batch, tokens, ...]`; rows are copied whole."""
+    if len(indices) == 1:
+        return values[0].index_select(0, indices[0])[None]
+    return values[torch.arange(len(indices), device=indices.device)[:, None], indices]
 
 
 @dataclass

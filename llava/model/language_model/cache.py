@@ -6,12 +6,82 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from mustdrop.hooks import Call, Tokens, gather
 
+ROOM = 128  # positions by which a full layer grows, unless fewer are expected
+
+
+class GrowingLayer(DynamicLayer):
+    """One layer's keys and values, the beginning of buffers with room at their end.
+
+    What a prefill computes is kept as it is. The first position generated moves it to buffers, and from then on a new
+    position is written where it belongs instead of copying all the others. `keys` and `values` are views of what is
+    used; whoever replaces them (beams, a cut) replaces the buffers.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.room = ROOM
+        self.buffers: tuple[Tensor, Tensor] | None = None
+        self._view: Tensor | None = None
+
+    @property
+    def buffered(self) -> bool:
+        """Whether `keys` and `values` are the beginning of the buffers."""
+        return self._view is not None and self.keys is self._view
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append new positions `[batch, heads, new, head_dim]`; returns all keys and values."""
+        if not self.is_initialized:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            self.keys, self.values = key_states, value_states
+            return self.keys, self.values
+        if torch.is_grad_enabled() and key_states.requires_grad:
+            return super().update(key_states, value_states)
+        used, new = self.keys.shape[-2], key_states.shape[-2]
+        if not self.buffered or used + new > self.buffers[0].shape[-2]:
+            self.reserve(used + max(new, self.room))
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer.narrow(-2, used, new).copy_(states)
+        return self.show(used + new)
+
+    def reserve(self, capacity: int, buffers: tuple[Tensor, Tensor] | None = None) -> None:
+        """Move what is used to buffers of `capacity` positions, or to those given."""
+        used = self.keys.shape[-2]
+        if buffers is None:
+            with torch.inference_mode(False):  # inference tensors could not be written to outside of it later
+                buffers = tuple(
+                    states.new_zeros(*states.shape[:2], capacity, states.shape[3])
+                    for states in (self.keys, self.values)
+                )
+        for buffer, states in zip(buffers, (self.keys, self.values), strict=True):
+            buffer.narrow(-2, 0, used).copy_(states)
+        self.buffers = buffers
+        self.show(used)
+
+    def show(self, used: int) -> tuple[Tensor, Tensor]:
+        """Let `keys` and `values` be the first `used` positions of the buffers."""
+        self.keys, self.values = (buffer.narrow(-2, 0, used) for buffer in self.buffers)
+        self._view = self.keys
+        return self.keys, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        buffered = self.buffered
+        super().crop(tokens_to_remove)
+        self._view = self.keys if buffered else None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if not self.buffered:
+            super().reorder_cache(beam_idx)
+            return
+        for states in (self.keys, self.values):
+            states.copy_(states.index_select(0, beam_idx.to(states.device)))
+
 
 class VisionCache(DynamicCache):
-    """Transformers' dynamic cache plus what is known about each layer's entries.
+    """Transformers' dynamic cache in growing buffers, plus what is known about each layer's entries.
 
     Attributes
     ----------
@@ -27,6 +97,7 @@ class VisionCache(DynamicCache):
 
     def __init__(self, config, call: Call | None = None):
         super().__init__(config=config)
+        self.layers = [GrowingLayer() for _ in self.layers]
         self.call = call
         self.records: list[Tokens] = []
         self.next_position: list[Tensor] = []
@@ -36,6 +107,17 @@ class VisionCache(DynamicCache):
     def filled(self) -> bool:
         """Whether a prefill is in the cache."""
         return bool(self.records)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes set aside for keys and values, room for more included; `keys.nbytes` and `values.nbytes` are in use."""
+        held = [layer.buffers if layer.buffered else (layer.keys, layer.values) for layer in self.layers]
+        return sum(keys.nbytes + values.nbytes for keys, values in held)
+
+    def expect(self, new_tokens: int) -> None:
+        """Say how many positions will be generated at most."""
+        for layer in self.layers:
+            layer.room = max(1, min(new_tokens, ROOM))
 
     def start_decoding(self, call: Call) -> None:
         """Take over the records of a finished prefill."""

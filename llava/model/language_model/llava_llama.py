@@ -182,6 +182,13 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             **kwargs,
         )
 
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """As in transformers; our cache is told how many tokens may come."""
+        ours, limit = isinstance(model_kwargs.get("past_key_values"), VisionCache), generation_config.max_new_tokens
+        if ours and limit is not None:
+            model_kwargs["past_key_values"].expect(limit)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
 
 def labels_of(tokens: Tokens, labels: Tensor) -> Tensor:
     """Labels of the tokens that are left, from those of the whole prompt `[batch, length]`."""
