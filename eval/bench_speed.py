@@ -240,7 +240,7 @@ def _row(one: Contestant, every: list[Contestant], shape, new_tokens: int) -> di
     times = {part: [done.times[part] for done in one.passes if part in done.times] for part in PARTS}
     traces = (one.passes[0].traces or vanilla.passes[0].traces)[: one.batch_size]
     records = [trace.to_dict() for trace in traces]
-    counted = [flops(record, shape) for record in records]
+    counted = [flops(record, shape, one.settings and load_reducer(one.settings)) for record in records]
 
     def implied(convention: str) -> float:
         return sum(c[convention]["full"] for c in counted) / sum(c[convention]["used"] for c in counted)

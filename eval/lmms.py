@@ -316,7 +316,7 @@ class LlavaMustDrop(lmms):
             **{count: getattr(trace, count) for count in COUNTS},
         }
         if self.shape is not None:
-            record["flops"] = flops(record, self.shape)
+            record["flops"] = flops(record, self.shape, self.reducer)
         if self.kept_patches:
             record["kept"] = pack_stages(trace.kept, sum(image["patches"] for image in trace.images))
         self.records.append(record)

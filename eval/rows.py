@@ -9,6 +9,7 @@ import numpy as np
 from scipy.stats import binomtest, bootstrap
 
 from mustdrop.cost import CONVENTIONS
+from mustdrop.hooks import Reducer
 from mustdrop.macs import Workload
 from mustdrop.shape import ModelShape
 
@@ -60,7 +61,7 @@ def shape_of(config: dict, name: str, dtype: str) -> ModelShape | None:
         return None
 
 
-def flops(record: Mapping, shape: ModelShape) -> dict[str, dict[str, int]]:
+def flops(record: Mapping, shape: ModelShape, reducer: Reducer | None = None) -> dict[str, dict[str, int]]:
     """Multiply-adds of one prompt: ``{convention: {"full": untouched, "used": with the reducer}}``.
 
     Parameters
@@ -69,19 +70,12 @@ def flops(record: Mapping, shape: ModelShape) -> dict[str, dict[str, int]]:
         A trace as ``mustdrop.Trace.to_dict`` gives it.
     shape : ModelShape
         Of the model. A prompt without pictures gives an empty dictionary.
+    reducer : Reducer, optional
+        The method, which says what its own work costs. Default: MustDrop's cost.
     """
     if not record["images"]:
         return {}
-    work = Workload.of(
-        shape,
-        record["vision_tokens"],
-        text_tokens=record["text_tokens"],
-        image_tokens=[image["tokens"] - shape.feature_cls for image in record["images"]],
-        tower_tokens=[{-1: image["patches"], **dict(image["blocks"])} for image in record["images"]],
-        before_mlp=record["before_mlp"],
-        plans=record["plans"],
-        cache_lengths=record["cache_lengths"],
-    )
+    work = Workload.of_trace(shape, record, reducer)
     full = Workload.of(shape, text_tokens=work.text_tokens, image_tokens=[shape.patches] * len(record["images"]))
     return {
         name: {"full": round(CONVENTIONS[name].count(shape, full)), "used": round(CONVENTIONS[name].count(shape, work))}

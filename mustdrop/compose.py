@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from mustdrop.hooks import CacheStep, DecoderStep, Keep, LayerPlan, Reducer, Tokens, VisionStep, VisionTokens
 from mustdrop.stages.decode import are_in
+
+if TYPE_CHECKING:
+    from mustdrop.macs import Workload
+    from mustdrop.shape import ModelShape
 
 
 class Compose(Reducer):
@@ -34,6 +39,9 @@ class Compose(Reducer):
     def check(self, layers: int, blocks: int) -> None:
         for part in self.parts:
             part.check(layers, blocks)
+
+    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
+        return sum(part.selector_macs(shape, work) for part in self.parts)
 
     def does(self, hook: str) -> bool:
         return any(part.does(hook) for part in self.parts)

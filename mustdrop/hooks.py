@@ -28,7 +28,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ from torch import Tensor
 from mustdrop.neighbours import SplitRows
 from mustdrop.tokens import Tokens, VisionTokens, compact, gather
 from mustdrop.trace import Trace
+
+if TYPE_CHECKING:
+    from mustdrop.macs import Workload
+    from mustdrop.shape import ModelShape
 
 __all__ = [
     "Attention",
@@ -244,6 +248,10 @@ class Reducer:
 
     def check_tokens(self, layers: int, tokens: int) -> None:
         """Raise ValueError if the settings are out of reach for images of `tokens` vision tokens."""
+
+    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
+        """Multiply-adds of what the method itself computes on a prompt to choose and merge; matrix products only."""
+        return 0
 
     def does(self, hook: str) -> bool:
         """Whether a hook is overridden; models skip idle ones altogether."""

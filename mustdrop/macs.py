@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise, zip_longest
 
 import torch
 
-from mustdrop.hooks import LayerPlan, SplitRows, Tokens
+from mustdrop.hooks import LayerPlan, Reducer, SplitRows, Tokens
 from mustdrop.shape import ModelShape
 
 
@@ -50,6 +50,8 @@ class Workload:
         Whether they change between a vision block's attention and its MLP instead of after both.
     plans : tuple of PlannedLayer or None
         Per decoder layer: what it computes for vision tokens, None for everything.
+    selector_macs : int
+        Multiply-adds of the method itself (`Reducer.selector_macs`).
     """
 
     vision_tokens: tuple[int, ...]
@@ -61,6 +63,7 @@ class Workload:
     tower_tokens: tuple[tuple[int, ...], ...]
     before_mlp: bool
     plans: tuple[PlannedLayer | None, ...]
+    selector_macs: int = 0
 
     @classmethod
     def of(
@@ -76,6 +79,7 @@ class Workload:
         tower_tokens: Sequence[Mapping[int, int]] | None = None,
         before_mlp: bool = False,
         plans: Mapping[int, LayerPlan | Mapping] | None = None,
+        reducer: Reducer | None = None,
     ) -> Workload:
         """A prompt, by default of one image of which nothing is dropped.
 
@@ -85,7 +89,7 @@ class Workload:
         picture); by default `image_tokens` after block 0.
         `plans` are the layers that compute less for vision tokens: `Trace.plans`, or a `LayerPlan` for each; the pairs
         of the latter are estimated as if all text came before the images, and tokens lay evenly on the grid. A layer
-        that is skipped has no vision tokens.
+        that is skipped has no vision tokens. `reducer` says what choosing costs; by default it is MustDrop's cost.
 
         Raises
         ------
@@ -122,7 +126,24 @@ class Workload:
         sequences = (tuple(values) for values in (image_tokens, cache_lengths, filter_layers))
         tower = tuple(_through_tower(shape, left) for left in tower_tokens)
         layerwise = tuple(planned.get(layer) for layer in range(shape.layers))
-        return cls(tuple(vision_tokens), text_tokens, *sequences, new_tokens, tower, before_mlp, layerwise)
+        work = cls(tuple(vision_tokens), text_tokens, *sequences, new_tokens, tower, before_mlp, layerwise)
+        selector = mustdrop_selector_macs if reducer is None else reducer.selector_macs
+        return replace(work, selector_macs=selector(shape, work))
+
+    @classmethod
+    def of_trace(cls, shape: ModelShape, trace: Mapping, reducer: Reducer | None = None) -> Workload:
+        """The prompt that a trace (`Trace.to_dict`) tells of, up to the first new token."""
+        return cls.of(
+            shape,
+            trace["vision_tokens"],
+            text_tokens=trace["text_tokens"],
+            image_tokens=[image["tokens"] - shape.feature_cls for image in trace["images"]],
+            tower_tokens=[{-1: image["patches"], **dict(image["blocks"])} for image in trace["images"]],
+            before_mlp=trace["before_mlp"],
+            plans=trace["plans"],
+            cache_lengths=trace["cache_lengths"],
+            reducer=reducer,
+        )
 
     @property
     def vision_tokens_after(self) -> list[int]:
@@ -266,17 +287,25 @@ def filter_macs(shape: ModelShape, rows: int, keys: int) -> int:
     return rows * shape.heads * shape.head_dim * (shape.hidden + keys)
 
 
-def costs(shape: ModelShape, work: Workload) -> dict[str, int]:
-    """Multiply-adds of every part of one prompt.
+def filters_macs(shape: ModelShape, work: Workload, rows: int, layers: Sequence[int] | None = None) -> int:
+    """`filter_macs` of so many rows after the given decoder layers, by default the filter layers."""
+    layers = work.filter_layers if layers is None else layers
+    return sum(filter_macs(shape, rows, work.vision_tokens[layer] + work.text_tokens) for layer in layers)
 
-    The selector is MustDrop's: if there are filter layers, the key tokens' probe and attention on demand of all text
-    tokens (an upper bound: MustDrop's rows are those after the image). Window similarities need no matrix product.
+
+def mustdrop_selector_macs(shape: ModelShape, work: Workload) -> int:
+    """MustDrop's choosing: if there are filter layers, the key tokens' probe and attention on demand of the text.
+
+    Of all text, an upper bound: only what follows the first image asks. Window similarities need no matrix product.
     """
-    selector = 0
-    if work.filter_layers:
-        selector = sum(key_probe_macs(shape, tokens) for tokens in work.image_tokens)
-    for layer in work.filter_layers:
-        selector += filter_macs(shape, work.text_tokens, work.vision_tokens[layer] + work.text_tokens)
+    if not work.filter_layers:
+        return 0
+    probes = sum(key_probe_macs(shape, tokens) for tokens in work.image_tokens)
+    return probes + filters_macs(shape, work, work.text_tokens)
+
+
+def costs(shape: ModelShape, work: Workload) -> dict[str, int]:
+    """Multiply-adds of every part of one prompt."""
     leaving = [max(tokens[-1], spliced) for tokens, spliced in zip(work.tower_tokens, work.image_tokens, strict=True)]
     features = sum(leaving) + shape.feature_cls * len(leaving)
     return {
@@ -284,7 +313,7 @@ def costs(shape: ModelShape, work: Workload) -> dict[str, int]:
             vision_macs(shape, tokens[:-1], tokens[1:] if work.before_mlp else None) for tokens in work.tower_tokens
         ),
         "projector": projector_macs(shape, features),
-        "selector": selector,
+        "selector": work.selector_macs,
         "prefill": prefill_macs(shape, work.vision_tokens, work.text_tokens, plans=work.plans),
         "decode": decode_macs(shape, work.cache_lengths, work.new_tokens - 1),
     }

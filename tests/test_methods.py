@@ -3,10 +3,13 @@
 import pytest
 import torch
 from tiny import LAYERS, SIDE, batch, ours, pictures, prompt, run
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mustdrop import MustDrop, Reducer, available_methods
+from llava.constants import IMAGE_TOKEN_INDEX
+from mustdrop import MustDrop, Reducer, available_methods, macs
 from mustdrop.compose import Compose
+from mustdrop.macs import Workload
 from mustdrop.methods import (
     YOPO,
     AveragePool,
@@ -22,6 +25,7 @@ from mustdrop.methods import (
     Uniform,
     VisionZip,
 )
+from mustdrop.shape import ModelShape
 from mustdrop.stages import DualAttentionFilter, KeyTokens, LocalSpatialMerge, OutputAwareCache
 
 PATCHES = SIDE * SIDE
@@ -196,6 +200,18 @@ def test_decoder_layers_compute_on_the_tokens_the_trace_counts(reducer):
         )
         assert linear - asked == 2 * length * (2 * width * width + 2 * width * kv_width + 3 * width * mlp)
         assert 0 <= asked <= 2 * width * (width * 6 + kv_width * length)
+
+
+@reducing
+@torch.no_grad()
+def test_the_cost_model_predicts_everything_up_to_the_first_token(reducer):
+    """Tower, projector, the method and prefill, as torch counts them, of a prompt that begins with its picture."""
+    model, ids = ours(), torch.tensor([[IMAGE_TOKEN_INDEX, *range(5, 11)]])
+    shape = ModelShape.from_config(model.config.to_dict(), "tiny")
+    with reducer.on(model) as record, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.generate(ids, images=pictures(1, seed=1), max_new_tokens=1)
+    parts = macs.costs(shape, Workload.of_trace(shape, record.traces[0].to_dict(), reducer))
+    assert counter.get_total_flops() == 2 * sum(parts.values())
 
 
 @reducing

@@ -9,6 +9,8 @@ import torch
 from mustdrop import ops
 from mustdrop.checks import require
 from mustdrop.hooks import Reducer, VisionStep, VisionTokens
+from mustdrop.macs import Workload
+from mustdrop.shape import ModelShape
 
 
 @dataclass
@@ -79,3 +81,8 @@ class AveragePool(Control):
         )
         untouched = len(column) == len(cell)
         return ops.merge(tokens, first.gather(1, own) % len(column), self.retain if untouched else None)
+
+    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
+        """The means, as one product."""
+        counts = (pair[-2:] for pair in work.tower_tokens)
+        return sum(left * tokens * shape.vision_hidden for tokens, left in counts if left < tokens)

@@ -11,6 +11,8 @@ from torch import Tensor
 from mustdrop import ops
 from mustdrop.checks import require
 from mustdrop.hooks import Attention, Reducer, VisionStep, VisionTokens, compact, gather
+from mustdrop.macs import Workload, key_probe_macs
+from mustdrop.shape import ModelShape
 
 
 @dataclass
@@ -62,6 +64,14 @@ class PruMerge(Reducer):
         column = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
         into = torch.where(stays, column, rest.argmax(-1, keepdim=True))
         return tokens.select(stays | extra, into=into, length=length).with_patches(merged.to(tokens.hidden.dtype))
+
+    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
+        """CLS attention, keys once more, their likeness, and the merging."""
+        total, d = 0, shape.vision_hidden
+        for *_, tokens, left in work.tower_tokens:
+            if left < tokens:
+                total += key_probe_macs(shape, tokens) + (tokens + 1) * d * d + 2 * left * tokens * d
+        return total
 
     def _stays(self, score: Tensor, tokens: VisionTokens) -> Tensor:
         """Tokens that stay as themselves, bool `[images, tokens]`."""

@@ -11,8 +11,10 @@ from torch import Tensor
 from mustdrop import ops
 from mustdrop.checks import one_of, require
 from mustdrop.hooks import DecoderStep, Keep, gather
+from mustdrop.macs import Workload, filters_macs
 from mustdrop.methods.layerwise import LayerwiseDrop, Stage
 from mustdrop.methods.sparsevlm_ops import raters, recycle, recycled, rotary_similarity
+from mustdrop.shape import ModelShape
 
 LAYERS = {False: (2, 6, 15), True: (2, 6, 15, 19)}  # of 32; by whether the rank decides
 HEADS = 14  # of 32
@@ -120,6 +122,20 @@ class SparseVLM(LayerwiseDrop):
 
     def added(self, dropped: int) -> int:
         return recycled(dropped)[1] if self.version == 1 else 0
+
+    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
+        """Likeness of text and picture, attention of the text (an upper bound: after the image), and recycling."""
+        if not work.filter_layers:
+            return 0
+        rows, tokens = work.text_tokens, max(work.image_tokens)
+        stages = self.stages(self.schedule(shape.layers, tokens), tokens)
+        total = (work.vision_tokens[0] + rows) * rows * shape.hidden + filters_macs(shape, work, rows, list(stages))
+        if self.version == 2 and self.compat == "official":
+            total += sum(rows * (work.vision_tokens[layer] + rows) * shape.head_dim for layer in stages)
+        for stage in stages.values() if self.version == 1 else ():
+            joining, clusters = recycled(tokens if self.rank_scale is not None else stage.before - stage.kept)
+            total += len(work.image_tokens) * joining * clusters * shape.hidden
+        return total
 
     def before_decoder_layer(self, step: DecoderStep) -> None:
         """Choose the raters from the embeddings."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from torch import Tensor
 from mustdrop import ops
 from mustdrop.checks import require
 from mustdrop.hooks import Reducer, VisionStep, VisionTokens
+from mustdrop.macs import Workload
+from mustdrop.shape import ModelShape
 
 
 @dataclass
@@ -48,6 +51,14 @@ class ToMe(Reducer):
         into = match(keys, count - left)
         total = torch.zeros_like(tokens.size).scatter_add(1, into, tokens.size)
         return replace(ops.merge(tokens, into, left, tokens.size / total.gather(1, into)), proportional=True)
+
+    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
+        """In every block that merges: keys once more, their likeness, and the merging."""
+        total, d = 0, shape.vision_hidden
+        for tokens, left in (pair for counts in work.tower_tokens for pair in pairwise(counts) if pair[0] > pair[1]):
+            likeness = (tokens + 1) // 2 * (tokens // 2) * d // shape.vision_heads
+            total += (tokens + 1) * d * d + likeness + left * tokens * d
+        return total
 
 
 def schedule(tokens: int, retain: int, blocks: int) -> list[int]:

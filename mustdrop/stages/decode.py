@@ -10,6 +10,8 @@ from torch import Tensor
 from mustdrop import ops
 from mustdrop.checks import require
 from mustdrop.hooks import Attention, CacheStep, DecoderStep, Reducer, Tokens
+from mustdrop.macs import Workload, filters_macs
+from mustdrop.shape import ModelShape
 
 
 @dataclass
@@ -42,6 +44,10 @@ class OutputAwareCache(Reducer):
 
     def does(self, hook: str) -> bool:
         return super().does(hook) and (hook != "after_decode_layer" or self.output_threshold is not None)
+
+    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
+        layers = () if self.output_threshold is None else range(shape.layers)
+        return filters_macs(shape, work, 1, layers)
 
     def after_prefill(self, step: CacheStep) -> list[Tensor | Tokens | None] | None:
         first = ops.layer_index(self.first_layer, len(step.cached))

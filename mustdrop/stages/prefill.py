@@ -11,6 +11,8 @@ from torch import Tensor
 from mustdrop import ops
 from mustdrop.checks import one_of, require
 from mustdrop.hooks import DecoderStep, Keep, Reducer, VisionTokens
+from mustdrop.macs import Workload, filters_macs
+from mustdrop.shape import ModelShape
 from mustdrop.stages.budget import check_budget, filter_schedule, key_count
 
 PUBLISHED_LAYERS = (2, 6, 10, 14)  # of LLaVA-1.5-7B's 32
@@ -95,6 +97,10 @@ class DualAttentionFilter(Reducer):
         for layer in self.layers or ():
             fits = 0 <= layer < 1 if isinstance(layer, float) else -layers <= layer < layers
             require(fits, "filter_layers", layer, f"a layer from 0 to {layers - 1} or a fraction below 1")
+
+    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
+        layers = None if self.budgeted else self.layers_of(shape.layers)
+        return filters_macs(shape, work, work.text_tokens + self.budgeted, layers)
 
     def on_projected_features(self, tokens: VisionTokens, state: dict) -> None:
         """Note how many tokens enter the decoder: known to the host, so that later nothing waits for the device."""

@@ -11,6 +11,8 @@ from torch import Tensor
 from mustdrop import ops
 from mustdrop.checks import one_of, require
 from mustdrop.hooks import Reducer, VisionStep, VisionTokens
+from mustdrop.macs import Workload, key_probe_macs
+from mustdrop.shape import ModelShape
 from mustdrop.stages.budget import windows_to_merge
 
 
@@ -154,6 +156,9 @@ class KeyTokens(Reducer):
 
     def check(self, layers: int, blocks: int) -> None:
         require(-blocks <= self.block < blocks, "key_block", self.block, f"between -{blocks} and {blocks - 1}")
+
+    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
+        return sum(key_probe_macs(shape, tokens) for tokens in work.image_tokens)
 
     def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
         block = self.block % step.blocks
