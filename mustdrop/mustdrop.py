@@ -9,9 +9,12 @@ from typing import ClassVar
 from mustdrop.checks import one_of, require
 from mustdrop.compose import Compose
 from mustdrop.stages import DualAttentionFilter, KeyTokens, LocalSpatialMerge, OutputAwareCache
+from mustdrop.stages.budget import TAPER
 from mustdrop.stages.prefill import PUBLISHED_LAYERS
 
 STAGES = ("vision", "prefill", "decode")
+PUBLISHED_KEY_RATE = 0.08
+KEY_RATE = 0.02  # where the numbers of tokens are given: it leaves more of them for the text to choose
 
 # What an option left at None means: by default, and with compat="official".
 _COMPAT = {
@@ -20,7 +23,7 @@ _COMPAT = {
     "positions": ("original", "renumber"),
     "decode_positions": ("continue", "cache_length"),
     "score_dtype": ("float32", "model"),
-    "filter_layers": (tuple(layer / 32 for layer in PUBLISHED_LAYERS), PUBLISHED_LAYERS),
+    "filter_layers": (None, PUBLISHED_LAYERS),
 }
 
 
@@ -30,7 +33,9 @@ class MustDrop(Compose):
 
     Thresholds decide how many tokens stay (the published method), or numbers do: with `retain`, or `budget` and
     `merge_to`, every image keeps exactly the planned number of tokens in every layer, chosen by the same scores. Shapes
-    then depend on nothing in the picture, and nothing waits for the device.
+    then depend on nothing in the picture, and nothing waits for the device. `retain` is our improved MustDrop: its
+    numbers fall faster than those of the thresholds, and fewer key tokens are fixed before the text is asked; see
+    docs/methods.md for what each of these changes.
 
     Parameters
     ----------
@@ -39,14 +44,17 @@ class MustDrop(Compose):
     window, similarity_threshold, merge_block
         Of local spatial merging: side of a window, least mean cosine similarity, ViT block after which to merge.
     key_rate, key_block
-        Of the key token set: share of the merged tokens, ViT block whose CLS attention chooses them.
+        Of the key token set: share of the merged tokens (by default the published 0.08, and 0.02 with `retain`), ViT
+        block whose CLS attention chooses them.
     filter_layers : sequence of int or float, optional
-        Decoder layers after which to filter; floats are fractions of the depth.
+        Decoder layers after which to filter; floats are fractions of the depth. Default: see `DualAttentionFilter`.
     cache_from : int or float, optional
         First layer whose cache is cut to the survivors. Default: the first filter layer; 0 cuts all layers.
     retain : int, optional
         Mean vision tokens per decoder layer and image, by the authors' meter. Works out how much is merged (unless
         `merge_to` says it) and what every filter leaves; all tokens or more: nothing is done.
+    taper : float
+        With `retain`: what the last filter leaves of what the first left.
     budget : sequence of int or float, optional
         Instead: tokens of an image that go on after each filter layer; floats are shares of its patches.
     merge_to : int or float, optional
@@ -73,11 +81,12 @@ class MustDrop(Compose):
     window: int = 3
     similarity_threshold: float = 0.8
     merge_block: int = 0
-    key_rate: float = 0.08
+    key_rate: float | None = None
     key_block: int = -1
     filter_layers: Sequence[int | float] | None = None
     cache_from: int | float | None = None
     retain: int | None = None
+    taper: float = TAPER
     budget: Sequence[int | float] | None = None
     merge_to: int | float | None = None
     output_threshold: float | None = None
@@ -98,7 +107,10 @@ class MustDrop(Compose):
             one_of("stages", stage, STAGES)
         one_of("positions", self.positions, ("original", "renumber"))
         one_of("decode_positions", self.decode_positions, ("continue", "cache_length"))
-        require(len(self.filter_layers) > 0, "filter_layers", self.filter_layers, "at least one layer")
+        if self.key_rate is None:
+            self.key_rate = PUBLISHED_KEY_RATE if self.retain is None or self.compat == "official" else KEY_RATE
+        given = self.filter_layers is not None
+        require(not given or len(self.filter_layers) > 0, "filter_layers", self.filter_layers, "at least one layer")
         for field, stage in (("retain", "prefill"), ("budget", "prefill"), ("merge_to", "vision")):
             given = getattr(self, field)
             require(given is None or stage in self.stages, field, given, f"left out without the {stage} stage")
@@ -125,12 +137,11 @@ class MustDrop(Compose):
                     self.budget,
                     self.retain,
                     self.key_rate if "vision" in self.stages else 0.0,
+                    self.taper,
                 ),
             ),
             "decode": (
-                OutputAwareCache(
-                    self.filter_layers[0] if self.cache_from is None else self.cache_from, self.output_threshold
-                ),
+                OutputAwareCache(self._cut_from(), self.output_threshold),
             ),
         }
         super().__init__(
@@ -138,6 +149,12 @@ class MustDrop(Compose):
             self.positions,
             self.decode_positions,
         )
+
+    def _cut_from(self) -> int | float:
+        """First layer whose cache is cut."""
+        if self.cache_from is not None:
+            return self.cache_from
+        return PUBLISHED_LAYERS[0] / 32 if self.filter_layers is None else self.filter_layers[0]
 
     def check_tokens(self, layers: int, tokens: int) -> None:
         entering = tokens

@@ -192,7 +192,7 @@ def test_windows_to_merge():
     assert windows_to_merge(None, None, (24, 24), 576, 3) == 0
     assert windows_to_merge(None, 576, (24, 24), 576, 3) == 0
     assert windows_to_merge(None, 64, (24, 24), 576, 3) == 25  # 376 tokens are left
-    assert windows_to_merge(None, 8, (24, 24), 576, 3) == 64
+    assert windows_to_merge(None, 8, (24, 24), 576, 3) == 25
     assert windows_to_merge(None, 570, (24, 24), 576, 3) == 0
     assert windows_to_merge(0.5, None, (24, 24), 576, 3) == 36
     assert windows_to_merge(0.5, None, (20, 30), 600, 3) == 38
@@ -202,6 +202,21 @@ def test_schedule_is_as_given_or_solved():
     assert filter_schedule((2, 6), 32, 576, 376, 31, budget=(0.25, 0.125)) == {2: 144, 6: 72}
     assert filter_schedule((2, 6), 32, 576, 576, 47, retain=576) == {}
     assert filter_schedule((2, 6), 32, 576, 100, 8, retain=600) == {}
+    steep, even = (filter_schedule((2, 6, 10), 32, 576, 376, 8, retain=64, taper=taper) for taper in (0.25, 1.0))
+    assert steep[6] == pytest.approx(steep[2] / 2, abs=1) and steep[10] == pytest.approx(steep[2] / 4, abs=1)
+    assert len(set(even.values())) == 1 and steep[10] < even[10] < steep[2]
+
+
+def test_few_tokens_are_reached_by_a_filter_after_the_first_layer():
+    schedules = [MustDrop(retain=retain).parts[2].schedule(32, 576, 376) for retain in (57, 58)]
+    assert [list(schedule) for schedule in schedules] == [[0, 2, 6, 10, 14], [2, 6, 10, 14]]
+    assert list(MustDrop(retain=57, filter_layers=[2, 6]).parts[2].schedule(32, 576, 376)) == [2, 6]
+
+
+def test_numbers_fix_fewer_key_tokens_than_thresholds():
+    assert MustDrop().key_rate == MustDrop(budget=[60, 41, 30, 20]).key_rate == 0.08
+    assert MustDrop(retain=64, compat="official").key_rate == 0.08
+    assert MustDrop(retain=64).key_rate == 0.02 and MustDrop(retain=64, key_rate=0.04).key_rate == 0.04
 
 
 def test_text_stays_whatever_the_number_of_key_tokens():
@@ -225,6 +240,7 @@ def test_a_budget_that_another_reducer_has_undercut_changes_nothing():
         ({"budget": [9, 5, 6, 1]}, r"budget is \[9, 5, 6, 1\]: it must be numbers that do not rise"),
         ({"budget": [9, 0.5, 0.4, 0.1]}, r"budget is .*all whole or all shares"),
         ({"budget": [1.5, 1.0, 1.0, 1.0]}, r"budget is 1.5: it must be a number of tokens, or a share of the patches"),
+        ({"retain": 64, "taper": 0}, r"taper is 0: it must be more than 0 and at most 1"),
         ({"merge_to": 0}, r"merge_to is 0: it must be more than 0"),
         ({"merge_to": 104, "stages": ["prefill"]}, r"merge_to is 104: it must be left out without the vision stage"),
         ({"retain": 64, "stages": ["vision"]}, r"retain is 64: it must be left out without the prefill stage"),
@@ -241,9 +257,9 @@ def test_bad_settings_are_one_clear_line(settings, message):
     [
         (
             {"retain": 1},
-            r"retain is 1: it must be at least 2: key tokens stay, .* all 16 .*smaller merge_to or key_rate",
+            r"retain is 1: it must be at least 2: key tokens stay, .* all 96 .*smaller merge_to or key_rate",
         ),
-        ({"retain": 30, "merge_to": 144, "filter_layers": [4]}, r"retain is 30: it must be at least 78"),
+        ({"retain": 30, "merge_to": 144, "filter_layers": [4]}, r"retain is 30: it must be at least 74"),
         ({"retain": 130, "merge_to": 104}, r"retain is 130: it must be at most 104, .* or all 144; .*another merge_to"),
         ({"merge_to": 100}, r"merge_to is 100: it must be between 16 .* and 144 .*multiple of 8 below 144"),
         ({"merge_to": 8}, r"merge_to is 8: it must be between 16 .* and 144"),

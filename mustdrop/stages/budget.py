@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 
 from mustdrop.checks import require
 
 MERGED_SHARE = 0.65  # of the patches: what the published threshold leaves of the embedded model's pictures
-MERGED_PER_RETAINED = 6  # with more tokens after merging, the layers before the first filter use up the whole mean
-TAPER = 0.9  # what a filter leaves of what the one before it left
+TAPER = 1 / 8  # what the last filter leaves of what the first left
 
 
 def as_count(number: int | float, patches: int) -> int:
@@ -29,8 +29,8 @@ def windows_to_merge(
         Tokens that are left after merging; a float is a share of the patches, and the nearest number that whole windows
         give is taken.
     retain : int, optional
-        Without `merge_to`: wanted mean tokens per decoder layer. `MERGED_SHARE` of the patches are left, fewer
-        where that is more than `MERGED_PER_RETAINED` times the mean, and never fewer than the mean.
+        Without `merge_to`: wanted mean tokens per decoder layer. `MERGED_SHARE` of the patches are left, and never
+        fewer than the mean.
     grid : (rows, columns)
     patches : int
     window : int
@@ -45,7 +45,7 @@ def windows_to_merge(
     if merge_to is None:
         if retain is None or retain >= patches:
             return 0
-        wanted = round((patches - min(MERGED_SHARE * patches, MERGED_PER_RETAINED * retain)) / absorbed)
+        wanted = round((1 - MERGED_SHARE) * patches / absorbed)
         return min(wanted, windows, (patches - retain) // absorbed)
     least = patches - windows * absorbed
     right = f"between {least} (every window merged) and {patches} (none), a multiple of {absorbed} below {patches}"
@@ -65,6 +65,7 @@ def filter_schedule(
     keys: int,
     budget: tuple[int | float, ...] | None = None,
     retain: int | None = None,
+    taper: float = TAPER,
 ) -> dict[int, int]:
     """Decoder layer -> vision tokens of an image that go on after it.
 
@@ -77,8 +78,10 @@ def filter_schedule(
     budget : tuple of int or float, optional
         Tokens after each filter layer; floats are shares of the patches.
     retain : int, optional
-        Instead: mean tokens per decoder layer by the authors' meter. Every filter after the first leaves `TAPER`
-        of what the one before it left, but for key tokens.
+        Instead: mean tokens per decoder layer by the authors' meter.
+    taper : float
+        With `retain`: the share that the last filter leaves of what the first left, those between in equal steps on a
+        logarithmic scale; key tokens stay in any case.
 
     Raises
     ------
@@ -96,7 +99,7 @@ def filter_schedule(
 
     if retain >= entering:
         return {}
-    shares = [TAPER**number for number in range(len(after))]
+    shares = [taper ** (number / max(1, len(after) - 1)) for number in range(len(after))]
 
     def schedule(first: int) -> dict[int, int]:
         counts = (min(entering, max(keys, round(first * share))) for share in shares)
@@ -111,7 +114,8 @@ def filter_schedule(
 
     right = f"at least {math.ceil(mean(0))}: key tokens stay, and the first layers see all {entering} that are left"
     require(retain >= mean(0), "retain", retain, right + " after merging; a smaller merge_to or key_rate lowers that")
-    return schedule(min(range(round(entering / shares[-1]) + 1), key=lambda first: abs(mean(first) - retain)))
+    above = bisect_left(range(math.ceil(entering / shares[-1])), retain, key=mean)
+    return schedule(min((above, max(above - 1, 0)), key=lambda first: abs(mean(first) - retain)))
 
 
 def key_count(rate: float, tokens: int) -> int:

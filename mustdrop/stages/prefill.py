@@ -13,9 +13,10 @@ from mustdrop.checks import one_of, require
 from mustdrop.hooks import DecoderStep, Keep, Reducer, VisionTokens
 from mustdrop.macs import Workload, filters_macs
 from mustdrop.shape import ModelShape
-from mustdrop.stages.budget import check_budget, filter_schedule, key_count
+from mustdrop.stages.budget import TAPER, check_budget, filter_schedule, key_count
 
 PUBLISHED_LAYERS = (2, 6, 10, 14)  # of LLaVA-1.5-7B's 32
+FEW = 1 / 10  # of the patches: to keep fewer per layer, the first layer has to be followed by a filter
 
 
 @dataclass
@@ -39,7 +40,7 @@ class DualAttentionFilter(Reducer):
         0.0012/0.001 (128), 0.011/0.01 (64).
     layers : sequence of int or float, optional
         Decoder layers after which to filter; floats are fractions of the depth. Default: the published 2, 6, 10, 14
-        of 32 as fractions.
+        of 32 as fractions; with a `retain` of less than a tenth of the patches also the first layer.
     score_dtype : {"float32", "model"}
         Precision in which attention is averaged and summed; "model" is the authors'.
     budget : sequence of int or float, optional
@@ -48,6 +49,8 @@ class DualAttentionFilter(Reducer):
         Instead: mean tokens per decoder layer and image, by the authors' meter.
     key_rate : float
         Share of the tokens entering the decoder that a stage before this one protects.
+    taper : float
+        With `retain`: what the last filter leaves of what the first left.
     """
 
     global_threshold: float = 0.011
@@ -57,8 +60,10 @@ class DualAttentionFilter(Reducer):
     budget: Sequence[int | float] | None = None
     retain: int | None = None
     key_rate: float = 0.0
+    taper: float = TAPER
 
     def __post_init__(self) -> None:
+        require(0 < self.taper <= 1, "taper", self.taper, "more than 0 and at most 1")
         require(self.global_threshold >= 0, "global_threshold", self.global_threshold, "0 or more")
         require(self.individual_threshold >= 0, "individual_threshold", self.individual_threshold, "0 or more")
         one_of("score_dtype", self.score_dtype, ("float32", "model"))
@@ -82,7 +87,11 @@ class DualAttentionFilter(Reducer):
         """
         budget = None if self.budget is None else tuple(self.budget)
         keys = key_count(self.key_rate, entering)
-        return filter_schedule(tuple(self.layers_of(layers)), layers, patches, entering, keys, budget, self.retain)
+        after = self.layers_of(layers)
+        if self.layers is None and self.retain is not None and self.retain < FEW * patches:
+            after = [0, *after]
+        after = tuple(dict.fromkeys(after))
+        return filter_schedule(after, layers, patches, entering, keys, budget, self.retain, self.taper)
 
     def check_tokens(self, layers: int, tokens: int) -> None:
         if self.budgeted:
@@ -109,11 +118,9 @@ class DualAttentionFilter(Reducer):
 
     def after_decoder_layer(self, step: DecoderStep) -> Tensor | Keep | None:
         tokens = step.tokens
-        if step.layer not in self.layers_of(step.layers):
-            return None
         if self.budgeted:
             return self._best(step)
-        if not tokens.questions:
+        if step.layer not in self.layers_of(step.layers) or not tokens.questions:
             return None
         attention = self._attention(step, *tokens.question_rows())
         return ops.dual_attention_keep(attention, tokens.image, tokens.images, *self._thresholds)
