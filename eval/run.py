@@ -84,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cells = settings.cells(args)
         out = settings.check_out(Path(args.out) if args.out else default_out(cells))
+        check_reach(cells)
         note_borrowed(cells, args.configs)
         _say(f"{cells[0].model}: {len(cells)} rows, results in {out}")
         for cell in cells:
@@ -106,6 +107,15 @@ def default_out(cells: Sequence[Cell]) -> Path:
     tasks = "-".join(dict.fromkeys(cell.task for cell in cells))
     limit = cells[0].limit
     return Path("results") / (f"{tasks}-{cells[0].model_name}" + (f"-limit{limit}" if limit else ""))
+
+
+def check_reach(cells: Sequence[Cell]) -> None:
+    """Raise ValueError if a method cannot keep the wanted number of tokens on its model, before that is loaded."""
+    from eval.sweep.plan import Method, out_of_reach
+
+    for cell in {cell.label: cell for cell in cells if cell.settings}.values():
+        if reason := out_of_reach(Method(cell.method, cell.retain, cell.settings), cell.model):
+            raise ValueError(f"RETAIN: {reason}")
 
 
 def note_borrowed(cells: Sequence[Cell], configs: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -409,6 +410,9 @@ def test_wrong_argument_is_one_line(checkpoint, configs, tmp_path, wrong, messag
 def test_budget_without_settings_is_one_line(checkpoint, configs, tmp_path, capsys):
     assert run.main(arguments(checkpoint, configs, tmp_path / "out", "--retain", "33")) == 2
     assert "RETAIN: no settings of mustdrop for 33 tokens" in capsys.readouterr().err
+    (tmp_path / "fastv_2.yaml").write_text("method: fastv\nlayer: 0.99\nretain: 2\n")
+    assert run.main(arguments(checkpoint, tmp_path, tmp_path / "out", "--method", "fastv", "--retain", "2")) == 2
+    assert re.search(r"^error: RETAIN: fastv on .*: retain is 2: it must be at least \d+", capsys.readouterr().err)
 
 
 def test_tasks_of_the_embedded_model_are_synthetic_and_run_once():

@@ -286,13 +286,16 @@ def test_cdpruner_is_greedy_in_the_determinant():
         assert chosen[row].nonzero()[:, 0].tolist() == by_determinants(kernel[:count, :count], 9)
 
 
-def test_cdpruner_keeps_what_the_question_is_about():
-    """Of five kinds of patches, twenty of each, one of the two that the text names."""
-    kinds = torch.eye(5).repeat_interleave(20, 0)[None] + 0.1 * torch.randn(1, 100, 5)
-    tokens = VisionTokens.from_patches(kinds, (10, 10), prefix=0)
-    question, real = torch.tensor([[[1.0, 1, 0, 0, 0], [0, 0, 0, 9, 9]]]), torch.tensor([[True, False]])
-    kept = load_reducer({"method": "cdpruner", "retain": 2}).on_question(tokens, question, real, {})
-    assert (kept.anchor[0] // 20).tolist() == [0, 1]
+def test_cdpruner_weighs_likeness_by_what_the_question_is_about():
+    tokens = VisionTokens.from_patches(torch.randn(2, 20, 12), (4, 5), prefix=0)
+    question, real = torch.randn(2, 4, 12), torch.arange(4) < torch.tensor([[2], [4]])
+    kept = load_reducer({"method": "cdpruner", "retain": 4}).on_question(tokens, question, real, {})
+    for row, length in enumerate((2, 4)):
+        units, text = (torch.nn.functional.normalize(one[row]) for one in (tokens.hidden, question))
+        relevance = torch.stack([(unit * text[:length]).sum(-1).mean() for unit in units])
+        relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
+        kernel = relevance[:, None] * (units @ units.T) * relevance + RIDGE * relevance.square().diag()
+        assert kept.anchor[row].tolist() == by_determinants(kernel.double(), 4)
     assert stretched(torch.zeros(1, 4)).tolist() == [[1.0] * 4]
 
 
@@ -309,9 +312,10 @@ def test_cdpruner_asks_every_prompt_about_a_shared_picture():
 def test_smallimage_sees_the_whole_picture_in_fewer_patches():
     trace = trace_of({"method": "smallimage", "retain": 50})
     assert trace.images == [{"patches": 49, "tokens": 49, "blocks": []}] and trace.vision_tokens == [49] * LAYERS
-    flat = torch.full((1, 3, 168, 168), 0.7)
-    smaller = load_reducer({"method": "smallimage", "retain": 36}).on_pixels(flat, 14)
-    torch.testing.assert_close(smaller, flat[..., :84, :84])
+    ramp = torch.arange(168.0).expand(1, 3, 168, 168) - 3 * torch.arange(168.0)[:, None]
+    smaller = load_reducer({"method": "smallimage", "retain": 36}).on_pixels(ramp, 14)
+    every_other = torch.nn.functional.avg_pool2d(ramp, 2)
+    torch.testing.assert_close(smaller[..., 4:-4, 4:-4], every_other[..., 4:-4, 4:-4])
 
 
 @pytest.mark.parametrize(

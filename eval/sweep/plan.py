@@ -211,7 +211,7 @@ def _methods(file: Path, given: object, model: str, retain: Sequence[int]) -> tu
                     "another name, {name: ..., method: ..., ...}"
                 )
             with _naming(file, f"retain: {method.retain}" if method.retain in retain else "methods"):
-                reason = _out_of_reach(method, model)
+                reason = out_of_reach(method, model)
             if reason is not None:
                 left_out.append(LeftOut(model, method.method, method.retain, reason))
                 del found[method.method, method.retain]
@@ -263,7 +263,7 @@ def _at_budget(model: str, name: str, retain: int) -> Method | LeftOut:
         return LeftOut(model, name, retain, str(error).removeprefix("RETAIN: "))
 
 
-def _out_of_reach(method: Method, model: str) -> str | None:
+def out_of_reach(method: Method, model: str) -> str | None:
     """Why a reducer cannot keep the wanted number of tokens on a model of this size, None if it can.
 
     What depends on data shows later.
