@@ -15,6 +15,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from llava.model.language_model.cache import VisionCache
 from llava.model.language_model.layers import run_layer, run_new_rows
+from llava.model.language_model.packed import PackedRows
 from llava.model.llava_arch import LlavaMetaModel
 from llava.model.masks import attention_mask as make_mask
 from llava.model.masks import expand_mask
@@ -45,7 +46,8 @@ class Stream:
     """Hidden states on their way through the decoder, and all that has to stay in step with them.
 
     `hidden` `[batch, length, width]`, the record of each position, the attention mask in the form the attention
-    implementation wants, the rotary tables `(cos, sin)`, each `[batch, length, head_dim]`, and what `split` has found.
+    implementation wants, the rotary tables `(cos, sin)`, each `[batch, length, head_dim]`, what `split` has found, and
+    the real rows if layers are to run on these alone.
     """
 
     hidden: Tensor
@@ -53,6 +55,7 @@ class Stream:
     mask: Any
     rotary: tuple[Tensor, Tensor]
     splits: dict[tuple, SplitRows | None] = field(default_factory=dict)
+    packed: PackedRows | None = None
 
     def split(self, window: int | None, device: torch.device) -> SplitRows | None:
         """Text and vision rows apart, on a device; worked out once for all layers that see the same tokens."""
@@ -239,7 +242,10 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
             return stream
         if call.reducer.positions == "renumber":
             tokens = tokens.renumbered()
-        return self.stream(gather(stream.hidden if keep.hidden is None else keep.hidden, indices), tokens)
+        stream = self.stream(gather(stream.hidden if keep.hidden is None else keep.hidden, indices), tokens)
+        if length is None:
+            stream.packed = PackedRows.of(stream, self.config._attn_implementation)
+        return stream
 
     def attention(self, index: int, entering: Stream, cache: VisionCache | None = None) -> Attention:
         """A layer's attention on its input, on demand; keys come from the cache where they are there already."""

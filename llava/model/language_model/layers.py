@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava.model.language_model.cache import VisionCache
+from llava.model.language_model.packed import run_packed
 from mustdrop.hooks import LayerPlan, SplitRows, gather
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def run_layer(layer: nn.Module, stream: Stream, cache: VisionCache | None, plan:
     rows = None if plan is None else stream.split(plan.window, layer.input_layernorm.weight.device)
     context = {"attention_mask": stream.mask, "position_embeddings": stream.rotary, "past_key_values": cache}
     if rows is None:
-        return layer(stream.hidden, **context)
+        return layer(stream.hidden, **context) if stream.packed is None else run_packed(layer, stream, cache)
     attention, hidden = layer.self_attn, stream.hidden.to(rows.text.device)
     active, inactive = _heads(attention, plan)
     states = layer.input_layernorm(hidden)

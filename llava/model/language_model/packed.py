@@ -1,0 +1,79 @@
+"""A decoder layer on the real rows of a padded batch alone, as a CPU likes it best.
+
+Where every prompt keeps a number of tokens of its own, the longest decides how far a batch is padded, and the mask that
+hides the padding makes attention compute the pairs that causality rules out, too. Here linear layers see the real rows
+of all prompts in one piece, and attention runs prompt by prompt. The numbers of rows have to be known to the host: they
+are after a drop that could not say its count beforehand. On a GPU, a loop over prompts would be slower than padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from llava.model.language_model.cache import VisionCache
+
+if TYPE_CHECKING:
+    from llava.model.language_model.decoder import Stream
+
+
+@dataclass
+class PackedRows:
+    """The real rows of a batch `[batch, length]`.
+
+    `index` int64 `[rows]` counts through the flattened batch, `lengths` are the prompts' numbers of rows, `rotary` the
+    tables of these rows, each `[1, rows, head_dim]`.
+    """
+
+    index: Tensor
+    lengths: list[int]
+    shape: tuple[int, int]
+    rotary: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def of(cls, stream: Stream, implementation: str) -> PackedRows | None:
+        """The rows of a stream; None where nothing is padded or the plain layer is the better way."""
+        valid = stream.tokens.valid
+        if valid is None or valid.device.type != "cpu" or implementation != "sdpa" or torch.is_grad_enabled():
+            return None
+        rows = cls(valid.flatten().nonzero()[:, 0], valid.sum(-1).tolist(), tuple(valid.shape))
+        rows.rotary = tuple(rows.pack(table.expand(*rows.shape, -1)) for table in stream.rotary)
+        return rows
+
+    def pack(self, states: Tensor) -> Tensor:
+        """`[batch, length, ...]` -> `[1, rows, ...]`."""
+        return states.flatten(0, 1).index_select(0, self.index)[None]
+
+    def unpack(self, states: Tensor) -> Tensor:
+        """`[1, rows, ...]` -> `[batch, length, ...]`, zero where there is padding."""
+        padded = states.new_zeros(self.shape[0] * self.shape[1], *states.shape[2:])
+        return padded.index_copy_(0, self.index, states[0]).unflatten(0, self.shape)
+
+
+def run_packed(layer: nn.Module, stream: Stream, cache: VisionCache | None) -> Tensor:
+    """Output of a decoder layer `[batch, length, width]`, zero in padded rows; so are the keys and values it caches."""
+    rows, attention = stream.packed, layer.self_attn
+    hidden = rows.pack(stream.hidden)
+    states = layer.input_layernorm(hidden)
+
+    def by_head(linear: nn.Module) -> Tensor:
+        return linear(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    query, key = apply_rotary_pos_emb(by_head(attention.q_proj), by_head(attention.k_proj), *rows.rotary)
+    value = by_head(attention.v_proj)
+    if cache is not None:
+        padded = (rows.unpack(part.transpose(1, 2)).transpose(1, 2) for part in (key, value))
+        cache.update(*padded, attention.layer_idx)
+    prompts = zip(*(part.split(rows.lengths, dim=2) for part in (query, key, value)), strict=True)
+    grouped = attention.num_key_value_groups > 1
+    seen = [
+        F.scaled_dot_product_attention(*prompt, is_causal=True, scale=attention.scaling, enable_gqa=grouped)
+        for prompt in prompts
+    ]
+    hidden = hidden + attention.o_proj(torch.cat(seen, dim=2).transpose(1, 2).flatten(2))
+    return rows.unpack(hidden + layer.mlp(layer.post_attention_layernorm(hidden)))

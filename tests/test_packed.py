@@ -1,0 +1,39 @@
+"""Layers on the real rows of a padded batch: the tokens and logits of layers on all rows."""
+
+import pytest
+import torch
+from tiny import SIDE, batch, ours, pictures, prompt, run
+
+from llava.model.language_model import decoder, layers
+from llava.model.language_model.packed import PackedRows
+from mustdrop import MustDrop
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_packed_rows_give_what_padded_rows_give(kv_heads, monkeypatch):
+    model = ours(kv_heads=kv_heads)
+    inputs = batch([prompt(3, 5), prompt(6, 2, seed=1), prompt(4, 9, seed=2)])
+    reducer = MustDrop(global_threshold=1.1 / SIDE**2, individual_threshold=1.0 / SIDE**2)
+    used, packed_layer = [], layers.run_packed
+
+    def spy(layer, stream, cache):
+        used.append(stream.packed.lengths)
+        return packed_layer(layer, stream, cache)
+
+    monkeypatch.setattr(layers, "run_packed", spy)
+    with torch.inference_mode():
+        packed = run(model, reducer, images=pictures(3), **inputs)
+        assert len(used) > 1 and any(len(set(lengths)) > 1 for lengths in used)
+        monkeypatch.setattr(decoder.PackedRows, "of", lambda *_: None)
+        padded = run(model, reducer, images=pictures(3), **inputs)
+    assert torch.equal(packed[0], padded[0])
+    torch.testing.assert_close(packed[1], padded[1], atol=1e-4, rtol=0)
+    for one, other in zip(packed[2], padded[2], strict=True):
+        assert one.kept == other.kept and one.cache_bytes == other.cache_bytes
+
+
+def test_rows_come_back_to_their_places():
+    valid = torch.tensor([[False, True, True], [True, True, True]])
+    rows = PackedRows(valid.flatten().nonzero()[:, 0], [2, 3], (2, 3))
+    states = torch.randn(2, 3, 4)
+    assert torch.equal(rows.unpack(rows.pack(states)), states * valid[..., None])
