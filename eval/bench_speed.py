@@ -192,7 +192,9 @@ def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestan
         "device": device,
         "peak_bytes": "torch's allocator" if device.startswith("cuda") else "resident high-water mark of the process",
     }
-    rows = [_row(one, rows_wanted, shape, numbers["new_tokens"]) for one in rows_wanted]
+    read = [*model.get_model().layers.parameters(), *model.get_model().norm.parameters(), model.lm_head.weight]
+    weight_bytes = sum(weight.nbytes for weight in read)
+    rows = [_row(one, rows_wanted, shape, numbers["new_tokens"], weight_bytes) for one in rows_wanted]
     command = provenance(["eval.bench_speed", *argv], device=device_name(device), cpu_load=_load())
     return {"rows": rows, "settings": facts, "provenance": command}
 
@@ -230,8 +232,8 @@ def _step(one: Contestant, model, twin, shape, inputs, new_tokens: int) -> Calla
     return ours
 
 
-def _row(one: Contestant, every: list[Contestant], shape, new_tokens: int) -> dict:
-    """A row of the report."""
+def _row(one: Contestant, every: list[Contestant], shape, new_tokens: int, weight_bytes: int) -> dict:
+    """A row of the report; `weight_bytes` are those of the weights that every new token reads."""
     from eval.bench_passes import PARTS
     from eval.rows import flops
     from mustdrop.macs import cache_bytes
@@ -267,6 +269,7 @@ def _row(one: Contestant, every: list[Contestant], shape, new_tokens: int) -> di
         "decode_tokens_per_s": 1000 * generated / decode if generated else None,
         "peak_bytes": max((done.peak_bytes for done in one.passes if done.peak_bytes is not None), default=None),
         "cache_bytes": one.passes[0].cache_bytes,
+        "decode_step_bytes": weight_bytes + one.passes[0].cache_bytes,
         "predicted_cache_bytes": sum(cache_bytes(shape, record["cache_lengths"]) for record in records),
         "flop_speedup": flop_speedup,
         "measured_speedup": speedup("prefill_ms"),
@@ -302,6 +305,7 @@ def table(report: dict) -> str:
                 _number(row["decode_tokens_per_s"], ".1f"),
                 _number(row["peak_bytes"], ".0f", 1e-6),
                 _number(row["cache_bytes"], ".2f", 1e-6),
+                _number(row["decode_step_bytes"], ".1f", 1e-6),
                 _number(row["ttft_speedup"], ".2f"),
                 _number(row["flop_speedup"], ".2f"),
                 _number(row["measured_speedup"], ".2f"),
@@ -312,7 +316,7 @@ def table(report: dict) -> str:
         )
     headers = [
         "method", "batch", "tokens\nper layer", "vision\nms", "proj.\nms", "prefill\nms", "selector\nms",
-        "first token\nms", "tokens/s", "peak\nMB", "cache\nMB", "first token\nspeed-up", "FLOP\nspeed-up",
+        "first token\nms", "tokens/s", "peak\nMB", "cache\nMB", "step\nMB", "first token\nspeed-up", "FLOP\nspeed-up",
         "prefill\nspeed-up", "share of\nFLOPs'", "replay\nfloor ms", "share of\nfloor",
     ]  # fmt: skip
     wrong = [row for row in report["rows"] if row["cache_bytes"] != row["predicted_cache_bytes"]]
@@ -323,6 +327,7 @@ def table(report: dict) -> str:
     )
     notes = [
         "tokens per layer: every layer counted with what it computes on; FLOP speed-up: of the prefill, text included",
+        "step: what one step of decoding reads at least, weights and cache, for one token of every prompt",
         "share of floor: replay floor / prefill; 1 would mean that selecting and dropping cost nothing",
         f"peak: {facts['peak_bytes']}; cache: after prefill, "
         + (

@@ -54,8 +54,11 @@ def test_rows_carry_everything(report):
 
 
 def test_counts_are_as_forced_and_the_cache_as_predicted_to_the_byte(report):
+    vanilla = report["rows"][1]
     for row in report["rows"]:
         assert row["cache_bytes"] == row["predicted_cache_bytes"]
+        weights = [one["decode_step_bytes"] - one["cache_bytes"] for one in (row, vanilla)]
+        assert weights[0] == weights[1] > 0
         if row["method"] in ("huggingface", "vanilla"):
             assert row["vision_tokens"] == [PATCHES] * LAYERS and row["flop_speedup"] == 1
             assert row["cache_bytes"] == row["batch_size"] * LAYERS * (PATCHES + TEXT) * 2 * 2 * 16 * 4
