@@ -247,7 +247,7 @@ def _check_type(path: Path, key: str, value: object) -> None:
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"{path}: {key} is {value!r}, expected text")
         return
-    kind, what = (int, "whole numbers above 0") if key == "budgets" else (str, "names")
+    kind, what = (int, "whole numbers above 0") if key == "budgets" else (str, "texts" if key == "notes" else "names")
     fine = (
         isinstance(value, list)
         and value

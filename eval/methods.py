@@ -38,6 +38,17 @@ def read_method(method: str | dict | None = None, fields: dict | None = None) ->
     return {**settings, **overrides}
 
 
+def own_file(model: str, name: str, configs: Path = CONFIGS) -> Path | None:
+    """The file of a method, or of several composed, that has no budget on this model; None if there is none."""
+    file = configs / Path(model).name / f"{name}.yaml"
+    return file if file.is_file() else None
+
+
+def has_files(name: str, configs: Path = CONFIGS) -> bool:
+    """Whether a method, or a composition of several, has a file for some model and budget."""
+    return any(configs.rglob(f"{name}_*.yaml"))
+
+
 def method_at(model: str, method: str, retain: int, configs: Path = CONFIGS) -> tuple[dict, Path | None]:
     """The settings that make a model keep about ``retain`` vision tokens per layer.
 
@@ -57,7 +68,7 @@ def method_at(model: str, method: str, retain: int, configs: Path = CONFIGS) -> 
         If the method is unknown; `mustdrop.calibrate.OutOfReach` if there is neither file nor field.
     """
     candidates = [configs / Path(model).name / f"{method}_{retain}.yaml", configs / f"{method}_{retain}.yaml"]
-    from mustdrop import load_reducer
+    from mustdrop import available_methods, load_reducer
     from mustdrop.calibrate import OutOfReach
 
     for candidate in candidates:
@@ -68,6 +79,8 @@ def method_at(model: str, method: str, retain: int, configs: Path = CONFIGS) -> 
             except ValueError as error:
                 raise ValueError(f"{_shown(candidate)}: {error}") from None
             return settings, candidate
+    if method not in available_methods() and has_files(method, configs):
+        raise OutOfReach(f"RETAIN: {method} has no settings for {retain} tokens: there is no {_shown(candidates[0])}")
     settings, reducer = {"method": method, "retain": retain}, load_reducer({"method": method})
     if hasattr(reducer, "retain") and not reducer.knobs:  # thresholds are what it is known by: they need finding
         load_reducer(settings)

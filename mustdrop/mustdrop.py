@@ -140,9 +140,7 @@ class MustDrop(Compose):
                     self.taper,
                 ),
             ),
-            "decode": (
-                OutputAwareCache(self._cut_from(), self.output_threshold),
-            ),
+            "decode": (OutputAwareCache(self._cut_from(), self.output_threshold),),
         }
         super().__init__(
             [part for stage in STAGES if stage in self.stages for part in parts[stage]],

@@ -177,9 +177,15 @@ def test_comparison_has_every_method_and_names_what_is_out_of_reach():
     assert dropping <= named, "a method is missing in configs/sweeps/compare.yaml"
     assert {cell.retain for cell in read.cells} >= {None, 192, 128, 64, 32}
     assert {cell.task for cell in read.cells} == set(SUITE)
+    assert {(cell.method, cell.retain) for cell in read.cells if "yopo" in cell.method} == {
+        ("mustdrop_yopo", 128), ("mustdrop_yopo", 64), ("yopo", None), ("yopo_heads", None),
+    }  # fmt: skip
     lacking = {(one.method, one.retain) for one in read.left_out}
     assert ("sparsevlm", 32) in lacking and not lacking & {(cell.method, cell.retain) for cell in read.cells}
-    assert any("at least 40 for SparseVLM" in line for line in read.settings["left_out"])
+    reasons = "\n".join(read.settings["left_out"])
+    assert (
+        "at least 40 for SparseVLM" in reasons and "there is no configs/methods/llava-mini/mustdrop_yopo_32" in reasons
+    )
 
 
 def test_a_list_of_budgets_and_names_for_compositions(write):

@@ -13,7 +13,7 @@ import yaml
 
 from eval import settings
 from eval.cell import Cell
-from eval.methods import VANILLA, method_at, read_method
+from eval.methods import VANILLA, has_files, method_at, own_file, read_method
 from eval.sweep.launch import Launch, hint
 from eval.tasks import BENCHMARKS, GROUP, SUITE
 from mustdrop import load_reducer
@@ -219,8 +219,11 @@ def _methods(file: Path, given: object, model: str, retain: Sequence[int]) -> tu
 
 
 def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> Iterator[Method | LeftOut]:
-    """What one entry of ``methods`` means: a name at every budget, a file as it is, fields at every budget they leave
-    open or list."""
+    """What one entry of ``methods`` means.
+
+    A name: the model's own file of this name, which has no budget, else every budget. A file: as it is. Fields: every
+    budget they leave open or list.
+    """
     if isinstance(entry, str) and Path(entry).suffix in (".yaml", ".yml"):
         path = next((path for path in (Path(entry), settings.ROOT / entry) if path.is_file()), Path(entry))
         with _naming(file, "methods"):
@@ -228,9 +231,15 @@ def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> I
             load_reducer(own)
         name, number = re.fullmatch(r"(.+?)(?:_(\d+))?", path.stem).groups()
         yield Method(name, int(number) if number else None, own)
-    elif isinstance(entry, str):
+    elif isinstance(entry, str) and own_file(model, entry):
         with _naming(file, "methods"):
-            load_reducer({"method": entry})
+            own = read_method(str(own_file(model, entry)))
+            load_reducer(own)
+        yield Method(entry, None, own)
+    elif isinstance(entry, str):
+        if not (retain and has_files(entry)):
+            with _naming(file, "methods"):
+                load_reducer({"method": entry})
         for number in retain if entry != VANILLA else ():
             with _naming(file, "retain"):
                 yield _at_budget(model, entry, number)
