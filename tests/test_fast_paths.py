@@ -1,11 +1,21 @@
 """Fast paths against the plain one: the same kept tokens, the same logits."""
 
+import copy
+
 import pytest
 import torch
+from tiny import batch, ours, pictures, prompt, run
 from transformers.cache_utils import DynamicLayer
 
+from llava.model import compile_model
 from llava.model.language_model.cache import ROOM, GrowingLayer
+from mustdrop import MustDrop, Reducer
 from mustdrop.hooks import gather
+from mustdrop.methods import FastV
+
+BUDGET = {"budget": [60, 41, 30, 20], "merge_to": 104}
+THRESHOLDS = {"global_threshold": 0.01, "individual_threshold": 0.03}
+PROMPTS = [prompt(3, 6, seed=1), prompt(6, 2, seed=2), prompt(2, 9, seed=3)]
 
 
 @pytest.mark.parametrize("room", [1, 3, ROOM])
@@ -58,3 +68,67 @@ def test_gather_picks_rows(batch, kept):
     indices = torch.randint(0, 9, (batch, kept))
     expected = [values[row, indices[row]] for row in range(batch)]
     assert torch.equal(gather(values, indices), torch.stack(expected))
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """A model of which programs are made as for any backend; what they are made of runs as it is."""
+    return compile_model(copy.deepcopy(ours()), backend="eager")
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True, "temperature": 2.0}, {"num_beams": 2}], ids=str)
+def test_compiled_generates_the_same(compiled, settings):
+    """Padded prompts with an image each; two calls, of which the second takes over the first one's buffers."""
+    reducer = MustDrop(**BUDGET)
+    for seed in (1, 2):
+        given = {**batch(PROMPTS), "images": pictures(3, seed=seed), "max_new_tokens": 6, "do_sample": False}
+        ids = []
+        for model in (ours(), compiled):
+            torch.manual_seed(0)
+            with reducer.on(model):
+                ids.append(model.generate(**{**given, **settings}))
+        assert torch.equal(*ids)
+
+
+def test_compiled_programs_serve_all_layers_lengths_and_reducers(compiled):
+    for reducer in (Reducer(), MustDrop(**BUDGET), MustDrop(**THRESHOLDS)):
+        for number, ids in enumerate(PROMPTS):
+            run(compiled, reducer, inputs=ids, images=pictures(1, seed=number))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for reducer in (Reducer(), MustDrop(budget=[50, 30, 20, 20], merge_to=112), FastV(layer=3, drop_ratio=0.7)):
+        run(compiled, reducer, inputs=prompt(8, 4), images=pictures(1, seed=5), new_tokens=70)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_compiled_buffers_are_not_shared_by_two_caches_in_use(compiled):
+    token = torch.tensor([[5]])
+    with torch.no_grad():
+        prompts = [{"input_ids": ids, "images": pictures(1), "use_cache": True} for ids in PROMPTS[:2]]
+        expected = [ours()(token, past_key_values=ours()(**one).past_key_values).logits for one in prompts]
+        caches = [compiled(**one).past_key_values for one in prompts]
+        for _ in range(2):
+            found = [compiled(token, past_key_values=cache).logits for cache in caches]
+            for cache in caches:
+                cache.crop(-1)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        assert all(cache.allocated_bytes > sum(layer.keys.nbytes * 2 for layer in cache.layers) for cache in caches)
+
+
+def test_compiled_stands_back_from_what_it_does_not_know(compiled):
+    """Cached tokens dropped while decoding, hidden states asked for, gradients."""
+    given = {**batch(PROMPTS[:1]), "images": pictures(1)}
+    reducer = MustDrop(**BUDGET, output_threshold=0.004)
+    torch.testing.assert_close(run(compiled, reducer, **given)[1], run(ours(), reducer, **given)[1], atol=1e-5, rtol=0)
+    with torch.enable_grad():
+        assert compiled(PROMPTS[0], images=pictures(1), labels=PROMPTS[0]).loss.requires_grad
+    hooked = copy.deepcopy(compiled)
+    settings = {"max_new_tokens": 3, "do_sample": False, "output_hidden_states": True, "return_dict_in_generate": True}
+    states = [model.generate(**given, **settings).hidden_states for model in (ours(), hooked)]
+    torch.testing.assert_close(states[1], states[0], atol=1e-5, rtol=0)
+
+
+def test_a_model_on_several_devices_is_not_compiled():
+    model = copy.deepcopy(ours())
+    model.model.layers[3].to("meta")
+    with pytest.raises(ValueError, match="compile: the decoder is on cpu, meta, it must be on one device"):
+        compile_model(model)

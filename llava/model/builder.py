@@ -10,6 +10,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.mm_utils import load_image_processor
+from llava.model.language_model.compiled import compile_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.tokenizer import load_tokenizer
 
@@ -22,6 +23,7 @@ def load_pretrained_model(
     load_4bit: bool = False,
     device_map: str | dict | None = "auto",
     device: str | torch.device | None = None,
+    compile: bool = False,
     **kwargs,
 ):
     """Load everything that inference needs.
@@ -41,6 +43,8 @@ def load_pretrained_model(
         As in transformers. On a machine without an accelerator "auto" means the CPU.
     device : optional
         Put the whole model there instead.
+    compile : bool
+        Run the decoder through torch.compile, see `compile_model`; the first prompts take longer.
     **kwargs
         Passed to `from_pretrained`: `torch_dtype` (default float16 on an accelerator, float32 on the CPU),
         `attn_implementation` (default sdpa), ... LLaVA's `multimodal` and `use_flash_attn` are understood.
@@ -86,6 +90,8 @@ def load_pretrained_model(
     context = getattr(model.config, "max_sequence_length", None) or getattr(
         model.config, "tokenizer_model_max_length", 2048
     )
+    if compile:
+        compile_model(model)
     return tokenizer, model.eval(), processor, context
 
 

@@ -53,11 +53,12 @@ class GrowingLayer(DynamicLayer):
         if buffers is None:
             with torch.inference_mode(False):  # inference tensors could not be written to outside of it later
                 buffers = tuple(
-                    states.new_zeros(*states.shape[:2], capacity, states.shape[3])
+                    states.new_empty(*states.shape[:2], capacity, states.shape[3])
                     for states in (self.keys, self.values)
                 )
         for buffer, states in zip(buffers, (self.keys, self.values), strict=True):
             buffer.narrow(-2, 0, used).copy_(states)
+            buffer.narrow(-2, used, capacity - used).zero_()  # masked, but nan times zero is nan
         self.buffers = buffers
         self.show(used)
 
@@ -93,6 +94,8 @@ class VisionCache(DynamicCache):
         Per layer, the rotary position after the prompt's last.
     generated : int
         Positions appended since prefill.
+    expected : int
+        Positions that will be appended at most, as far as is known.
     """
 
     def __init__(self, config, call: Call | None = None):
@@ -102,6 +105,7 @@ class VisionCache(DynamicCache):
         self.records: list[Tokens] = []
         self.next_position: list[Tensor] = []
         self.generated = 0
+        self.expected = ROOM
 
     @property
     def filled(self) -> bool:
@@ -116,6 +120,7 @@ class VisionCache(DynamicCache):
 
     def expect(self, new_tokens: int) -> None:
         """Say how many positions will be generated at most."""
+        self.expected = new_tokens
         for layer in self.layers:
             layer.room = max(1, min(new_tokens, ROOM))
 

@@ -14,6 +14,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from llava.model.language_model.cache import VisionCache
+from llava.model.language_model.compiled import Compiled
 from llava.model.language_model.layers import run_layer, run_new_rows
 from llava.model.language_model.packed import PackedRows
 from llava.model.llava_arch import LlavaMetaModel
@@ -76,6 +77,22 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
     def __init__(self, config: LlavaConfig):
         super().__init__(config)
         self.build_vision(config)
+        self._compiled: Compiled | None = None
+
+    @property
+    def compiled(self) -> Compiled | None:
+        """The compiled parts, if `compile_model` has made them; none with gradients, nor with hooks on layers.
+
+        Programs do without forward hooks; transformers sets some, for good, when hidden states are first asked for.
+        """
+        if self._compiled is None or torch.is_grad_enabled():
+            return None
+        hooked = any(layer._forward_hooks or layer.self_attn._forward_hooks for layer in self.layers)
+        return None if hooked else self._compiled
+
+    @compiled.setter
+    def compiled(self, compiled: Compiled | None) -> None:
+        self._compiled = compiled
 
     @merge_with_config_defaults
     @capture_outputs
@@ -130,7 +147,7 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
         if mask is not None and (plans or drops):
             raise ValueError("attention_mask: 4-D masks cannot be combined with a reducer, pass [batch, length]")
         stream = self.stream(hidden, tokens, mask)
-        plan, final = None, None
+        plan, final, compiled = None, None, self.compiled
         last_rows: list[Attention] = []
         last: Stream | None = None
         with call.timed("prefill", hidden.device):
@@ -142,7 +159,10 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
                 call.plans.append(plan)
                 call.entered.append(stream.tokens)
                 entering = stream
-                hidden = run_layer(layer, stream, cache, plan)
+                if compiled is not None and plan is None:
+                    hidden = compiled.layer(layer, stream, cache)
+                else:
+                    hidden = run_layer(layer, stream, cache, plan)
                 stream = replace(stream, hidden=hidden, tokens=stream.tokens.to(hidden.device))
                 if drops:
                     with call.timed("selector", hidden.device):
@@ -160,6 +180,12 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
     def decode(self, hidden: Tensor, cache: VisionCache) -> Tensor:
         """Run newly generated positions `[batch, new, width]` through the decoder, against each layer's own cache."""
         call, new = cache.call, hidden.shape[1]
+        compiled = self.compiled
+        if compiled is not None and compiled.decodes(self.config, hidden, cache):
+            with call.timed("decode", hidden.device):
+                hidden = compiled.decode(self, hidden, cache)
+            cache.generated += new
+            return hidden
         evicts = call.does("after_decode_layer")
         contexts: dict[tuple, tuple] = {}
         with call.timed("decode", hidden.device):
