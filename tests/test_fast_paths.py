@@ -1,6 +1,8 @@
 """Fast paths against the plain one: the same kept tokens, the same logits."""
 
 import copy
+import shutil
+from functools import cache
 
 import pytest
 import torch
@@ -15,6 +17,12 @@ from mustdrop.methods import FastV
 
 BUDGET = {"budget": [60, 41, 30, 20], "merge_to": 104}
 THRESHOLDS = {"global_threshold": 0.01, "individual_threshold": 0.03}
+REDUCERS = {
+    "vanilla": Reducer(),
+    "thresholds": MustDrop(**THRESHOLDS),
+    "budget": MustDrop(**BUDGET),
+    "fastv": FastV(layer=2, drop_ratio=0.7),
+}
 PROMPTS = [prompt(3, 6, seed=1), prompt(6, 2, seed=2), prompt(2, 9, seed=3)]
 
 
@@ -70,10 +78,79 @@ def test_gather_picks_rows(batch, kept):
     assert torch.equal(gather(values, indices), torch.stack(expected))
 
 
-@pytest.fixture(scope="module")
+@cache
+def made_of_programs(attention: str = "sdpa", dtype: torch.dtype = torch.float32, backend: str = "eager"):
+    """A compiled model; with the backend "eager" what its programs are made of runs as it is."""
+    return compile_model(copy.deepcopy(ours(attn_implementation=attention, dtype=dtype)), backend=backend)
+
+
+@pytest.fixture
 def compiled():
-    """A model of which programs are made as for any backend; what they are made of runs as it is."""
-    return compile_model(copy.deepcopy(ours()), backend="eager")
+    return made_of_programs()
+
+
+def answers(model, reducer, batched: bool):
+    """Logits `[prompts, steps, vocabulary]` and traces."""
+    images = pictures(len(PROMPTS))
+    if batched:
+        return run(model, reducer, **batch(PROMPTS), images=images)[1:]
+    alone = [run(model, reducer, inputs=ids, images=images[row, None]) for row, ids in enumerate(PROMPTS)]
+    return torch.cat([logits for _, logits, _ in alone]), [trace for *_, (trace,) in alone]
+
+
+@cache
+def expected(name: str, dtype: torch.dtype):
+    """`answers` by the plain path: sdpa, prompt by prompt."""
+    return answers(ours(dtype=dtype), REDUCERS[name], batched=False)
+
+
+def agreement(traces, others) -> float:
+    """Tokens kept by both over those kept by one, averaged over filter layers and prompts; 1 if nothing is chosen."""
+    pairs = [
+        (set(patches), set(other.kept["prefill"][layer]))
+        for trace, other in zip(traces, others, strict=True)
+        for layer, patches in trace.kept["prefill"].items()
+    ]
+    return sum(len(one & two) / len(one | two) for one, two in pairs) / len(pairs) if pairs else 1.0
+
+
+@pytest.mark.parametrize("name", REDUCERS)
+@pytest.mark.parametrize("batched", [False, True], ids=["one by one", "batched"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("path", ["plain", "compiled"])
+def test_every_path_keeps_the_same_tokens(path, dtype, attention, batched, name):
+    """In bfloat16 kernels round differently, and tokens whose scores nearly tie may change places."""
+    model = (
+        made_of_programs(attention, dtype) if path == "compiled" else ours(attn_implementation=attention, dtype=dtype)
+    )
+    (logits, traces), (wanted, known) = answers(model, REDUCERS[name], batched), expected(name, dtype)
+    if dtype == torch.float32:
+        assert [trace.kept for trace in traces] == [trace.kept for trace in known]
+        assert [trace.cache_lengths for trace in traces] == [trace.cache_lengths for trace in known]
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+    else:
+        assert agreement(traces, known) > 0.9
+        torch.testing.assert_close(logits[:, 0], wanted[:, 0], atol=0.15, rtol=0)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+@pytest.mark.parametrize("batched", [False, True], ids=["one by one", "batched"])
+def test_inductor_keeps_the_same_tokens(batched):
+    model = made_of_programs(backend="inductor")
+    (logits, traces), (wanted, known) = answers(model, REDUCERS["budget"], batched), expected("budget", torch.float32)
+    assert [trace.kept for trace in traces] == [trace.kept for trace in known]
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+
+
+def test_a_whole_decode_step_as_one_program():
+    """As on CUDA, where it is replayed as a CUDA graph."""
+    model = compile_model(copy.deepcopy(ours(layers=4)), backend="eager", graphs=True)
+    for ids in PROMPTS[:2]:
+        given = {"inputs": ids, "images": pictures(1)}
+        for reducer in (Reducer(), MustDrop(**THRESHOLDS)):
+            found, wanted = run(model, reducer, **given)[1], run(ours(layers=4), reducer, **given)[1]
+            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("settings", [{}, {"do_sample": True, "temperature": 2.0}, {"num_beams": 2}], ids=str)

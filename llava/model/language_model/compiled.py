@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 STEP = 64  # capacities are multiples of this, so that few shapes occur
 WITH_4D_MASKS = ("sdpa", "eager", "flex_attention")
-# Layers differ in the number they carry; taken as a variable, it does not make a program of its own for each.
-_SETTINGS = {"allow_unspec_int_on_nn_module": True}
+# Layers differ in the number they carry; taken as a variable, it does not make a program of its own for each. The
+# programs of all models in a process count towards one limit.
+_SETTINGS = {"allow_unspec_int_on_nn_module": True, "recompile_limit": 64}
 
 
 def compile_model(model, backend: str = "inductor", graphs: bool | None = None):
@@ -63,7 +64,7 @@ class Compiled:
         self._layer = torch.compile(_layer, backend=backend, dynamic=True, options=quick)
         if graphs:
             mode = "reduce-overhead" if backend == "inductor" else None
-            self._step = torch.compile(_step, backend=backend, mode=mode, recompile_limit=64)
+            self._step = torch.compile(_step, backend=backend, mode=mode)
         else:
             self._step = partial(_step, run=torch.compile(_new_rows, backend=backend, dynamic=True, options=quick))
         self._buffers: dict[int, tuple[Tensor, Tensor]] = {}
