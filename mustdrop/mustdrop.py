@@ -126,7 +126,7 @@ class MustDrop(Compose):
                     unmerged,
                     self.retain,
                 ),
-                KeyTokens(self.key_rate, self.key_block),
+                KeyTokens(self.key_rate, self.key_block, self.retain),
             ),
             "prefill": (
                 DualAttentionFilter(

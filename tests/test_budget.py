@@ -101,6 +101,7 @@ def test_keeping_everything_equals_plain_llava(reducer):
         given = {"inputs": ids, "images": pictures(images, seed=1)}
         plain, same = run(ours(), Reducer(), **given), run(ours(), reducer, **given)
         assert torch.equal(plain[1], same[1]) and plain[2][0].cache_bytes == same[2][0].cache_bytes
+        assert not same[2][0].key_tokens or reducer.retain is None
 
 
 @options
@@ -207,9 +208,9 @@ def test_schedule_is_as_given_or_solved():
     assert len(set(even.values())) == 1 and steep[10] < even[10] < steep[2]
 
 
-def test_few_tokens_are_reached_by_a_filter_after_the_first_layer():
-    schedules = [MustDrop(retain=retain).parts[2].schedule(32, 576, 376) for retain in (57, 58)]
-    assert [list(schedule) for schedule in schedules] == [[0, 2, 6, 10, 14], [2, 6, 10, 14]]
+def test_with_retain_the_first_layer_filters_too_and_keeps_its_cache():
+    assert MustDrop(retain=57).parts[3].first_layer == MustDrop().parts[3].first_layer == 2 / 32
+    assert list(MustDrop(retain=57).parts[2].schedule(32, 576, 376)) == [0, 2, 6, 10, 14]
     assert list(MustDrop(retain=57, filter_layers=[2, 6]).parts[2].schedule(32, 576, 376)) == [2, 6]
 
 

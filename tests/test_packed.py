@@ -1,8 +1,10 @@
 """Layers on the real rows of a padded batch: the tokens and logits of layers on all rows."""
 
+import copy
+
 import pytest
 import torch
-from tiny import SIDE, batch, ours, pictures, prompt, run
+from tiny import LAYERS, SIDE, batch, ours, pictures, prompt, run
 
 from llava.model.language_model import decoder, layers
 from llava.model.language_model.packed import PackedRows
@@ -30,6 +32,16 @@ def test_packed_rows_give_what_padded_rows_give(kv_heads, monkeypatch):
     torch.testing.assert_close(packed[1], padded[1], atol=1e-4, rtol=0)
     for one, other in zip(packed[2], padded[2], strict=True):
         assert one.kept == other.kept and one.cache_bytes == other.cache_bytes
+
+
+def test_who_asks_for_hidden_states_gets_those_of_every_layer():
+    model, given = copy.deepcopy(ours()), batch([prompt(3, 5), prompt(6, 2, seed=1)])
+    prompts = {"input_ids": given["inputs"], "attention_mask": given["attention_mask"]}
+    with torch.inference_mode(), MustDrop(global_threshold=1.1 / SIDE**2, individual_threshold=1.0 / SIDE**2).on(model):
+        before = model(**prompts, images=pictures(2)).logits
+        asked = model(**prompts, images=pictures(2), output_hidden_states=True)
+    assert len(asked.hidden_states) == LAYERS + 1
+    torch.testing.assert_close(asked.logits[:, -1], before[:, -1], atol=1e-4, rtol=0)
 
 
 def test_rows_come_back_to_their_places():

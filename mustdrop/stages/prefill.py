@@ -16,7 +16,7 @@ from mustdrop.shape import ModelShape
 from mustdrop.stages.budget import TAPER, check_budget, filter_schedule, key_count
 
 PUBLISHED_LAYERS = (2, 6, 10, 14)  # of LLaVA-1.5-7B's 32
-FEW = 1 / 10  # of the patches: to keep fewer per layer, the first layer has to be followed by a filter
+FIRST_TOO = (0, *PUBLISHED_LAYERS)
 
 
 @dataclass
@@ -40,7 +40,7 @@ class DualAttentionFilter(Reducer):
         0.0012/0.001 (128), 0.011/0.01 (64).
     layers : sequence of int or float, optional
         Decoder layers after which to filter; floats are fractions of the depth. Default: the published 2, 6, 10, 14
-        of 32 as fractions; with a `retain` of less than a tenth of the patches also the first layer.
+        of 32 as fractions; with `retain` the first layer too.
     score_dtype : {"float32", "model"}
         Precision in which attention is averaged and summed; "model" is the authors'.
     budget : sequence of int or float, optional
@@ -87,10 +87,7 @@ class DualAttentionFilter(Reducer):
         """
         budget = None if self.budget is None else tuple(self.budget)
         keys = key_count(self.key_rate, entering)
-        after = self.layers_of(layers)
-        if self.layers is None and self.retain is not None and self.retain < FEW * patches:
-            after = [0, *after]
-        after = tuple(dict.fromkeys(after))
+        after = tuple(dict.fromkeys(self.layers_of(layers)))
         return filter_schedule(after, layers, patches, entering, keys, budget, self.retain, self.taper)
 
     def check_tokens(self, layers: int, tokens: int) -> None:
@@ -99,7 +96,8 @@ class DualAttentionFilter(Reducer):
 
     def layers_of(self, layers: int) -> list[int]:
         """The filter layers of a decoder that is `layers` deep."""
-        chosen = [layer / 32 for layer in PUBLISHED_LAYERS] if self.layers is None else self.layers
+        default = PUBLISHED_LAYERS if self.retain is None else FIRST_TOO
+        chosen = [layer / 32 for layer in default] if self.layers is None else self.layers
         return [ops.layer_index(layer, layers) for layer in chosen]
 
     def check(self, layers: int, blocks: int) -> None:

@@ -146,10 +146,13 @@ class KeyTokens(Reducer):
         Share of the tokens that remain after merging, rounded up.
     block : int
         Encoder block whose attention is read; -1 is the last one, which need not be run for it.
+    retain : int, optional
+        Tokens wanted per decoder layer. If that is all of them nothing can be dropped, and nothing is chosen.
     """
 
     rate: float = 0.08
     block: int = -1
+    retain: int | None = None
 
     def __post_init__(self) -> None:
         require(0 <= self.rate <= 1, "key_rate", self.rate, "between 0 and 1")
@@ -158,10 +161,14 @@ class KeyTokens(Reducer):
         require(-blocks <= self.block < blocks, "key_block", self.block, f"between -{blocks} and {blocks - 1}")
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
+        if self._keeps_all(shape.patches):
+            return 0
         return sum(key_probe_macs(shape, tokens) for tokens in work.image_tokens)
 
     def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
         block = self.block % step.blocks
+        if self._keeps_all(step.tokens.owner.shape[1]):
+            return None
         if step.block == block:
             attention = step.attention
         elif step.last and step.block + 1 == block:
@@ -175,3 +182,6 @@ class KeyTokens(Reducer):
         if tokens.valid is not None:
             score = score.masked_fill(~tokens.valid, float("-inf"))
         return replace(tokens, protected=ops.top_share(score, self.rate, tokens.counts))
+
+    def _keeps_all(self, patches: int) -> bool:
+        return self.retain is not None and self.retain >= patches

@@ -25,7 +25,8 @@ def run_layer(layer: nn.Module, stream: Stream, cache: VisionCache | None, plan:
     rows = None if plan is None else stream.split(plan.window, layer.input_layernorm.weight.device)
     context = {"attention_mask": stream.mask, "position_embeddings": stream.rotary, "past_key_values": cache}
     if rows is None:
-        return layer(stream.hidden, **context) if stream.packed is None else run_packed(layer, stream, cache)
+        packed = stream.packed is not None and not layer._forward_hooks  # somebody wants to see the layer's output
+        return run_packed(layer, stream, cache) if packed else layer(stream.hidden, **context)
     attention, hidden = layer.self_attn, stream.hidden.to(rows.text.device)
     active, inactive = _heads(attention, plan)
     states = layer.input_layernorm(hidden)
