@@ -41,8 +41,8 @@ def attention_mask(config, hidden: Tensor, *, valid: Tensor | None, keys: int, c
         kv_offset=0,
         mask_function=causal_mask_function if causal else bidirectional_mask_function,
         attention_mask=valid,
-        allow_is_causal_skip=causal,
-        allow_is_bidirectional_skip=not causal,
+        allow_is_causal_skip=causal and valid is None,  # else it would read `valid` on the host
+        allow_is_bidirectional_skip=not causal and valid is None,
         dtype=hidden.dtype,
         device=hidden.device,
         config=config,

@@ -28,9 +28,10 @@ def compile_model(model, backend: str = "inductor", graphs: bool | None = None):
     """Let a model's decoder run through torch.compile from now on; returns the model.
 
     The first calls compile: a few programs, which serve every layer and every length. Decoding works on buffers of
-    fixed size, one size per layer, which are kept for the next call. As if not compiled run layers with a `LayerPlan`,
-    anything with gradients or forward hooks on layers (asking for hidden states sets them for good), and the decoding
-    of reducers that have plans or drop cached tokens meanwhile, of flash attention, and of several tokens at once.
+    fixed size, one size per layer, which are kept for the next call. As if not compiled run layers with a `LayerPlan`
+    or packed rows, anything with gradients or forward hooks on layers (asking for hidden states sets them for good),
+    and the decoding of reducers that have plans or drop cached tokens meanwhile, of flash attention, and of several
+    tokens at once.
 
     Parameters
     ----------

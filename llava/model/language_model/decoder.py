@@ -159,7 +159,7 @@ class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
                 call.plans.append(plan)
                 call.entered.append(stream.tokens)
                 entering = stream
-                if compiled is not None and plan is None:
+                if compiled is not None and plan is None and stream.packed is None:
                     hidden = compiled.layer(layer, stream, cache)
                 else:
                     hidden = run_layer(layer, stream, cache, plan)
