@@ -33,31 +33,38 @@ from eval.settings import check_model, retained_tokens, whole_number
 from mustdrop import Reducer, available_methods, load_reducer
 
 VANILLA, HUGGING_FACE = "vanilla", "huggingface"
+ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2")
 
 
 @dataclass
 class Contestant:
     """What one row is about.
 
-    `settings` are a reducer's, None for Hugging Face's LLaVA; `passes` and `floors` hold what every round measured.
+    `settings` are a reducer's, None for Hugging Face's LLaVA; `compiled` says whether the decoder goes through
+    torch.compile; `passes` and `floors` hold what every round measured.
     """
 
     method: str
     retain: int | None
     batch_size: int
     settings: dict | None
+    compiled: bool = False
     passes: list = field(default_factory=list)
     floors: list = field(default_factory=list)
 
     @property
     def label(self) -> str:
-        return self.method + (f" {self.retain}" if self.retain is not None else "") + f", batch {self.batch_size}"
+        retain = "" if self.retain is None else f" {self.retain}"
+        return self.method + retain + (" compiled" if self.compiled else "")
 
 
-def contestants(methods: list[str], retains: list[int], batch_sizes: list[int]) -> list[Contestant]:
+def contestants(
+    methods: list[str], retains: list[int], batch_sizes: list[int], compiled: bool = False
+) -> list[Contestant]:
     """The rows that are asked for, Hugging Face's and the untouched model first for every batch size.
 
-    A YAML file is taken as it is; a method's name gets every number of tokens, unless it has no such setting.
+    A YAML file is taken as it is; a method's name gets every number of tokens, unless it has no such setting. With
+    `compiled`, all but Hugging Face's come twice: as they are, and compiled.
 
     Raises
     ------
@@ -77,7 +84,12 @@ def contestants(methods: list[str], retains: list[int], batch_sizes: list[int]) 
             plans += [(method, None, settings)] if method != VANILLA else []
         else:
             plans += [(method, retain, {**settings, "retain": retain}) for retain in retains]
-    return [Contestant(name, retain, batch, settings) for batch in batch_sizes for name, retain, settings in plans]
+    return [
+        Contestant(name, retain, batch, settings, twice)
+        for batch in batch_sizes
+        for name, retain, settings in plans
+        for twice in ((False, True) if compiled and settings is not None else (False,))
+    ]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -98,7 +110,8 @@ def parser() -> argparse.ArgumentParser:
     add("--text", default=60, metavar="N", help="text tokens of a prompt, the first 7 of 12 before the picture (60)")
     add("--new-tokens", default=16, metavar="N", help="tokens generated; 1 leaves decoding out (%(default)s)")
     add("--dtype", default="auto", help="auto (float16 on a GPU, float32 on a CPU), float32, float16, bfloat16")
-    add("--attn-implementation", default="sdpa", help="sdpa, eager or flash_attention_2 (%(default)s)")
+    add("--attn-implementation", default="sdpa", help=f"{', '.join(ATTENTION)} (%(default)s)")
+    add("--compile", action="store_true", help="every row a second time with a compiled decoder (torch.compile)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     add("--threads", metavar="N", help="CPU threads (default: torch's own choice)")
     add("--repeats", default=5, metavar="N", help="measured rounds (%(default)s)")
@@ -119,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         if numbers["text"] < 2:
             raise ValueError("text: got 1, expected at least 2: a token before the picture and one after it")
         batch_sizes = [whole_number("batch_size", word) for word in _words(args.batch_size)]
-        rows_wanted = contestants(args.methods, retained_tokens(args.retain), batch_sizes)
+        rows_wanted = contestants(args.methods, retained_tokens(args.retain), batch_sizes, args.compile)
         if args.json and not Path(args.json).resolve().parent.is_dir():
             raise ValueError(f"json: the folder of {args.json!r} does not exist")
         report = measure(args, numbers, rows_wanted, argv)
@@ -143,6 +156,7 @@ def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestan
     from eval.inference import LoadedModel, resolve_device, resolve_dtype
     from eval.progress import progress
     from eval.provenance import device_name, provenance
+    from llava.model import compile_model
     from mustdrop.shape import ModelShape
 
     device = resolve_device(args.device)
@@ -171,7 +185,19 @@ def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestan
         batch: Inputs.random(shape, batch, numbers["text"], dtype, device)
         for batch in dict.fromkeys(one.batch_size for one in rows_wanted)
     }
-    steps = [_step(one, model, twin, shape, inputs[one.batch_size], numbers["new_tokens"]) for one in rows_wanted]
+    with torch.no_grad():
+        compiled = compile_model(model).get_model().compiled if args.compile else None
+
+    def step_of(one: Contestant) -> Callable[[bool], None]:
+        run = _step(one, model, twin, shape, inputs[one.batch_size], numbers["new_tokens"])
+
+        def step(keep: bool) -> None:
+            model.get_model().compiled = compiled if one.compiled else None
+            run(keep)
+
+        return step
+
+    steps = [step_of(one) for one in rows_wanted]
     rounds = numbers["warmup"] + numbers["repeats"]
     with progress(total=rounds * len(steps), description="bench", unit="pass", leave=False) as bar:
         for number in range(rounds):
@@ -238,7 +264,7 @@ def _row(one: Contestant, every: list[Contestant], shape, new_tokens: int, weigh
     from eval.rows import flops
     from mustdrop.macs import cache_bytes
 
-    vanilla = next(row for row in every if row.method == VANILLA and row.batch_size == one.batch_size)
+    vanilla = next(row for row in every if row.label == VANILLA and row.batch_size == one.batch_size)
     times = {part: [done.times[part] for done in one.passes if part in done.times] for part in PARTS}
     traces = (one.passes[0].traces or vanilla.passes[0].traces)[: one.batch_size]
     records = [trace.to_dict() for trace in traces]
@@ -261,6 +287,8 @@ def _row(one: Contestant, every: list[Contestant], shape, new_tokens: int, weigh
         "method": one.method,
         "retain": one.retain,
         "batch_size": one.batch_size,
+        "compiled": one.compiled,
+        "label": one.label,
         "settings": one.settings,
         "mean_tokens": fmean(record["mean_tokens"] for record in records),
         "mean_tokens_official": fmean(record["mean_tokens_official"] for record in records),
@@ -294,7 +322,7 @@ def table(report: dict) -> str:
     for row in report["rows"]:
         lines.append(
             (
-                row["method"] + ("" if row["retain"] is None else f" {row['retain']}"),
+                row["label"],
                 row["batch_size"],
                 f"{row['mean_tokens']:.1f}",
                 _ms(row["vision_ms"]),
@@ -377,7 +405,7 @@ def _words(value: str | list[str]) -> list[str]:
 def _check_attention(name: str) -> None:
     from transformers.utils import is_flash_attn_2_available
 
-    known = ["sdpa", "eager", *(["flash_attention_2"] if is_flash_attn_2_available() else [])]
+    known = [each for each in ATTENTION if each != "flash_attention_2" or is_flash_attn_2_available()]
     if name not in known:
         raise ValueError(f"attn_implementation: got {name!r}, expected one of {', '.join(known)} here")
 
