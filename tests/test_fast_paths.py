@@ -135,6 +135,18 @@ def test_every_path_keeps_the_same_tokens(path, dtype, attention, batched, name)
         torch.testing.assert_close(logits[:, 0], wanted[:, 0], atol=0.15, rtol=0)
 
 
+@pytest.mark.parametrize("name", REDUCERS)
+@pytest.mark.parametrize("batched", [False, True], ids=["one by one", "batched"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_keeps_the_same_tokens(batched, name):
+    """Its masks and results; the kernel itself, which takes minutes to compile on a CPU, is torch's."""
+    with torch.compiler.set_stance("force_eager"):
+        logits, traces = answers(ours(attn_implementation="flex_attention"), REDUCERS[name], batched)
+    wanted, known = expected(name, torch.float32)
+    assert [trace.kept for trace in traces] == [trace.kept for trace in known]
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
 def test_inductor_keeps_the_same_tokens():
     given = {"inputs": PROMPTS[0], "images": pictures(1)}
@@ -200,7 +212,7 @@ def test_compiled_stands_back_from_what_it_does_not_know(compiled):
         assert compiled(PROMPTS[0], images=pictures(1), labels=PROMPTS[0]).loss.requires_grad
     hooked = copy.deepcopy(compiled)
     settings = {"max_new_tokens": 3, "do_sample": False, "output_hidden_states": True, "return_dict_in_generate": True}
-    states = [model.generate(**given, **settings).hidden_states for model in (ours(), hooked)]
+    states = [model.generate(**given, **settings).hidden_states for model in (copy.deepcopy(ours()), hooked)]
     torch.testing.assert_close(states[1], states[0], atol=1e-5, rtol=0)
 
 
