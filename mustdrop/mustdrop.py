@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from mustdrop.checks import one_of, require
 from mustdrop.compose import Compose
+from mustdrop.methods.divprune import DivPrune
 from mustdrop.stages import DualAttentionFilter, KeyTokens, LocalSpatialMerge, OutputAwareCache
 from mustdrop.stages.budget import TAPER
 from mustdrop.stages.prefill import PUBLISHED_LAYERS
@@ -15,6 +16,7 @@ from mustdrop.stages.prefill import PUBLISHED_LAYERS
 STAGES = ("vision", "prefill", "decode")
 PUBLISHED_KEY_RATE = 0.08
 KEY_RATE = 0.02  # where the numbers of tokens are given: it leaves more of them for the text to choose
+DIVERSE = 2  # times `retain`: tokens that enter the decoder
 
 # What an option left at None means: by default, and with compat="official".
 _COMPAT = {
@@ -23,7 +25,7 @@ _COMPAT = {
     "positions": ("original", "renumber"),
     "decode_positions": ("continue", "cache_length"),
     "score_dtype": ("float32", "model"),
-    "filter_layers": (None, PUBLISHED_LAYERS),
+    "filter_layers": (tuple(layer / 32 for layer in PUBLISHED_LAYERS), PUBLISHED_LAYERS),
 }
 
 
@@ -33,9 +35,9 @@ class MustDrop(Compose):
 
     Thresholds decide how many tokens stay (the published method), or numbers do: with `retain`, or `budget` and
     `merge_to`, every image keeps exactly the planned number of tokens in every layer, chosen by the same scores. Shapes
-    then depend on nothing in the picture, and nothing waits for the device. `retain` is our improved MustDrop: its
-    numbers fall faster than those of the thresholds, and fewer key tokens are fixed before the text is asked; see
-    docs/methods.md for what each of these changes.
+    then depend on nothing in the picture, and nothing waits for the device. `retain` is our improved MustDrop: tokens
+    that repeat others do not enter the decoder, fewer are fixed before the text is asked, and their numbers fall more
+    from filter to filter; docs/methods.md has what each change gains.
 
     Parameters
     ----------
@@ -47,12 +49,16 @@ class MustDrop(Compose):
         Of the key token set: share of the merged tokens (by default the published 0.08, and 0.02 with `retain`), ViT
         block whose CLS attention chooses them.
     filter_layers : sequence of int or float, optional
-        Decoder layers after which to filter; floats are fractions of the depth. Default: see `DualAttentionFilter`.
+        Decoder layers after which to filter; floats are fractions of the depth. Default: the published 2, 6,
+        10, 14 of 32.
     cache_from : int or float, optional
         First layer whose cache is cut to the survivors. Default: the first filter layer; 0 cuts all layers.
     retain : int, optional
         Mean vision tokens per decoder layer and image, by the authors' meter. Works out how much is merged (unless
         `merge_to` says it) and what every filter leaves; all tokens or more: nothing is done.
+    diverse : int, optional
+        Of the merged tokens only so many of every image enter the decoder, those that differ most from each other, key
+        tokens first (DivPrune's choice). Default: all, and twice as many as `retain` where that is given.
     taper : float
         With `retain`: what the last filter leaves of what the first left.
     budget : sequence of int or float, optional
@@ -86,6 +92,7 @@ class MustDrop(Compose):
     filter_layers: Sequence[int | float] | None = None
     cache_from: int | float | None = None
     retain: int | None = None
+    diverse: int | None = None
     taper: float = TAPER
     budget: Sequence[int | float] | None = None
     merge_to: int | float | None = None
@@ -107,11 +114,16 @@ class MustDrop(Compose):
             one_of("stages", stage, STAGES)
         one_of("positions", self.positions, ("original", "renumber"))
         one_of("decode_positions", self.decode_positions, ("continue", "cache_length"))
+        require(self.retain is None or self.retain > 0, "retain", self.retain, "1 or more")
+        ours = self.retain is not None and self.compat == "default"
+        if self.diverse is None and ours and "vision" in self.stages:
+            self.diverse = DIVERSE * self.retain
         if self.key_rate is None:
-            self.key_rate = PUBLISHED_KEY_RATE if self.retain is None or self.compat == "official" else KEY_RATE
-        given = self.filter_layers is not None
-        require(not given or len(self.filter_layers) > 0, "filter_layers", self.filter_layers, "at least one layer")
-        for field, stage in (("retain", "prefill"), ("budget", "prefill"), ("merge_to", "vision")):
+            self.key_rate = KEY_RATE if ours else PUBLISHED_KEY_RATE
+        require(self.diverse is None or self.diverse > 0, "diverse", self.diverse, "1 or more")
+        require(len(self.filter_layers) > 0, "filter_layers", self.filter_layers, "at least one layer")
+        of_stage = {"retain": "prefill", "budget": "prefill", "merge_to": "vision", "diverse": "vision"}
+        for field, stage in of_stage.items():
             given = getattr(self, field)
             require(given is None or stage in self.stages, field, given, f"left out without the {stage} stage")
         unmerged = 1.0 if self.budget is not None and self.merge_to is None else self.merge_to
@@ -127,6 +139,7 @@ class MustDrop(Compose):
                     self.retain,
                 ),
                 KeyTokens(self.key_rate, self.key_block, self.retain),
+                *([] if self.diverse is None else [DivPrune(self.diverse)]),
             ),
             "prefill": (
                 DualAttentionFilter(
@@ -138,9 +151,14 @@ class MustDrop(Compose):
                     self.retain,
                     self.key_rate if "vision" in self.stages else 0.0,
                     self.taper,
+                    self.diverse is not None,
                 ),
             ),
-            "decode": (OutputAwareCache(self._cut_from(), self.output_threshold),),
+            "decode": (
+                OutputAwareCache(
+                    self.filter_layers[0] if self.cache_from is None else self.cache_from, self.output_threshold
+                ),
+            ),
         }
         super().__init__(
             [part for stage in STAGES if stage in self.stages for part in parts[stage]],
@@ -148,16 +166,12 @@ class MustDrop(Compose):
             self.decode_positions,
         )
 
-    def _cut_from(self) -> int | float:
-        """First layer whose cache is cut."""
-        if self.cache_from is not None:
-            return self.cache_from
-        return PUBLISHED_LAYERS[0] / 32 if self.filter_layers is None else self.filter_layers[0]
-
     def check_tokens(self, layers: int, tokens: int) -> None:
         entering = tokens
         for part in self.parts:
             if isinstance(part, LocalSpatialMerge) and part.budgeted:
                 entering = part.merged(tokens)
+            elif isinstance(part, DivPrune):
+                entering = min(entering, part.retain)
             elif isinstance(part, DualAttentionFilter) and part.budgeted:
                 part.schedule(layers, tokens, entering)

@@ -65,14 +65,14 @@ def test_retain_is_the_mean_per_layer_by_the_authors_meter(retain):
 def test_retain_is_met_at_any_depth_and_number_of_patches(layers, patches, share):
     retain, reducer = round(share * patches), MustDrop(retain=round(share * patches))
     reducer.check_tokens(layers, patches)
-    merge, keys, chosen, _ = reducer.parts
-    entering = merge.merged(patches)
+    merge, keys, diverse, chosen, _ = reducer.parts
+    entering = min(merge.merged(patches), diverse.retain)
     schedule = chosen.schedule(layers, patches, entering)
     counts = [entering]
     for layer in range(layers):
         counts.append(schedule.get(layer, counts[-1]))
     assert counts == sorted(counts, reverse=True) and retain <= entering <= patches
-    assert counts[-1] >= math.ceil(keys.rate * entering)
+    assert counts[-1] >= math.ceil(keys.rate * merge.merged(patches))
     assert mean_tokens_official(counts[:-1]) == pytest.approx(retain, abs=0.5)
 
 
@@ -208,10 +208,11 @@ def test_schedule_is_as_given_or_solved():
     assert len(set(even.values())) == 1 and steep[10] < even[10] < steep[2]
 
 
-def test_with_retain_the_first_layer_filters_too_and_keeps_its_cache():
-    assert MustDrop(retain=57).parts[3].first_layer == MustDrop().parts[3].first_layer == 2 / 32
-    assert list(MustDrop(retain=57).parts[2].schedule(32, 576, 376)) == [0, 2, 6, 10, 14]
-    assert list(MustDrop(retain=57, filter_layers=[2, 6]).parts[2].schedule(32, 576, 376)) == [2, 6]
+def test_with_retain_tokens_that_differ_enter_the_decoder_key_tokens_among_them():
+    plain, diverse = trace_of(MustDrop(retain=20, diverse=PATCHES)), trace_of(MustDrop(retain=20, key_rate=0.08))
+    assert (plain.vision_tokens[0], diverse.vision_tokens[0]) == (96, 40)
+    assert len(diverse.key_tokens) == math.ceil(0.08 * 96) <= diverse.vision_tokens[-1]
+    assert MustDrop(retain=20, compat="official").diverse is MustDrop().diverse is None
 
 
 def test_numbers_fix_fewer_key_tokens_than_thresholds():
@@ -241,6 +242,8 @@ def test_a_budget_that_another_reducer_has_undercut_changes_nothing():
         ({"budget": [9, 5, 6, 1]}, r"budget is \[9, 5, 6, 1\]: it must be numbers that do not rise"),
         ({"budget": [9, 0.5, 0.4, 0.1]}, r"budget is .*all whole or all shares"),
         ({"budget": [1.5, 1.0, 1.0, 1.0]}, r"budget is 1.5: it must be a number of tokens, or a share of the patches"),
+        ({"diverse": 0}, r"diverse is 0: it must be 1 or more"),
+        ({"diverse": 9, "stages": ["prefill"]}, r"diverse is 9: it must be left out without the vision stage"),
         ({"retain": 64, "taper": 0}, r"taper is 0: it must be more than 0 and at most 1"),
         ({"merge_to": 0}, r"merge_to is 0: it must be more than 0"),
         ({"merge_to": 104, "stages": ["prefill"]}, r"merge_to is 104: it must be left out without the vision stage"),
@@ -258,10 +261,13 @@ def test_bad_settings_are_one_clear_line(settings, message):
     [
         (
             {"retain": 1},
-            r"retain is 1: it must be at least 2: key tokens stay, .* all 96 .*smaller merge_to or key_rate",
+            r"retain is 1: it must be at least 2: key tokens stay, .* all 2 .*smaller merge_to, diverse or key_rate",
         ),
-        ({"retain": 30, "merge_to": 144, "filter_layers": [4]}, r"retain is 30: it must be at least 74"),
-        ({"retain": 130, "merge_to": 104}, r"retain is 130: it must be at most 104, .* or all 144; .*another merge_to"),
+        (
+            {"retain": 30, "merge_to": 144, "diverse": 144, "filter_layers": [4]},
+            r"retain is 30: it must be at least 74",
+        ),
+        ({"retain": 130, "merge_to": 104}, r"retain is 130: it must be at most 104, .* or all 144; .*larger merge_to"),
         ({"merge_to": 100}, r"merge_to is 100: it must be between 16 .* and 144 .*multiple of 8 below 144"),
         ({"merge_to": 8}, r"merge_to is 8: it must be between 16 .* and 144"),
         ({"budget": [60, 41, 30, 20], "merge_to": 56}, r"budget is 60: it must be from 5 .* to 56"),

@@ -10,7 +10,7 @@ from functools import lru_cache
 from mustdrop.checks import require
 
 MERGED_SHARE = 0.65  # of the patches: what the published threshold leaves of the embedded model's pictures
-TAPER = 1 / 8  # what the last filter leaves of what the first left
+TAPER = 1 / 4  # what the last filter leaves of what the first left
 
 
 def as_count(number: int | float, patches: int) -> int:
@@ -94,7 +94,7 @@ def filter_schedule(
             right = f"from {keys} (key tokens are never dropped) to {entering} (tokens that enter the decoder)"
             require(keys <= count <= entering, "budget", number, right)
         return dict(zip(after, counts, strict=True))
-    right = f"at most {entering}, the tokens that are left after merging, or all {patches}; or give another merge_to"
+    right = f"at most {entering}, the tokens that enter the decoder, or all {patches}; a larger merge_to raises that"
     require(retain <= entering or retain >= patches, "retain", retain, right)
 
     if retain >= entering:
@@ -112,8 +112,8 @@ def filter_schedule(
             total += left
         return total / layers
 
-    right = f"at least {math.ceil(mean(0))}: key tokens stay, and the first layers see all {entering} that are left"
-    require(retain >= mean(0), "retain", retain, right + " after merging; a smaller merge_to or key_rate lowers that")
+    right = f"at least {math.ceil(mean(0))}: key tokens stay, and the first layers see all {entering} that enter"
+    require(retain >= mean(0), "retain", retain, right + "; a smaller merge_to, diverse or key_rate lowers that")
     above = bisect_left(range(math.ceil(entering / shares[-1])), retain, key=mean)
     return schedule(min((above, max(above - 1, 0)), key=lambda first: abs(mean(first) - retain)))
 

@@ -16,7 +16,6 @@ from mustdrop.shape import ModelShape
 from mustdrop.stages.budget import TAPER, check_budget, filter_schedule, key_count
 
 PUBLISHED_LAYERS = (2, 6, 10, 14)  # of LLaVA-1.5-7B's 32
-FIRST_TOO = (0, *PUBLISHED_LAYERS)
 
 
 @dataclass
@@ -40,7 +39,7 @@ class DualAttentionFilter(Reducer):
         0.0012/0.001 (128), 0.011/0.01 (64).
     layers : sequence of int or float, optional
         Decoder layers after which to filter; floats are fractions of the depth. Default: the published 2, 6, 10, 14
-        of 32 as fractions; with `retain` the first layer too.
+        of 32 as fractions.
     score_dtype : {"float32", "model"}
         Precision in which attention is averaged and summed; "model" is the authors'.
     budget : sequence of int or float, optional
@@ -48,7 +47,8 @@ class DualAttentionFilter(Reducer):
     retain : int, optional
         Instead: mean tokens per decoder layer and image, by the authors' meter.
     key_rate : float
-        Share of the tokens entering the decoder that a stage before this one protects.
+        Share of the tokens entering the decoder that a stage before this one protects; with `thinned` at most this
+        share of the patches, because tokens are dropped between the choice of key tokens and the decoder.
     taper : float
         With `retain`: what the last filter leaves of what the first left.
     """
@@ -61,6 +61,7 @@ class DualAttentionFilter(Reducer):
     retain: int | None = None
     key_rate: float = 0.0
     taper: float = TAPER
+    thinned: bool = False
 
     def __post_init__(self) -> None:
         require(0 < self.taper <= 1, "taper", self.taper, "more than 0 and at most 1")
@@ -86,7 +87,7 @@ class DualAttentionFilter(Reducer):
         Raises ValueError if `budget` or `retain` is out of reach.
         """
         budget = None if self.budget is None else tuple(self.budget)
-        keys = key_count(self.key_rate, entering)
+        keys = key_count(self.key_rate, patches if self.thinned else entering)
         after = tuple(dict.fromkeys(self.layers_of(layers)))
         return filter_schedule(after, layers, patches, entering, keys, budget, self.retain, self.taper)
 
@@ -96,8 +97,7 @@ class DualAttentionFilter(Reducer):
 
     def layers_of(self, layers: int) -> list[int]:
         """The filter layers of a decoder that is `layers` deep."""
-        default = PUBLISHED_LAYERS if self.retain is None else FIRST_TOO
-        chosen = [layer / 32 for layer in default] if self.layers is None else self.layers
+        chosen = [layer / 32 for layer in PUBLISHED_LAYERS] if self.layers is None else self.layers
         return [ops.layer_index(layer, layers) for layer in chosen]
 
     def check(self, layers: int, blocks: int) -> None:
