@@ -8,8 +8,7 @@ from typing import ClassVar
 
 from mustdrop.checks import one_of, require
 from mustdrop.compose import Compose
-from mustdrop.methods.divprune import DivPrune
-from mustdrop.stages import DualAttentionFilter, KeyTokens, LocalSpatialMerge, OutputAwareCache
+from mustdrop.stages import DiverseTokens, DualAttentionFilter, KeyTokens, LocalSpatialMerge, OutputAwareCache
 from mustdrop.stages.budget import TAPER
 from mustdrop.stages.prefill import PUBLISHED_LAYERS
 
@@ -57,8 +56,8 @@ class MustDrop(Compose):
         Mean vision tokens per decoder layer and image, by the authors' meter. Works out how much is merged (unless
         `merge_to` says it) and what every filter leaves; all tokens or more: nothing is done.
     diverse : int, optional
-        Of the merged tokens only so many of every image enter the decoder, those that differ most from each other, key
-        tokens first (DivPrune's choice). Default: all, and twice as many as `retain` where that is given.
+        Of the merged tokens only so many of every image enter the decoder, those that repeat others least and the key
+        tokens. Default: all, and twice as many as `retain` where that is given.
     taper : float
         With `retain`: what the last filter leaves of what the first left.
     budget : sequence of int or float, optional
@@ -120,7 +119,6 @@ class MustDrop(Compose):
             self.diverse = DIVERSE * self.retain
         if self.key_rate is None:
             self.key_rate = KEY_RATE if ours else PUBLISHED_KEY_RATE
-        require(self.diverse is None or self.diverse > 0, "diverse", self.diverse, "1 or more")
         require(len(self.filter_layers) > 0, "filter_layers", self.filter_layers, "at least one layer")
         of_stage = {"retain": "prefill", "budget": "prefill", "merge_to": "vision", "diverse": "vision"}
         for field, stage in of_stage.items():
@@ -139,7 +137,7 @@ class MustDrop(Compose):
                     self.retain,
                 ),
                 KeyTokens(self.key_rate, self.key_block, self.retain),
-                *([] if self.diverse is None else [DivPrune(self.diverse)]),
+                *([] if self.diverse is None else [DiverseTokens(self.diverse)]),
             ),
             "prefill": (
                 DualAttentionFilter(
@@ -151,7 +149,7 @@ class MustDrop(Compose):
                     self.retain,
                     self.key_rate if "vision" in self.stages else 0.0,
                     self.taper,
-                    self.diverse is not None,
+                    self.diverse,
                 ),
             ),
             "decode": (
@@ -171,7 +169,7 @@ class MustDrop(Compose):
         for part in self.parts:
             if isinstance(part, LocalSpatialMerge) and part.budgeted:
                 entering = part.merged(tokens)
-            elif isinstance(part, DivPrune):
-                entering = min(entering, part.retain)
+            elif isinstance(part, DiverseTokens):
+                entering = min(entering, part.count)
             elif isinstance(part, DualAttentionFilter) and part.budgeted:
                 part.schedule(layers, tokens, entering)

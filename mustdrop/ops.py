@@ -90,6 +90,43 @@ def top_share(score: Tensor, share: float, counts: Tensor) -> Tensor:
     return rank < wanted[:, None]
 
 
+def least_redundant(features: Tensor, count: int, valid: Tensor | None = None, first: Tensor | None = None) -> Tensor:
+    """Mark `count` tokens of every image that repeat each other little, in one step: no token waits for another.
+
+    Tokens are put in order, the least like all others in front. A token is as redundant as its largest cosine
+    similarity to a token before it, so that of tokens that are alike the first one stays.
+
+    Parameters
+    ----------
+    features : `[images, tokens, width]`
+    count : int
+        Tokens to mark, at most all.
+    valid : bool `[images, tokens]`, optional
+        False for padding, which is marked last.
+    first : bool `[images, tokens]`, optional
+        True for tokens that are marked whatever they repeat, and stand in front of all others.
+
+    Returns
+    -------
+    bool `[images, tokens]`
+    """
+    units = F.normalize(features.float(), dim=-1)
+    similarity = units @ units.transpose(1, 2)
+    likeness = (similarity if valid is None else similarity.masked_fill(~valid[:, None], 0)).sum(-1)
+    if first is not None:
+        likeness = likeness.masked_fill(first, float("-inf"))
+    if valid is not None:
+        likeness = likeness.masked_fill(~valid, float("inf"))
+    place = likeness.argsort(dim=-1, stable=True).argsort(-1)
+    redundancy = similarity.masked_fill(place[:, None] >= place[..., None], -2).amax(-1)
+    if first is not None:
+        redundancy = redundancy.masked_fill(first, -3)
+    if valid is not None:
+        redundancy = redundancy.masked_fill(~valid, 2)
+    best = redundancy.topk(count, largest=False).indices
+    return torch.zeros_like(redundancy, dtype=torch.bool).scatter(1, best, True)
+
+
 def dual_attention_keep(
     attention: Tensor, image: Tensor, images: int, global_threshold: float, individual_threshold: float
 ) -> Tensor:

@@ -66,7 +66,7 @@ def test_retain_is_met_at_any_depth_and_number_of_patches(layers, patches, share
     retain, reducer = round(share * patches), MustDrop(retain=round(share * patches))
     reducer.check_tokens(layers, patches)
     merge, keys, diverse, chosen, _ = reducer.parts
-    entering = min(merge.merged(patches), diverse.retain)
+    entering = min(merge.merged(patches), diverse.count)
     schedule = chosen.schedule(layers, patches, entering)
     counts = [entering]
     for layer in range(layers):

@@ -156,3 +156,26 @@ def test_question_rows_of_a_padded_batch():
 @pytest.mark.parametrize(("layer", "depth", "expected"), [(2, 32, 2), (2 / 32, 40, 2), (14 / 32, 16, 7), (-1, 8, 7)])
 def test_layer_index(layer, depth, expected):
     assert ops.layer_index(layer, depth) == expected
+
+
+def test_least_redundant_keeps_one_of_each_kind():
+    kinds, copies = torch.randn(5, 16), [3, 1, 4, 2, 2]
+    kind = torch.arange(5).repeat_interleave(torch.tensor(copies))[torch.randperm(12)]
+    features = kinds[kind][None] * torch.rand(1, 12, 1).add(0.5)  # length does not matter
+    keep = ops.least_redundant(features, 5)[0]
+    assert sorted(kind[keep].tolist()) == [0, 1, 2, 3, 4]
+    assert ops.least_redundant(features, 12).all() and int(ops.least_redundant(features, 7).sum()) == 7
+
+
+def test_least_redundant_keeps_given_tokens_first_and_padding_last():
+    features = torch.randn(1, 6, 8)
+    features = torch.cat([features, features], dim=1)
+    first = torch.zeros(1, 12, dtype=torch.bool)
+    first[0, [2, 8, 9]] = True  # 8 repeats 2
+    keep = ops.least_redundant(features, 7, first=first)[0]
+    assert keep[[2, 8, 9]].all() and sorted((keep.nonzero()[:, 0] % 6).tolist()) == [0, 1, 2, 2, 3, 4, 5]
+    alone = ops.least_redundant(features[:, :6], 4)
+    padded = torch.cat([features[:, :6], torch.zeros(1, 3, 8)], dim=1)
+    valid = torch.arange(9)[None] < 6
+    assert torch.equal(ops.least_redundant(padded, 4, valid)[:, :6], alone)
+    assert ops.least_redundant(padded, 8, valid)[:, :6].all()

@@ -20,7 +20,6 @@ class DivPrune(Reducer):
 
     After the projector, each image keeps the subset whose smallest cosine distance is large: first the token farthest
     from its nearest neighbour, then again and again the one farthest from all chosen so far. Attention plays no part.
-    Tokens that another reducer protects are chosen before all others.
 
     Parameters
     ----------
@@ -41,7 +40,7 @@ class DivPrune(Reducer):
     def on_projected_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
         if self.retain >= tokens.anchor.shape[1]:
             return None
-        keep = most_diverse(tokens.patches, self.retain, tokens.valid, tokens.protected)
+        keep = most_diverse(tokens.patches, self.retain, tokens.valid)
         return tokens.select(keep, length=self.retain if tokens.valid is None else None)
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
@@ -50,7 +49,7 @@ class DivPrune(Reducer):
         return sum(tokens**2 * shape.hidden for (*_, tokens), left in encoded if left < tokens)
 
 
-def most_diverse(features: Tensor, count: int, valid: Tensor | None = None, first: Tensor | None = None) -> Tensor:
+def most_diverse(features: Tensor, count: int, valid: Tensor | None = None) -> Tensor:
     """Greedy solution of the max-min diversity problem under cosine distance (DivPrune, algorithm 1).
 
     Every choice depends on those before it, hence the loop over choices; images go through it together, and the host
@@ -63,8 +62,6 @@ def most_diverse(features: Tensor, count: int, valid: Tensor | None = None, firs
         Tokens to choose.
     valid : bool `[images, tokens]`, optional
         False for padding, which is chosen last.
-    first : bool `[images, tokens]`, optional
-        True for tokens to choose before all others.
 
     Returns
     -------
@@ -79,8 +76,7 @@ def most_diverse(features: Tensor, count: int, valid: Tensor | None = None, firs
     nearest = distance.masked_fill(torch.eye(units.shape[1], dtype=torch.bool, device=units.device), float("inf"))
     nearest = nearest.amin(-1)
     for step in range(count):
-        worth = nearest if first is None else nearest.masked_fill(first, float("inf"))
-        pick = worth.masked_fill(chosen, float("-inf")).argmax(-1, keepdim=True)
+        pick = nearest.masked_fill(chosen, float("-inf")).argmax(-1, keepdim=True)
         chosen = chosen.scatter(1, pick, True)
         to_pick = distance.gather(2, pick[:, None].expand(-1, units.shape[1], 1))[..., 0]
         nearest = torch.minimum(nearest, to_pick) if step else to_pick

@@ -2,6 +2,6 @@
 
 from mustdrop.stages.decode import OutputAwareCache
 from mustdrop.stages.prefill import DualAttentionFilter
-from mustdrop.stages.vision import KeyTokens, LocalSpatialMerge
+from mustdrop.stages.vision import DiverseTokens, KeyTokens, LocalSpatialMerge
 
-__all__ = ["DualAttentionFilter", "KeyTokens", "LocalSpatialMerge", "OutputAwareCache"]
+__all__ = ["DiverseTokens", "DualAttentionFilter", "KeyTokens", "LocalSpatialMerge", "OutputAwareCache"]

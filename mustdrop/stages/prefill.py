@@ -47,10 +47,12 @@ class DualAttentionFilter(Reducer):
     retain : int, optional
         Instead: mean tokens per decoder layer and image, by the authors' meter.
     key_rate : float
-        Share of the tokens entering the decoder that a stage before this one protects; with `thinned` at most this
-        share of the patches, because tokens are dropped between the choice of key tokens and the decoder.
+        Share of the tokens that a stage before this one protects.
     taper : float
         With `retain`: what the last filter leaves of what the first left.
+    thinned : int, optional
+        Tokens that are left if some are dropped between the choice of key tokens and the decoder. How many of them are
+        key tokens is then only known to be at most `key_rate` of the patches.
     """
 
     global_threshold: float = 0.011
@@ -61,7 +63,7 @@ class DualAttentionFilter(Reducer):
     retain: int | None = None
     key_rate: float = 0.0
     taper: float = TAPER
-    thinned: bool = False
+    thinned: int | None = None
 
     def __post_init__(self) -> None:
         require(0 < self.taper <= 1, "taper", self.taper, "more than 0 and at most 1")
@@ -87,7 +89,7 @@ class DualAttentionFilter(Reducer):
         Raises ValueError if `budget` or `retain` is out of reach.
         """
         budget = None if self.budget is None else tuple(self.budget)
-        keys = key_count(self.key_rate, patches if self.thinned else entering)
+        keys = key_count(self.key_rate, patches if entering == self.thinned else entering)
         after = tuple(dict.fromkeys(self.layers_of(layers)))
         return filter_schedule(after, layers, patches, entering, keys, budget, self.retain, self.taper)
 

@@ -185,3 +185,33 @@ class KeyTokens(Reducer):
 
     def _keeps_all(self, patches: int) -> bool:
         return self.retain is not None and self.retain >= patches
+
+
+@dataclass
+class DiverseTokens(Reducer):
+    """Tokens that repeat others do not enter the decoder; not part of the published method.
+
+    After the projector every image keeps so many, the key tokens first; see `ops.least_redundant`. What DivPrune (arXiv
+    2503.02175) chooses one token at a time is here chosen at once, by the same measure of likeness.
+
+    Parameters
+    ----------
+    count : int
+        Tokens that every image keeps. All it has, or more: nothing is done.
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        require(self.count > 0, "diverse", self.count, "1 or more")
+
+    def on_projected_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
+        if self.count >= tokens.anchor.shape[1]:
+            return None
+        keep = ops.least_redundant(tokens.patches, self.count, tokens.valid, tokens.protected)
+        return tokens.select(keep, length=self.count if tokens.valid is None else None)
+
+    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
+        """The similarity of all pairs."""
+        encoded = zip(work.tower_tokens, work.image_tokens, strict=True)
+        return sum(tokens**2 * shape.hidden for (*_, tokens), left in encoded if left < tokens)
