@@ -48,8 +48,8 @@ class MustDrop(Compose):
         Of the key token set: share of the merged tokens (by default the published 0.08, and 0.02 with `retain`), ViT
         block whose CLS attention chooses them.
     filter_layers : sequence of int or float, optional
-        Decoder layers after which to filter; floats are fractions of the depth. Default: the published 2, 6,
-        10, 14 of 32.
+        Decoder layers after which to filter; floats are fractions of the depth. Default: the published 2, 6, 10, 14
+        of 32.
     cache_from : int or float, optional
         First layer whose cache is cut to the survivors. Default: the first filter layer; 0 cuts all layers.
     retain : int, optional

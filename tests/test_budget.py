@@ -26,6 +26,8 @@ OPTIONS = {
     "shares": {"budget": [0.5, 0.3, 0.2, 0.1], "merge_to": 0.7},
     "unmerged": {"budget": [60, 41, 30, 20]},
     "solved": {"retain": 40},
+    "solved, not diverse": {"retain": 40, "diverse": PATCHES},
+    "thresholds on diverse tokens": {**THRESHOLDS, "diverse": 70},
     "official": {**EXACT, "compat": "official", "filter_layers": [1, 3, 4, 5]},
     "half precision scores": {**EXACT, "score_dtype": "model"},
     "decode threshold": {**EXACT, "output_threshold": 0.004},
