@@ -1,10 +1,9 @@
 """What padding costs batches in threshold mode, where every prompt keeps a number of its own; run by hand.
 
-After every drop a batch is padded anew to its longest prompt. Variable-length attention on packed rows would compute
-none of that. Said here, for calibrated settings on a task's training questions: the share of rows that are padding, per
-decoder layer and in the tower; the FLOPs that packing could save at most; and how long the decoder's bare layers take
-on the very same counts, padded as now (sdpa with a mask) and packed (linear layers on packed rows, attention prompt by
-prompt), in turn.
+After every drop a batch is padded anew to its longest prompt; packed rows compute none of that. Said here, for
+calibrated settings on a task's training questions: the share of rows that are padding, per decoder layer and in the
+tower; the FLOPs that packing could save at most; and how long the decoder's bare layers take on the very same counts,
+padded (sdpa with a mask) and packed (`llava.model.language_model.packed`), in turn.
 
     python -m eval.ragged --retain 192 128 64 --batch-size 8 32 --threads 1
 """
@@ -18,16 +17,14 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, median
 
 import torch
-import torch.nn.functional as F
 from tabulate import tabulate
-from torch import Tensor
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from eval.calibrate import read_samples
 from eval.inference import LoadedModel
 from eval.methods import method_at
 from eval.progress import progress, quiet
 from eval.settings import EMBEDDED, check_model, retained_tokens, whole_number
+from llava.model.language_model.packed import packed_layer
 from llava.model.masks import attention_mask
 from mustdrop import load_reducer
 from mustdrop.macs import formula_macs
@@ -146,7 +143,7 @@ def compare_times(decoder, group: list[list[int]], repeats: int) -> tuple[float,
 
 
 def padded_run(decoder, group: list[list[int]]) -> Callable[[], None]:
-    """The layers as they run now: every batch padded on the left to its longest prompt."""
+    """The layers on batches padded on the left to their longest prompt."""
     inputs = []
     for lengths in zip(*group, strict=True):
         longest, weight = max(lengths), decoder.layers[0].input_layernorm.weight
@@ -178,21 +175,6 @@ def packed_run(decoder, group: list[list[int]]) -> Callable[[], None]:
             packed_layer(layer, hidden, lengths, rotary)
 
     return run
-
-
-def packed_layer(layer, hidden: Tensor, lengths: Sequence[int], rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """A decoder layer on packed prompts `[1, sum of lengths, width]`."""
-    attention, states = layer.self_attn, layer.input_layernorm(hidden)
-
-    def by_head(linear) -> Tensor:
-        return linear(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-    query, key = apply_rotary_pos_emb(by_head(attention.q_proj), by_head(attention.k_proj), *rotary)
-    parts = zip(*(part.split(list(lengths), dim=2) for part in (query, key, by_head(attention.v_proj))), strict=True)
-    grouped = attention.num_key_value_groups > 1
-    seen = [F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped) for q, k, v in parts]
-    hidden = hidden + attention.o_proj(torch.cat(seen, dim=2).transpose(1, 2).flatten(2))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import LAYERS, SIDE, batch, ours, pictures, prompt, run
 
+from eval import ragged
 from llava.model.language_model import decoder, layers
 from llava.model.language_model.packed import PackedRows
 from mustdrop import MustDrop
@@ -49,3 +50,17 @@ def test_rows_come_back_to_their_places():
     rows = PackedRows(valid.flatten().nonzero()[:, 0], [2, 3], (2, 3))
     states = torch.randn(2, 3, 4)
     assert torch.equal(rows.unpack(rows.pack(states)), states * valid[..., None])
+
+
+def test_what_padding_costs():
+    groups = [[3, 5], [4, 4]]
+    assert ragged.padded_share(groups) == pytest.approx(2 / 18)
+    assert ragged.batches([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4]]
+    with torch.inference_mode():
+        padded, packed, saved = ragged.compare_times(ours().get_model(), [[30] + [20] * 7, [30] + [9] * 7], repeats=1)
+    assert padded > 0 and packed > 0 and saved < 1
+
+
+def test_ragged_says_what_is_wrong(capsys):
+    assert ragged.main(["--questions", "4"]) == 2
+    assert capsys.readouterr().err == "error: questions: got 4, expected at least one batch of 32\n"

@@ -8,6 +8,7 @@ are after a drop that could not say its count beforehand. On a GPU, a loop over 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,23 +58,33 @@ class PackedRows:
 
 def run_packed(layer: nn.Module, stream: Stream, cache: VisionCache | None) -> Tensor:
     """Output of a decoder layer `[batch, length, width]`, zero in padded rows; so are the keys and values it caches."""
-    rows, attention = stream.packed, layer.self_attn
-    hidden = rows.pack(stream.hidden)
-    states = layer.input_layernorm(hidden)
+    rows = stream.packed
+    output, *states = packed_layer(layer, rows.pack(stream.hidden), rows.lengths, rows.rotary)
+    if cache is not None:
+        keys, values = (rows.unpack(part.transpose(1, 2)).transpose(1, 2) for part in states)
+        cache.update(keys, values, layer.self_attn.layer_idx)
+    return rows.unpack(output)
+
+
+def packed_layer(
+    layer: nn.Module, hidden: Tensor, lengths: Sequence[int], rotary: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output `[1, rows, width]`, keys and values `[1, kv_heads, rows, head_dim]` of a decoder layer on packed prompts.
+
+    `hidden` `[1, rows, width]` holds prompt after prompt, of `lengths` rows each; `rotary` are the tables of all rows.
+    """
+    attention, states = layer.self_attn, layer.input_layernorm(hidden)
 
     def by_head(linear: nn.Module) -> Tensor:
         return linear(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
-    query, key = apply_rotary_pos_emb(by_head(attention.q_proj), by_head(attention.k_proj), *rows.rotary)
+    query, key = apply_rotary_pos_emb(by_head(attention.q_proj), by_head(attention.k_proj), *rotary)
     value = by_head(attention.v_proj)
-    if cache is not None:
-        padded = (rows.unpack(part.transpose(1, 2)).transpose(1, 2) for part in (key, value))
-        cache.update(*padded, attention.layer_idx)
-    prompts = zip(*(part.split(rows.lengths, dim=2) for part in (query, key, value)), strict=True)
+    prompts = zip(*(part.split(list(lengths), dim=2) for part in (query, key, value)), strict=True)
     grouped = attention.num_key_value_groups > 1
     seen = [
         F.scaled_dot_product_attention(*prompt, is_causal=True, scale=attention.scaling, enable_gqa=grouped)
         for prompt in prompts
     ]
     hidden = hidden + attention.o_proj(torch.cat(seen, dim=2).transpose(1, 2).flatten(2))
-    return rows.unpack(hidden + layer.mlp(layer.post_attention_layernorm(hidden)))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), key, value
