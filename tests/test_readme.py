@@ -120,6 +120,8 @@ def test_commands_name_what_exists(command):
 
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+        path, _, heading = target.partition("#")
+        assert path.startswith("https://") or (ROOT / path).exists(), target
+        assert not heading or f"\n## {heading}\n" in (ROOT / path).read_text(encoding="utf-8").lower(), target
     for folder in re.findall(r"^(\w+)/ ", README, flags=re.MULTILINE):
         assert (ROOT / folder).is_dir(), folder
