@@ -94,7 +94,8 @@ class LlavaMetaForCausalLM:
             dtype = next((parameter.dtype for parameter in projector.parameters()), tokens.hidden.dtype)
             tokens = tokens.with_hidden(projector(tokens.hidden.to(dtype)))
             if call.does("on_projected_features"):
-                tokens = call.reducer.on_projected_features(tokens, call.state) or tokens
+                with call.timed("selector", images.device):
+                    tokens = call.reducer.on_projected_features(tokens, call.state) or tokens
         return tokens if asked is not None else tokens.hidden
 
     def splice(
