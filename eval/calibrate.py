@@ -248,7 +248,7 @@ def _entries(data: str) -> list[dict]:
     for number, entry in enumerate(entries):
         needed = [entry.get(name) for name in ("image", "question")] if isinstance(entry, dict) else [None]
         if not all(isinstance(value, str) and value.strip() for value in needed):
-            raise ValueError(f'data: entry {number} of {shown(data)} must be an object with texts "image" and "question"')
+            raise ValueError(f'data: entry {number} of {shown(data)} must be an object of texts "image" and "question"')
     return entries
 
 
