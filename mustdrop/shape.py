@@ -97,7 +97,8 @@ class ModelShape:
     def named(cls, name: str, dtype: str = "float16") -> ModelShape:
         """A shape from a name in `NAMED`; ValueError if it is not there."""
         if name not in NAMED:
-            raise ValueError(f"model is {shown(name)}: it must be {', '.join(NAMED)}, a config.json or a folder with one")
+            known = ", ".join(NAMED)
+            raise ValueError(f"model is {shown(name)}: it must be {known}, a config.json or a folder with one")
         return cls.from_config(NAMED[name], name, dtype)
 
     @classmethod
