@@ -294,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--yopo", type=path, metavar="FILE", help="method file of yopo: less computation for every vision token")
     whole = _argument(_whole, "a whole number")
     add("--merged", type=whole, metavar="N", help="tokens per image left by merging after vision block 0")
-    meaning = "once prefill ends, layers from the first filter on cache only the final vision tokens (MustDrop's stage 3)"
+    meaning = "after prefill, layers from the first filter on cache the final vision tokens only (MustDrop's stage 3)"
     add("--output-aware-cache", action="store_true", help=meaning)
     add("--images", type=whole, default=1, metavar="N", help="images or tiles per prompt (%(default)s)")
     add("--text-tokens", type=whole, default=60, metavar="N", help="text tokens per prompt (%(default)s)")
@@ -309,7 +309,7 @@ def _parser() -> argparse.ArgumentParser:
 def _workload(shape: ModelShape, args: argparse.Namespace) -> Workload:
     """The prompt that the command line describes."""
     check("images", [args.images], least=1)
-    check("images", [args.images], most=10_000)
+    check("images", [args.images], most=1000)
     check("batch", [args.batch], least=1)
     if args.output_aware_cache and args.schedule is None and args.retain is None and args.tokens_per_layer is None:
         raise ValueError("output_aware_cache: cuts the cache to what filters leave; give --schedule")

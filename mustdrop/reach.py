@@ -80,6 +80,11 @@ class Fitting:
         """Tokens of an image that are left before the decoder of so many, None if that depends on the image."""
         return tokens
 
+    @property
+    def needs_counts(self) -> bool:
+        """Whether it can only work where the number of tokens that reach it is the same for all images."""
+        return False
+
     def shrinks(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the patches that are left of an image."""
         return grid
@@ -155,18 +160,27 @@ def check_steps(parts: Sequence[Fitting], tower: Tower) -> None:
             )
 
 
+def acts_in_decoder(part: Fitting) -> bool:
+    """Whether a reducer drops tokens in the decoder, and so wants to know how many enter it."""
+    return part.does("after_decoder_layer")
+
+
 def check_counts(parts: Sequence[Fitting], layers: int, grid: tuple[int, int], tokens: int) -> None:
     """Raise ValueError if a reducer's numbers are out of reach for what those before it leave of an image.
 
+    `parts` are in the order in which they are asked about projected features.
+
     Where that depends on the image, they are taken to leave all, and what is out of reach for some shows later.
     """
-    drops = []
-    for part in (part for hook in COUNTED for part in parts if part.counts_at == hook):
+    known, drops = True, []
+    for part in sorted(parts, key=lambda part: COUNTED.index(part.counts_at)):
+        if part.needs_counts and not known:
+            raise ValueError(f"parts: {type(part).__name__} needs to know how many tokens those before it leave")
         part.check_counts(layers, grid, tokens)
         drops.append((part, part.drops_after(layers, tokens), part.merges_after(layers, tokens)))
         grid = part.shrinks(grid)
         left = part.leaves(grid, tokens)
-        tokens = tokens if left is None else left
+        known, tokens = known and left is not None, tokens if left is None else left
     for part, _, merging in drops:
         if any(merging & dropping for other, dropping, _ in drops if other is not part):
             raise ValueError(

@@ -96,6 +96,10 @@ class AveragePool(Control):
         untouched = len(column) == len(cell)
         return ops.merge(tokens, first.gather(1, own) % len(column), self.retain if untouched else None)
 
+    def leaves(self, grid: tuple[int, int], tokens: int) -> int | None:
+        """Of an image of which some patches are gone, not every cell has a token."""
+        return super().leaves(grid, tokens) if tokens == grid[0] * grid[1] else None
+
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         """The means, as one product."""
         counts = (pair[-2:] for pair in work.tower_tokens)

@@ -93,6 +93,10 @@ class DualAttentionFilter(Reducer):
         after = tuple(dict.fromkeys(self.layers_of(layers)))
         return filter_schedule(after, layers, patches, entering, keys, budget, self.retain, self.taper)
 
+    @property
+    def needs_counts(self) -> bool:
+        return self.retain is not None
+
     def check_tokens(self, layers: int, tokens: int) -> None:
         self.check_counts(layers, (1, tokens), tokens)
 

@@ -85,7 +85,8 @@ class LocalSpatialMerge(Reducer):
         self.check_counts(layers, square(tokens), tokens)
 
     def check_counts(self, layers: int, grid: tuple[int, int], tokens: int) -> None:
-        self.leaves(grid, tokens)
+        if self.budgeted:
+            self.merged(tokens, grid)
         right = f"at most {min(grid)}, the side of the patch grid"
         require(self.window <= min(grid), "window", self.window, right)
 
@@ -97,7 +98,7 @@ class LocalSpatialMerge(Reducer):
         require(self.block < tower.run, "merge_block", self.block, right)
 
     def leaves(self, grid: tuple[int, int], tokens: int) -> int | None:
-        return self.merged(grid[0] * grid[1], grid) if self.budgeted else None
+        return min(tokens, self.merged(grid[0] * grid[1], grid)) if self.budgeted else None
 
     def touches(self, tower: Tower) -> Touch:
         none = self.budgeted and self.leaves(tower.grid, tower.patches) == tower.patches
