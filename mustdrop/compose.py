@@ -62,7 +62,7 @@ class Compose(Reducer):
         check_steps(self.flat(), tower)
 
     def check_tokens(self, layers: int, tokens: int) -> None:
-        check_counts(self.flat(counting=True), layers, square(tokens), tokens)
+        check_counts(self.flat(), self.flat(counting=True), layers, square(tokens), tokens)
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         return sum(part.selector_macs(shape, work) for part in self.parts)

@@ -165,15 +165,18 @@ def acts_in_decoder(part: Fitting) -> bool:
     return part.does("after_decoder_layer")
 
 
-def check_counts(parts: Sequence[Fitting], layers: int, grid: tuple[int, int], tokens: int) -> None:
+def check_counts(
+    parts: Sequence[Fitting], counting: Sequence[Fitting], layers: int, grid: tuple[int, int], tokens: int
+) -> None:
     """Raise ValueError if a reducer's numbers are out of reach for what those before it leave of an image.
 
-    `parts` are in the order in which they are asked about projected features.
+    `counting` are the parts in the order in which they are asked about projected features.
 
     Where that depends on the image, they are taken to leave all, and what is out of reach for some shows later.
     """
     known, drops = True, []
-    for part in sorted(parts, key=lambda part: COUNTED.index(part.counts_at)):
+    ordered = [(hook, counting if hook == "on_projected_features" else parts) for hook in COUNTED]
+    for part in (part for hook, asked in ordered for part in asked if part.counts_at == hook):
         if part.needs_counts and not known:
             raise ValueError(f"parts: {type(part).__name__} needs to know how many tokens those before it leave")
         part.check_counts(layers, grid, tokens)
