@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"batch_size: got {len(batch_sizes)} numbers, expected 1 to {MANY}")
     rows_wanted = contestants(args.methods, retained_tokens(args.retain), batch_sizes, args.compile)
     if args.json is not None:
-        if not args.json.resolve().parent.is_dir():
+        if not args.json.parent.is_dir():
             raise ValueError(f"json: the folder of {shown(str(args.json))} does not exist")
         check_file("json", args.json)
     report = measure(args, numbers, rows_wanted, argv)
@@ -418,6 +418,9 @@ def _check_attention(name: str) -> None:
 def _check_reach(rows: list[Contestant], shape) -> None:
     """Ask every reducer whether it can do what is wanted on a model of this shape."""
     for settings in (one.settings for one in rows if one.settings is not None):
+        retain = settings.get("retain")
+        if isinstance(retain, int) and retain > shape.vision_tokens:
+            raise ValueError(f"RETAIN: got {retain}, but {shape.name} has {shape.vision_tokens} vision tokens per image")
         try:
             check_shape(load_reducer(settings), shape)
         except ValueError as error:

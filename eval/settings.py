@@ -11,7 +11,7 @@ from eval.cell import Cell
 from eval.methods import method_at
 from eval.tasks import BENCHMARKS, GROUP, SUITE, TASKS, mirrored
 from mustdrop.checks import hint, shown
-from mustdrop.command import whole_number
+from mustdrop.command import needed_number, whole_number
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = "checkpoints/llava-mini"
@@ -38,7 +38,7 @@ def cells(args) -> list[Cell]:
     named = benchmarks(args.task)
     limit = whole_number("LIMIT", args.limit)
     batch_size = whole_number("BATCH_SIZE", args.batch_size, most=LARGEST_BATCH) or DEFAULT_BATCH_SIZE
-    seed = whole_number("seed", args.seed, least=0, most=LARGEST_SEED)
+    seed = needed_number("seed", args.seed, least=0, most=LARGEST_SEED)
     retains = retained_tokens(args.retain)
     check_name("--method", args.method)
     check_loading(
@@ -54,7 +54,7 @@ def cells(args) -> list[Cell]:
         "model": model,
         "limit": limit,
         "batch_size": batch_size,
-        "seed": seed or 0,
+        "seed": seed,
         "device": args.device or None,
         "device_map": args.device_map,
         "dtype": args.dtype,

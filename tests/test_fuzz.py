@@ -31,7 +31,7 @@ NO_NUMBER = [
     "9" * 30,
     "9" * 5000,
     "0x10",
-    "1,5,",
+    "1;5",
     "[1]",
 ]
 NO_COUNT = [*NO_NUMBER, "0", "-1", "1.5", "64.5", "1e2", "-0", "true", "None", "\udcff"]
@@ -62,13 +62,13 @@ def options() -> list[tuple[list[str], str, list[str]]]:
                 "--task": NO_NAME,
                 "--retain": [*NO_COUNT, "577", "1"],
                 "--limit": NO_COUNT,
-                "--seed": NO_COUNT[:-7],
+                "--seed": [*NO_NUMBER, "-1", "1.5", "4294967296"],
             },
         ),
         (run, {"--batch-size": NO_COUNT, "--out": NO_FOLDER, "--method": NO_NAME, "--device-map": NO_CHOICE}),
         (run, {"--attn-implementation": NO_CHOICE, "--conv-template": NO_CHOICE, "--configs": ["", "\x00"]}),
         (sweep, {"--limit": NO_COUNT, "--parallel": NO_COUNT, "--out": NO_FOLDER, "--where": NO_CHOICE}),
-        (sweep, {"--model": NO_NAME[:-1]}),
+        (sweep, {"--model": [one for one in NO_NAME if one != "a/b"]}),
         (calibrate, {**measuring, "--retain": [*NO_COUNT, "577"], "--tolerance": [*NO_SHARE, "0"], "--out": NO_FOLDER}),
         (
             calibrate,
@@ -99,7 +99,7 @@ def options() -> list[tuple[list[str], str, list[str]]]:
                 "--retain": [*NO_COUNT, "577", "1"],
                 "--text": [*NO_COUNT, "1"],
                 "--new-tokens": NO_COUNT,
-                "--json": NO_FILE[:9],
+                "--json": [one for one in NO_FILE if one != "NONE"],
             },
         ),
         (bench, {"--layers": NO_COUNT, "--threads": NO_COUNT, "--repeats": NO_COUNT, "--warmup": NO_COUNT}),
@@ -130,9 +130,10 @@ def options() -> list[tuple[list[str], str, list[str]]]:
 
 
 SCALARS = [
-    "null", "true", "yes", "-1", "0", "1.5", ".nan", ".inf", "-.inf", "1e999", "1:30", "0o17", "1_000", "9" * 40, "''", "' '",
-    "abc", "[]", "{}", "[[]]", "[1, [2]]", "{a: 1}", "&a [*a]", "*a", "!!python/name:os.system", "!x y", "\t- a", "'\\0'",
-    "[" * 3000, "{a: " * 100, "[" + "1," * 999 + "1]", "2001-01-01", "!!binary aGk=", "\ud7ff", "x" * 5000, "|", "- a", "{1: 2}",
+    "null", "true", "yes", "-1", "0", "1.5", ".nan", ".inf", "-.inf", "1e999", "1:30", "0o17", "1_000", "9" * 40, "''",
+    "abc", "[]", "{}", "[[]]", "[1, [2]]", "{a: 1}", "&a [*a]", "*a", "!!python/name:os.system", "!x y", "\t- a", "' '",
+    "[" * 3000, "{a: " * 100, "[" + "1," * 999 + "1]", "2001-01-01", "!!binary aGk=", "\ud7ff", "x" * 5000, "|", "- a",
+    "{1: 2}", "\x00",
 ]  # fmt: skip
 TEXTS = [
     "",
@@ -206,9 +207,10 @@ def file_text(kind: str, draw: random.Random) -> str | bytes:
 
 
 DATA = [
-    "", "[", "{}", "[]", "[1, 2]", '[{"image": 1, "question": "q"}]', '[{"image": "none.png", "question": "q"}]', "NaN", "[NaN]",
-    '[{"image": "FOLDER", "question": "q"}]', '[{"image": "BINARY", "question": "q"}]', '[{"image": "a", "image": "b"}]', "[" * 10**5,
-    '[{"question": "q"}]', "null", '"text"', "1" * 5000, '[{"image": "\\u0000", "question": "q"}]', '[{"image": "\\ud800", "question": ""}]',
+    "", "[", "{}", "[]", "[1, 2]", '[{"image": 1, "question": "q"}]', '[{"image": "none.png", "question": "q"}]', "NaN",
+    '[{"image": "FOLDER", "question": "q"}]', '[{"image": "BINARY", "question": "q"}]', '[{"image": "a", "image": "b"}]',
+    '[{"question": "q"}]', "null", '"text"', "1" * 5000, '[{"image": "\\u0000", "question": "q"}]', "[NaN]", "[" * 10**5,
+    '[{"image": "\\ud800", "question": "q"}]', '[{"image": "FILE", "question": ""}]', '[{"image": "FILE", "question": [1]}]',
 ]  # fmt: skip
 DAMAGE = [
     b"",
