@@ -144,7 +144,7 @@ def complete(layout: Layout, results: Sequence[Result]) -> Layout:
     mine = [row for row in rows if _same_model(row["model"], model)]
     if rows and not mine and published.canonical(model) is None and not is_embedded(model):
         known = ", ".join(dict.fromkeys([*models, *published.models()]))
-        raise ValueError(f"model: got {shown(model)}, which has neither results nor published figures, expected {known}")
+        raise ValueError(f"model: got {shown(model)}, without results or published figures, expected {known}")
     tasks = sorted({row["task"] if row["synthetic"] else row["benchmark"] for row in mine})
     budgets = sorted({row["retain"] for row in mine if row["method"] != VANILLA}, reverse=True)
     return replace(
