@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mustdrop.hooks import Reducer
+    from mustdrop.shape import ModelShape
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "methods"
 VANILLA = "vanilla"
@@ -24,17 +29,16 @@ def read_method(method: str | dict | None = None, fields: dict | None = None) ->
     ValueError
         If the file is missing or is no mapping.
     """
-    import yaml
-
     from mustdrop.config import read_settings
+    from mustdrop.read import parse_yaml
 
-    settings = method or {"method": VANILLA}
+    settings = {"method": VANILLA} if method is None else method
     if isinstance(method, str):
         path = Path(method)
         settings = read_settings(path) if path.suffix in (".yaml", ".yml") else {"method": method}
     overrides = {}
     for name, value in (fields or {}).items():
-        overrides[name] = yaml.safe_load(value.strip("'\"")) if isinstance(value, str) else value
+        overrides[name] = parse_yaml(value.strip("'\""), f"{name}: ") if isinstance(value, str) else value
     return {**settings, **overrides}
 
 
@@ -78,6 +82,8 @@ def method_at(model: str, method: str, retain: int, configs: Path = CONFIGS) -> 
                 load_reducer(settings)
             except ValueError as error:
                 raise ValueError(f"{_shown(candidate)}: {error}") from None
+            if method in available_methods() and settings["method"] not in (method, "compose"):
+                raise ValueError(f"{_shown(candidate)}: method is {settings['method']!r}: it must be {method}")
             return settings, candidate
     if method not in available_methods() and has_files(method, configs):
         raise OutOfReach(f"RETAIN: {method} has no settings for {retain} tokens: there is no {_shown(candidates[0])}")
@@ -89,6 +95,14 @@ def method_at(model: str, method: str, retain: int, configs: Path = CONFIGS) -> 
         f"RETAIN: no settings of {method} for {retain} tokens; make {_shown(candidates[0])} with "
         f"mustdrop calibrate --model {model} --method {method} --retain {retain}"
     )
+
+
+def check_shape(reducer: Reducer, shape: ModelShape) -> None:
+    """Raise ValueError if a reducer's settings do not fit a model of this shape.
+
+    Of the tower, the blocks that are run are known; features are taken before the last one, as a rule.
+    """
+    reducer.check_sizes(shape.layers, shape.vision_layers + 1, shape.vision_layers, shape.patches, shape.heads)
 
 
 def _shown(path: Path) -> Path:

@@ -18,12 +18,13 @@ from pathlib import Path
 from eval import settings, summary
 from eval.cell import Cell
 from eval.methods import CONFIGS
+from mustdrop.command import Parser, command, path, text
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; defaults come from the environment variables that the scripts document."""
     environment = os.environ.get
-    new = argparse.ArgumentParser(
+    new = Parser(
         prog="python -m eval.run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument(
         "--model",
         metavar="MODEL",
+        type=text,
         default=environment("MODEL") or settings.EMBEDDED,
         help="folder or hub id of a LLaVA checkpoint, such as liuhaotian/llava-v1.5-7b (default: %(default)s)",
     )
@@ -52,31 +54,43 @@ def parser() -> argparse.ArgumentParser:
     )
     new.add_argument("--method", default="mustdrop", help="method to compare with the untouched model (%(default)s)")
     new.add_argument(
-        "--configs", type=Path, default=CONFIGS, help="folder of the methods' YAML files (configs/methods)"
+        "--configs", type=path, default=CONFIGS, help="folder of the methods' YAML files (configs/methods)"
     )
-    new.add_argument("--limit", metavar="LIMIT", default=environment("LIMIT"), help="only the first LIMIT questions")
     new.add_argument(
-        "--out", metavar="OUT", default=environment("OUT"), help="results folder (default: results/TASK-MODEL[-limitN])"
+        "--limit",
+        metavar="LIMIT",
+        type=text,
+        default=environment("LIMIT") or None,
+        help="only the first LIMIT questions",
+    )
+    new.add_argument(
+        "--out",
+        metavar="OUT",
+        type=text,
+        default=environment("OUT") or None,
+        help="results folder (default: results/TASK-MODEL[-limitN])",
     )
     new.add_argument(
         "--batch-size",
         metavar="BATCH_SIZE",
-        default=environment("BATCH_SIZE"),
+        type=text,
+        default=environment("BATCH_SIZE") or None,
         help=f"questions per batch (default: {settings.DEFAULT_BATCH_SIZE}; 1 gives the latency of a single question)",
     )
-    new.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    new.add_argument("--device", type=text, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     new.add_argument("--device-map", help="auto spreads a large model over several GPUs")
     new.add_argument(
         "--dtype", default="auto", help="auto (float16 on a GPU, float32 on a CPU), float32, float16, bfloat16"
     )
     new.add_argument("--attn-implementation", default="sdpa", help="sdpa, eager or flash_attention_2 (%(default)s)")
     new.add_argument("--conv-template", default="vicuna_v1", help="conversation template (%(default)s)")
-    new.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    new.add_argument("--seed", default=0, help="of everything random (%(default)s)")
     new.add_argument("--force", action="store_true", help="compute finished rows again")
     new.add_argument("--verbose", action="store_true", help="show what lmms-eval logs")
     return new
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv

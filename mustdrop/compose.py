@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from mustdrop.hooks import CacheStep, DecoderStep, Keep, LayerPlan, Reducer, Tokens, VisionStep, VisionTokens
+from mustdrop.reach import Tower, check_counts, check_steps, square
 from mustdrop.stages.decode import are_in
 
 if TYPE_CHECKING:
@@ -36,9 +37,27 @@ class Compose(Reducer):
         self.positions = positions
         self.decode_positions = decode_positions
 
+    def flat(self) -> list[Reducer]:
+        """The parts, and in place of compositions their parts."""
+        return [one for part in self.parts for one in (part.flat() if isinstance(part, Compose) else [part])]
+
     def check(self, layers: int, blocks: int) -> None:
         for part in self.parts:
             part.check(layers, blocks)
+
+    def check_heads(self, heads: int) -> None:
+        for part in self.parts:
+            part.check_heads(heads)
+
+    def check_tower(self, tower: Tower) -> None:
+        for part in self.flat():
+            tower = replace(tower, grid=part.shrinks(tower.grid))
+        for part in self.parts:
+            part.check_tower(tower)
+        check_steps(self.flat(), tower)
+
+    def check_tokens(self, layers: int, tokens: int) -> None:
+        check_counts(self.flat(), layers, square(tokens), tokens)
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         return sum(part.selector_macs(shape, work) for part in self.parts)
@@ -84,10 +103,6 @@ class Compose(Reducer):
     def before_decoder_layer(self, step: DecoderStep) -> LayerPlan | None:
         plans = [plan for plan in self._ask("before_decoder_layer", step) if plan is not None]
         return reduce(LayerPlan.__and__, plans) if plans else None
-
-    def check_tokens(self, layers: int, tokens: int) -> None:
-        for part in self.parts:
-            part.check_tokens(layers, tokens)
 
     def after_decoder_layer(self, step: DecoderStep) -> Keep | None:
         answers = [answer for answer in self._ask("after_decoder_layer", step) if answer is not None]

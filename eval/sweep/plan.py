@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,16 +10,17 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import yaml
-
 from eval import settings
 from eval.cell import Cell
-from eval.methods import VANILLA, has_files, method_at, own_file, read_method
-from eval.sweep.launch import Launch, hint
+from eval.methods import VANILLA, check_shape, has_files, method_at, own_file, read_method
+from eval.sweep.launch import Launch
 from eval.tasks import BENCHMARKS, GROUP, SUITE
-from mustdrop import load_reducer
+from mustdrop import available_methods, load_reducer
 from mustdrop.calibrate import OutOfReach
-from mustdrop.cost import ModelShape
+from mustdrop.checks import hint, shown
+from mustdrop.command import LARGEST, whole_number
+from mustdrop.read import read_yaml
+from mustdrop.shape import ModelShape
 
 KEYS = ("models", "tasks", "methods", "retain", "seeds", "batch_size", "limit", "overrides", "launch", "unreachable")
 OPTIONS = {"MODEL": "models", "LIMIT": "limit", "RETAIN": "retain", "task": "tasks"}
@@ -104,19 +106,21 @@ def read(
     ValueError
         With one line that names the file, the key, the value and what would be right.
     """
-    given = _mapping(file)
-    limit = _whole(file, "limit", given.get("limit") if limit is None or not str(limit).strip() else limit, 1)
-    names = _texts(file, "models", model or given.get("models", settings.EMBEDDED))
-    seeds = [_whole(file, "seeds", seed, 0) for seed in _list(given.get("seeds", 0))]
-    retain = [_whole(file, "retain", number, 1) for number in _list(given.get("retain", []))]
-    batch_size = _whole(file, "batch_size", given.get("batch_size", settings.DEFAULT_BATCH_SIZE), 1)
-    overrides = _overrides(file, given.get("overrides") or {})
+    given = {key: value for key, value in _mapping(file).items() if value is not None or key == "tasks"}
+    of_file = _whole(file, "limit", given["limit"], 1) if "limit" in given else None
+    limit = whole_number("LIMIT", limit) or of_file
+    names = _texts(file, "models", given.get("models", settings.EMBEDDED) if model is None else model)
+    seeds = _numbers(file, "seeds", given.get("seeds", 0), 0, settings.LARGEST_SEED)
+    retain = _numbers(file, "retain", given["retain"], 1) if given.get("retain", []) != [] else []
+    batch_size = given.get("batch_size", settings.DEFAULT_BATCH_SIZE)
+    batch_size = _whole(file, "batch_size", batch_size, 1, settings.LARGEST_BATCH)
+    overrides = _overrides(file, given.get("overrides", {}))
     if given.get("unreachable", "stop") not in ("stop", "skip"):
         raise _wrong(file, "unreachable", given["unreachable"], "skip or stop")
-    if not isinstance(given.get("launch") or {}, Mapping):
+    if not isinstance(given.get("launch", {}), Mapping):
         raise _wrong(file, "launch", given["launch"], "a mapping such as {where: local}")
     with _naming(file, "launch"):
-        launch = Launch.read(given.get("launch") or {}, where)
+        launch = Launch.read(given.get("launch", {}), where)
     tasks = _tasks(file, given.get("tasks"))
     with _naming(file, "models"):
         models = list(dict.fromkeys(settings.check_model(name, online) for name in names))
@@ -126,7 +130,7 @@ def read(
     for model in models:
         with _naming(file, "tasks"):
             pairs = settings.check_tasks(tasks, model, limit, online)
-        methods, beyond = _methods(file, given.get("methods") or [], model, list(dict.fromkeys(retain)))
+        methods, beyond = _methods(file, given.get("methods", []), model, retain)
         if beyond and given.get("unreachable") != "skip":
             raise ValueError(f"{file}: retain: {beyond[0].reason}")
         left_out += beyond
@@ -134,7 +138,7 @@ def read(
         cells += [
             Cell(**common, benchmark=benchmark, task=task, seed=seed, **vars(method))
             for benchmark, task in pairs
-            for seed in dict.fromkeys(seeds)
+            for seed in seeds
             for method in (UNTOUCHED, *methods)
         ]
     facts = {**given, "models": names, "limit": limit, "left_out": list(map(str, left_out))}
@@ -142,17 +146,14 @@ def read(
 
 
 def _mapping(file: Path) -> dict:
-    if not file.is_file():
+    if not os.path.exists(file):
         raise ValueError(f"{file}: no such file; a sweep is YAML, see configs/sweeps")
-    try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    given = read_yaml(file)
     if not isinstance(given, dict):
         raise ValueError(f"{file}: holds {type(given).__name__}, expected a mapping with some of {', '.join(KEYS)}")
     for key in given:
         if key not in KEYS:
-            raise ValueError(f"{file}: unknown key {key!r}{hint(key, KEYS)}; a sweep has {', '.join(KEYS)}")
+            raise ValueError(f"{file}: unknown key {shown(key)}{hint(key, KEYS)}; a sweep has {', '.join(KEYS)}")
     return given
 
 
@@ -162,7 +163,7 @@ def _tasks(file: Path, given: object) -> list[str]:
     for name in names:
         if name not in known:
             raise ValueError(
-                f"{file}: tasks: got {name!r}{hint(name, known)}, expected some of {', '.join(known)} "
+                f"{file}: tasks: got {shown(name)}{hint(name, known)}, expected some of {', '.join(known)} "
                 f"({GROUP}: all the synthetic ones)"
             )
     return settings.benchmarks(names)
@@ -170,19 +171,13 @@ def _tasks(file: Path, given: object) -> list[str]:
 
 def _overrides(file: Path, given: object) -> dict:
     """Settings of every cell that have no key of their own."""
-    from llava.conversation import conv_templates
-
     if not isinstance(given, Mapping):
         raise _wrong(file, "overrides", given, "a mapping such as {dtype: bfloat16}")
-    choices = {
-        "dtype": ("auto", "float32", "float16", "bfloat16"),
-        "attn_implementation": ("sdpa", "eager", "flash_attention_2"),
-        "conv_template": tuple(conv_templates),
-    }
+    choices = settings.loading_choices()
     for key, value in given.items():
         if key not in OVERRIDES:
             raise ValueError(
-                f"{file}: overrides: unknown key {key!r}{hint(key, OVERRIDES)}; it has {', '.join(OVERRIDES)}"
+                f"{file}: overrides: unknown key {shown(key)}{hint(key, OVERRIDES)}; it has {', '.join(OVERRIDES)}"
             )
         if value not in choices.get(key, (value,)):
             raise _wrong(file, f"overrides: {key}", value, "one of " + ", ".join(choices[key]))
@@ -224,12 +219,17 @@ def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> I
     A name: the model's own file of this name, which has no budget, else every budget. A file: as it is. Fields: every
     budget they leave open or list.
     """
-    if isinstance(entry, str) and Path(entry).suffix in (".yaml", ".yml"):
-        path = next((path for path in (Path(entry), settings.ROOT / entry) if path.is_file()), Path(entry))
+    is_file = isinstance(entry, str) and Path(entry).suffix in (".yaml", ".yml")
+    if isinstance(entry, str) and not is_file and not settings.NAME.fullmatch(entry):
+        raise _wrong(file, "methods", entry, "a method's name or the path of a YAML file")
+    if is_file:
+        path = next((path for path in (Path(entry), settings.ROOT / entry) if os.path.isfile(path)), Path(entry))
         with _naming(file, "methods"):
             own = read_method(str(path))
             load_reducer(own)
-        name, number = re.fullmatch(r"(.+?)(?:_(\d+))?", path.stem).groups()
+        with _naming(file, "methods"):
+            stem = settings.check_name(f"the name of {shown(entry)}", path.stem)
+        name, number = re.fullmatch(r"(.+?)(?:_([0-9]{1,6}))?", stem).groups()
         yield Method(name, int(number) if number else None, own)
     elif isinstance(entry, str) and own_file(model, entry):
         with _naming(file, "methods"):
@@ -251,8 +251,12 @@ def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> I
         budgets = own.pop("retain") if isinstance(own.get("retain"), list) else None
         with _naming(file, "methods"):
             reducer = load_reducer(own)
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        if not isinstance(name, str) or not settings.NAME.fullmatch(name):
             raise _wrong(file, "methods: name", name, "a name of letters, digits and any of _ . -")
+        if name in available_methods() and own.get("method") != name:
+            raise _wrong(file, "methods: name", name, "another name than that of a method that it is not")
+        if budgets == []:
+            raise _wrong(file, "methods: retain", budgets, "at least one number")
         if budgets is None and (not retain or "retain" in own or not hasattr(reducer, "retain") or reducer.knobs):
             yield Method(name, own.get("retain"), own)
             return
@@ -282,7 +286,7 @@ def out_of_reach(method: Method, model: str) -> str | None:
     ValueError
         If something else does not fit the model.
     """
-    shape = _shape(model)
+    shape = shape_of(model)
     if shape is None:
         return None
     name = Path(model).name
@@ -290,12 +294,11 @@ def out_of_reach(method: Method, model: str) -> str | None:
         raise ValueError(f"{name} has only {shape.vision_tokens} vision tokens per picture")
     reducer = load_reducer(method.settings)
     try:
-        # Of the tower, the blocks that are run are known; features are taken before the last one, as a rule.
         reducer.check(shape.layers, shape.vision_layers + 1)
     except ValueError as error:
         raise ValueError(f"{method.method} on {name}: {error}") from None
     try:
-        reducer.check_tokens(shape.layers, shape.patches)
+        check_shape(reducer, shape)
     except ValueError as error:
         if method.retain is None:
             raise ValueError(f"{method.method} on {name}: {error}") from None
@@ -304,7 +307,7 @@ def out_of_reach(method: Method, model: str) -> str | None:
 
 
 @cache
-def _shape(model: str) -> ModelShape | None:
+def shape_of(model: str) -> ModelShape | None:
     """A model's sizes from its config.json, None where it cannot be had or read."""
     from huggingface_hub import hf_hub_download
 
@@ -320,21 +323,26 @@ def _list(value: object) -> list:
 
 def _texts(file: Path, key: str, value: object) -> list[str]:
     values = _list(value)
-    if not values or not all(isinstance(one, str) and one for one in values):
+    if not values or not all(isinstance(one, str) and one.strip() for one in values):
         raise _wrong(file, key, value, "a list of names")
     return values
 
 
-def _whole(file: Path, key: str, value: object, least: int) -> int | None:
-    if value is None and key == "limit":
-        return None
-    if isinstance(value, bool) or not re.fullmatch(r"\d+", str(value).strip()) or int(value) < least:
-        raise _wrong(file, key, value, f"a whole number of {least} or more")
-    return int(value)
+def _numbers(file: Path, key: str, value: object, least: int, most: int = LARGEST) -> list[int]:
+    """One number or some, each once."""
+    if not 0 < len(_list(value)) <= settings.MANY:
+        raise _wrong(file, key, value, f"1 to {settings.MANY} numbers")
+    return list(dict.fromkeys(_whole(file, key, one, least, most) for one in _list(value)))
+
+
+def _whole(file: Path, key: str, value: object, least: int, most: int = LARGEST) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise _wrong(file, key, value, f"a whole number of {least} or more, {most} at most")
+    return value
 
 
 def _wrong(file: Path, key: str, value: object, right: str) -> ValueError:
-    return ValueError(f"{file}: {key}: got {value!r}, expected {right}")
+    return ValueError(f"{file}: {key}: got {shown(value)}, expected {right}")
 
 
 @contextmanager
