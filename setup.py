@@ -1,7 +1,7 @@
 """Packaging of the reducers (``mustdrop``), LLaVA-1.5 with hook points (``llava``) and the evaluation (``eval``).
 
-The ranges below are for people who use the packages as a library; scripts/test_range.sh tests both ends. What the scripts
-install is locked in requirements/, which scripts/lock.sh renews.
+The ranges below are for people who use the packages as a library; scripts/test_range.sh tests both ends. What scripts/
+setup.sh installs is locked in requirements/, which scripts/lock.sh renews.
 """
 
 from pathlib import Path
