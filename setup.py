@@ -1,21 +1,21 @@
 """Packaging of the reducers (``mustdrop``), LLaVA-1.5 with hook points (``llava``) and the evaluation (``eval``).
 
-The ranges below are for people who use the packages as a library; scripts/test_range.sh tests both ends. What scripts/
-setup.sh installs is locked in requirements/, which scripts/lock.sh renews.
+The ranges below are for people who use the packages as a library; scripts/test_range.sh tests both ends. The
+scripts install what requirements/ locks; scripts/lock.sh renews it.
 """
 
 from pathlib import Path
 
 PYTHON = ">=3.11,<3.14"
 CORE = [
-    "torch>=2.6",
+    "torch>=2.9",
     "transformers>=5.10,<6",
     "accelerate>=1.1",
     "safetensors>=0.4.3",
     "sentencepiece>=0.2.0",
     "protobuf>=4.25",
     "pillow>=10.1",
-    "numpy>=1.26",
+    "numpy>=2.0",
     "einops>=0.7",
     "pyyaml>=6.0.1",
     "tabulate>=0.9",
@@ -26,17 +26,17 @@ CORE = [
 # what its evaluator needs; lmms-eval itself is then installed with --no-deps, scripts/setup.sh does both. `eval` is the
 # whole of it.
 LMMS_EVAL = "lmms-eval==0.7.3"
-TABLES = ["scipy>=1.12", "matplotlib>=3.8.2", "jinja2>=3.1.3"]
+TABLES = ["scipy>=1.13", "matplotlib>=3.9", "jinja2>=3.1.3"]
 SWEEPS = ["submitit>=1.5.2", "rich>=13.7"]
-TRAIN = ["deepspeed>=0.16; sys_platform == 'linux'", "datasets>=3.6", "peft>=0.18"]
+TRAIN = ["deepspeed>=0.18; sys_platform == 'linux'", "datasets>=4.0", "peft>=0.18"]
 QUANTISED = ["bitsandbytes>=0.46.1"]
 EVAL_LIGHT = [
-    "datasets>=3.6",
+    "datasets>=4.0",
     "evaluate>=0.4.3",
     "loguru>=0.7.2",
     "sacrebleu>=2.4",
     "pytablewriter>=1.2",
-    "pytz",
+    "pytz>=2024.1",
     "tenacity>=8.3",
     "openpyxl>=3.1.3",
     "requests>=2.32.2",
@@ -69,11 +69,12 @@ if __name__ == "__main__":  # scripts and tests read the ranges without setuptoo
         license="Apache-2.0",
         python_requires=PYTHON,
         packages=find_packages(include=["llava", "llava.*", "mustdrop", "mustdrop.*", "eval", "eval.*"]),
+        py_modules=["mustdrop_command"],
         package_data={"eval": ["**/*.yaml", "**/*.j2"]},
         install_requires=CORE,
         extras_require=EXTRAS,
         entry_points={
-            "console_scripts": ["mustdrop = eval.cli:main"],
-            "lmms_eval.models": ["llava_mustdrop = eval:manifest"],
+            "console_scripts": ["mustdrop = mustdrop_command:main"],
+            "lmms_eval.models": ["llava_mustdrop = mustdrop_command:manifest"],
         },
     )
