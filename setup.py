@@ -10,14 +10,14 @@ PYTHON = ">=3.11,<3.14"
 CORE = [
     "torch>=2.9",
     "transformers>=5.10,<6",
-    "accelerate>=1.1",
+    "accelerate>=1.10",
     "safetensors>=0.4.3",
-    "sentencepiece>=0.2.0",
+    "sentencepiece>=0.2.1",
     "protobuf>=4.25",
-    "pillow>=10.1",
-    "numpy>=2.0",
+    "pillow>=11.0",
+    "numpy>=2.1",
     "einops>=0.7",
-    "pyyaml>=6.0.1",
+    "pyyaml>=6.0.2",
     "tabulate>=0.9",
     "tqdm>=4.66.3",
 ]
@@ -26,7 +26,7 @@ CORE = [
 # what its evaluator needs; lmms-eval itself is then installed with --no-deps, scripts/setup.sh does both. `eval` is the
 # whole of it.
 LMMS_EVAL = "lmms-eval==0.7.3"
-TABLES = ["scipy>=1.13", "matplotlib>=3.9", "jinja2>=3.1.3"]
+TABLES = ["scipy>=1.14.1", "matplotlib>=3.9.2", "jinja2>=3.1.3"]
 SWEEPS = ["submitit>=1.5.2", "rich>=13.7"]
 TRAIN = ["deepspeed>=0.18; sys_platform == 'linux'", "datasets>=4.0", "peft>=0.18"]
 QUANTISED = ["bitsandbytes>=0.46.1"]
@@ -40,7 +40,7 @@ EVAL_LIGHT = [
     "tenacity>=8.3",
     "openpyxl>=3.1.3",
     "requests>=2.32.2",
-    "av>=12.1,<16",
+    "av>=14.0,<16",
     *TABLES,
     *SWEEPS,
 ]
