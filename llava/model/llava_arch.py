@@ -21,14 +21,21 @@ from mustdrop.hooks import Call, Reducer, Run, Tokens, VisionTokens
 class Prompt:
     """A batch of prompts ready for the decoder.
 
-    `embeds` `[batch, length, width]`, the record of every position, `labels` `[batch, length]` or None, and the forward
-    pass they belong to.
+    `embeds` `[batch, length, width]`, the record of every position, `labels` `[batch, length]` or None, the forward
+    pass they belong to, and the number of rotary positions that the longest prompt takes.
     """
 
     embeds: Tensor
     tokens: Tokens
     labels: Tensor | None
     call: Call
+    positions: int = 0
+
+    def begin(self) -> Call:
+        """The forward pass; ValueError if it has been run: what the reducer noted in it belongs to that one."""
+        if self.call.entered:
+            raise ValueError("prompt: it has been through the decoder already, splice the ids and images again")
+        return self.call
 
 
 class LlavaMetaModel:
@@ -211,7 +218,7 @@ def text_prompt(
     position = column if position_ids is None else position_ids.expand(batch, -1)
     call.images.extend([] for _ in range(batch))
     call.tiles.extend([] for _ in range(batch))
-    return Prompt(embeds, Tokens(position, column, none, none, nothing, nothing, valid), labels, call)
+    return Prompt(embeds, Tokens(position, column, none, none, nothing, nothing, valid), labels, call, length)
 
 
 class _Sequence:
@@ -297,7 +304,8 @@ def _pad(sequences: list[_Sequence], side: str, limit: int | None, call: Call) -
         images=max(len(sequence.images) for sequence in sequences),
         questions=max(sequence.questions for sequence in sequences),
     )
-    return Prompt(embeds, tokens, labels, call)
+    positions = max(sequence.position for sequence in sequences)
+    return Prompt(embeds, tokens, labels, call, positions if limit is None else min(positions, limit))
 
 
 def _split_at_images(row: list[int]) -> list[list[int]]:
