@@ -16,15 +16,18 @@ mustdrop_setup() {
     # This checkout's code, whichever one is installed, and whatever modules the working directory holds.
     export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 
-    mustdrop_active "$root" && return
-    if ! mustdrop_asks "$root" finished 2>/dev/null; then
-        (
-            flock 9 2>/dev/null || true # two scripts at once: the second waits for the first
-            mustdrop_asks "$root" finished 2>/dev/null || mustdrop_build "$root"
-        ) 9>"$root/.venv.lock" || return 1
+    if ! mustdrop_active "$root"; then
+        if ! mustdrop_asks "$root" finished 2>/dev/null; then
+            (
+                flock 9 2>/dev/null || true # two scripts at once: the second waits for the first
+                mustdrop_asks "$root" finished 2>/dev/null || mustdrop_build "$root"
+            ) 9>"$root/.venv.lock" || return 1
+        fi
+        # shellcheck disable=SC1091
+        source "$root/.venv/bin/activate"
     fi
-    # shellcheck disable=SC1091
-    source "$root/.venv/bin/activate"
+    [ -z "${PYTHON:-}" ] || [ "$(mustdrop_names "$PYTHON")" = "$(mustdrop_names python)" ] ||
+        echo "setup: PYTHON: got '$PYTHON', but the environment at hand, of $(mustdrop_names python), is used" >&2
 }
 
 # Whether the active environment has everything; the package's entry points are added to it where they are missing.
@@ -49,11 +52,15 @@ mustdrop_build() {
     if [ -e "$stamp" ] && { [ "$(cat "$stamp")" = unfinished ] || ! mustdrop_suits "$venv/bin/python"; }; then
         rm -rf "$venv"
     fi
-    [ -e "$venv" ] || mustdrop_create "$root" || return 1
+    if [ ! -e "$venv" ]; then
+        mustdrop_create "$root" || return 1
+    elif ! reasons="$(mustdrop_asks "$root" locked 2>&1)"; then
+        echo "setup: .venv is not what requirements/ says: $reasons" >&2
+    fi
     mustdrop_install "$root" || return 1
     if ! reasons="$(mustdrop_asks "$root" finish 2>&1)"; then
         if [ ! -e "$stamp" ] || [ "$(cat "$stamp")" = unfinished ]; then
-            echo "setup: $venv is not what requirements/ says: $reasons" >&2
+            echo "setup: .venv is still not what requirements/ says: $reasons" >&2
             return 1
         fi
         echo unfinished >"$stamp" # an update that could not mend it: once more from nothing

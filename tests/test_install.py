@@ -223,7 +223,7 @@ class TestSetup:
 
     def test_installs_the_lock_and_nothing_beside_it(self, checkout):
         done, calls = self.run(checkout)
-        assert done.returncode == 0 and done.stderr.splitlines()[-1] == "setup: done", done.stderr
+        assert done.returncode == 0 and "setup: done" in done.stderr.splitlines(), done.stderr
         installs = [call for call in calls if "pip install" in call]
         assert [re.findall(r"(tmp|lock|torch|cuda)[.\w]*(?: |$)", call + " ")[-1:] for call in installs[1:3]] == [
             ["lock"],
@@ -263,7 +263,7 @@ class TestSetup:
     def test_an_environment_that_is_not_what_the_lock_says_is_an_error(self, checkout):
         done, _ = self.run(checkout, BROKEN="1")
         assert done.returncode == 1
-        assert done.stderr.splitlines()[-1].endswith(".venv is not what requirements/ says: tqdm is missing")
+        assert done.stderr.splitlines()[-1].endswith(".venv is still not what requirements/ says: tqdm is missing")
 
     def test_an_update_that_does_not_mend_it_begins_anew(self, checkout):
         self.run(checkout)
