@@ -19,7 +19,7 @@ mustdrop_setup() {
     if ! mustdrop_active "$root"; then
         if ! mustdrop_asks "$root" finished 2>/dev/null; then
             (
-                flock 9 2>/dev/null || true # two scripts at once: the second waits for the first
+                mustdrop_wait
                 mustdrop_asks "$root" finished 2>/dev/null || mustdrop_build "$root"
             ) 9>"$root/.venv.lock" || return 1
         fi
@@ -28,6 +28,14 @@ mustdrop_setup() {
     fi
     [ -z "${PYTHON:-}" ] || [ "$(mustdrop_names "$PYTHON")" = "$(mustdrop_names python)" ] ||
         echo "setup: PYTHON: got '$PYTHON', but the environment at hand, of $(mustdrop_names python), is used" >&2
+}
+
+# Two scripts at once: the second waits for the first.
+mustdrop_wait() {
+    if command -v flock >/dev/null && ! flock -n 9; then
+        echo "setup: waiting for another set-up of .venv ..." >&2
+        flock 9
+    fi
 }
 
 # Whether the active environment has everything; the package's entry points are added to it where they are missing.
