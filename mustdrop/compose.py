@@ -89,14 +89,13 @@ class Compose(Reducer):
         for part in self.parts:
             part.check_tokens(layers, tokens)
 
-    def after_decoder_layer(self, step: DecoderStep) -> Tensor | Keep | None:
+    def after_decoder_layer(self, step: DecoderStep) -> Keep | None:
         answers = [answer for answer in self._ask("after_decoder_layer", step) if answer is not None]
-        if len(answers) > 1 and any(isinstance(answer, Keep) and answer.into is not None for answer in answers):
+        if len(answers) < 2:
+            return answers[0] if answers else None
+        if any(answer.merge_into is not None for answer in answers):
             raise ValueError("parts: after a decoder layer in which one reducer merges tokens no other may drop any")
-        keep = _all(answers, step.tokens)
-        others = len(self._at("after_decoder_layer")) > 1 or self.does("on_question")
-        unknown = others and isinstance(keep, Keep)  # a part cannot know what was there before it
-        return replace(keep, dropped=None) if unknown else keep
+        return Keep.where(reduce(Tensor.logical_and, [answer.choose(step.tokens)[0] for answer in answers]))
 
     def after_prefill(self, step: CacheStep) -> list[Tensor | Tokens | None] | None:
         answers = [answer for answer in self._ask("after_prefill", step) if answer is not None]
@@ -115,16 +114,10 @@ class Compose(Reducer):
         return [getattr(part, hook)(replace(step, state=step.state.setdefault(number, {}))) for number, part in parts]
 
 
-def _all(keeps: Sequence, tokens: Tokens) -> Tensor | Keep | Tokens | None:
-    """What every answer keeps; an answer that stands alone is passed on as it is."""
+def _all(keeps: Sequence[Tensor | Tokens | None], tokens: Tokens) -> Tensor | Tokens | None:
+    """What every answer about a cache keeps; an answer that stands alone is passed on as it is."""
     given = [keep for keep in keeps if keep is not None]
     if len(given) < 2:
         return given[0] if given else None
-    return reduce(Tensor.logical_and, [_as_mask(keep, tokens) for keep in given])
-
-
-def _as_mask(keep: Tensor | Keep | Tokens, tokens: Tokens) -> Tensor:
-    """An answer as bool `[batch, length]`."""
-    if isinstance(keep, Tokens):
-        return are_in(keep, tokens)
-    return keep.tokens if isinstance(keep, Keep) else keep
+    masks = (are_in(keep, tokens) if isinstance(keep, Tokens) else keep for keep in given)
+    return reduce(Tensor.logical_and, masks)

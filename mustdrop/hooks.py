@@ -33,8 +33,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from mustdrop.keep import Keep
 from mustdrop.neighbours import SplitRows
-from mustdrop.tokens import Tokens, VisionTokens, compact, gather
+from mustdrop.tokens import ImageFacts, PromptFacts, Tokens, VisionTokens, compact, gather
 from mustdrop.trace import Trace
 
 if TYPE_CHECKING:
@@ -46,8 +47,10 @@ __all__ = [
     "CacheStep",
     "Call",
     "DecoderStep",
+    "ImageFacts",
     "Keep",
     "LayerPlan",
+    "PromptFacts",
     "Reducer",
     "Run",
     "SplitRows",
@@ -137,32 +140,6 @@ class DecoderStep:
     attention: Attention | None
     next_attention: Attention | None
     state: dict
-
-
-@dataclass
-class Keep:
-    """Which tokens go on after a decoder layer, for methods that do more than drop the others.
-
-    Attributes
-    ----------
-    tokens : bool `[batch, length]`
-        True for tokens that go on; text does in any case.
-    hidden : `[batch, length, width]` or None
-        States that take the place of the layer's output: those of merged tokens are a method's own.
-    into : int64 `[batch, length]` or None
-        Column of the token that each token was merged into, which stands for its patches from now on; its own column
-        for all others.
-    order : int `[batch, length]` or None
-        Sort key of the tokens that go on; by default they keep their order.
-    dropped : int or None
-        Tokens that every prompt of the batch loses, if the host knows it: spares a synchronisation with the device.
-    """
-
-    tokens: Tensor
-    hidden: Tensor | None = None
-    into: Tensor | None = None
-    order: Tensor | None = None
-    dropped: int | None = None
 
 
 @dataclass
@@ -282,8 +259,8 @@ class Reducer:
     def before_decoder_layer(self, step: DecoderStep) -> LayerPlan | None:
         """Return what the layer shall compute for vision tokens, or None for everything."""
 
-    def after_decoder_layer(self, step: DecoderStep) -> Tensor | Keep | None:
-        """Return which tokens go on, bool `[batch, length]` or a `Keep`, or None for all."""
+    def after_decoder_layer(self, step: DecoderStep) -> Keep | None:
+        """Return which tokens go on, or None for all."""
 
     def after_prefill(self, step: CacheStep) -> list[Tensor | Tokens | None] | None:
         """Return for each layer which cached entries stay: a mask, bool `[batch, length]`, or None for all.

@@ -211,7 +211,10 @@ class VisionCache(DynamicCache):
 
     def _rebatch(self, change) -> None:
         """Apply a change of the batch axis to the records; layers that shared one still do."""
-        records = {id(record): record.map(lambda value: change(value, -2)) for record in self.records}
+        records = {
+            id(record): dataclasses.replace(record.map(lambda value: change(value, -2)), prompts=None)
+            for record in self.records
+        }
         self.records = [records[id(record)] for record in self.records]
         positions = {id(position): change(position, -1) for position in self.next_position}
         self.next_position = [positions[id(position)] for position in self.next_position]

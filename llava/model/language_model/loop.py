@@ -13,7 +13,7 @@ from llava.model.language_model.packed import PackedRows
 from llava.model.language_model.projections import query_key_value, rotated
 from llava.model.language_model.stream import Stream
 from llava.model.masks import attention_mask, expand_mask
-from mustdrop.hooks import Attention, CacheStep, Call, DecoderStep, Keep, LayerPlan, Tokens, compact, gather
+from mustdrop.hooks import Attention, CacheStep, Call, DecoderStep, LayerPlan, Tokens, gather
 
 
 @dataclass
@@ -193,15 +193,13 @@ class DecoderLoop:
         Nothing was decided against them, so those that got here are the ones that survived the prefill.
         """
         call.decided.append(index)
-        indices, tokens = stream.tokens.select(~stream.tokens.vision)
+        prompts = tuple(prompt.with_tokens([0] * len(prompt.images)) for prompt in stream.tokens.facts())
+        indices, tokens = stream.tokens.select(~stream.tokens.vision, prompts=prompts)
         tokens = replace(tokens.renumbered() if call.reducer.positions == "renumber" else tokens, images=0)
         return self.stream(gather(stream.hidden, indices), tokens)
 
     def reduce(self, index: int, entering: Stream, stream: Stream, cache: VisionCache | None, call: Call) -> Stream:
-        """Ask the reducer which tokens go on after a layer, and compact to them.
-
-        Text and key tokens always do; where the reducer says how many go, it has seen to the key tokens itself.
-        """
+        """Ask the reducer which tokens go on after a layer, and compact to them; text and key tokens always do."""
         last = index + 1 == len(self.layers)
         step = DecoderStep(
             layer=index,
@@ -215,29 +213,19 @@ class DecoderLoop:
         keep = call.reducer.after_decoder_layer(step)
         if keep is None:
             return stream
-        keep = keep if isinstance(keep, Keep) else Keep(keep)
         call.decided.append(index)
-        if keep.into is not None:
-            call.merged[index] = keep.into
-        before = stream.tokens
-        length = None
-        if keep.dropped is not None and all(len(images) == before.images for images in call.images):
-            length = before.image.shape[1] - keep.dropped
-        stays = keep.tokens | ~before.vision
-        if length is None:
-            stays = stays | before.protected
-        if length is None or before.valid is None:
-            indices, tokens = before.select(stays, order=keep.order, length=length)
-        else:
-            indices, tokens = select_with_padding(before, stays, length)
-        if before.valid is None and indices.shape[1] == stream.hidden.shape[1]:
+        if keep.merge_into is not None:
+            call.merged[index] = keep.merge_into
+        stays, prompts = keep.choose(stream.tokens)
+        if prompts == stream.tokens.facts() and keep.order is None:
             return stream
+        indices, tokens = stream.tokens.select(stays, order=keep.order, prompts=prompts)
         if call.reducer.positions == "renumber":
             tokens = tokens.renumbered()
-        weights = stream.weights
-        stream = self.stream(gather(stream.hidden if keep.hidden is None else keep.hidden, indices), tokens)
+        hidden, weights = stream.hidden if keep.states is None else keep.states, stream.weights
+        stream = self.stream(gather(hidden, indices), tokens)
         stream.weights = weights
-        if length is None and weights is None:
+        if keep.mask is not None and weights is None:  # ragged: where numbers were given, prompts are of one length
             stream.packed = PackedRows.of(tokens.valid, stream.rotary, self.config._attn_implementation)
         return stream
 
@@ -284,12 +272,6 @@ class DecoderLoop:
                         cuts[alike] = columns_of(keep, record) if later else record.select(keep | ~record.vision)
                     cache.select(layer, *cuts[alike])
         call.finish_prefill(cache.records, [cache.bytes_per_position(layer) for layer in range(len(self.layers))])
-
-
-def select_with_padding(tokens: Tokens, keep: Tensor, length: int) -> tuple[Tensor, Tokens]:
-    """`Tokens.select` where every prompt is known to keep `length` columns, its padding among them."""
-    indices, _ = compact(keep, length=length)
-    return indices, tokens.map(lambda value: value.gather(-1, indices.expand(*value.shape[:-1], -1)))
 
 
 def columns_of(later: Tokens, tokens: Tokens) -> tuple[Tensor, Tokens]:
