@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
@@ -107,7 +107,7 @@ def provenance(command: Sequence[str], **more) -> dict:
         "versions": versions(),
         "machine": machine(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
