@@ -65,6 +65,7 @@ def merge_adapter(model: torch.nn.Module, folder: Path, matrices: dict[str, torc
     try:
         config = LoraConfig.from_pretrained(str(folder))
         config.target_modules, config.modules_to_save = sorted(modules), None
+        config.base_model_name_or_path = None  # the base is what `model` is
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         for field in ("rank_pattern", "alpha_pattern"):
             setattr(config, field, {ours(name): value for name, value in (getattr(config, field) or {}).items()})

@@ -18,7 +18,7 @@ from llava.model.checkpoint.names import listed
 
 logger = logging.getLogger(__name__)
 
-PLAIN = ["lm_head", "mm_projector", "vision_tower"]
+PLAIN = ("lm_head", "model.mm_projector", "model.vision_tower")
 """Modules that quantisation leaves alone."""
 
 
@@ -45,6 +45,8 @@ def load_weights(model_class: type[PreTrainedModel], checkpoint: Checkpoint, **k
     wants_info = kwargs.pop("output_loading_info", False)
     checkpoint.check(*_expected(model_class, checkpoint))
     quantise = kwargs.pop("quantization_config", None)
+    if quantise is not None or checkpoint.quantised:
+        _say_once("bitsandbytes.autograd._functions")
     if quantise is not None and checkpoint.quantised:
         quantise = None  # asked for once more; `load_pretrained_model` has compared the two
     if checkpoint.adapter and quantise is not None:
@@ -54,6 +56,12 @@ def load_weights(model_class: type[PreTrainedModel], checkpoint: Checkpoint, **k
         model = merge_adapter(model, checkpoint.adapter_folder, checkpoint.adapter)
     model.name_or_path = model.config._name_or_path = checkpoint.path
     return (model, info) if wants_info else model
+
+
+def _say_once(name: str) -> None:
+    """Let a logger give every message once: bitsandbytes says for every layer and token that 8 bits cast to float16."""
+    said: set[str] = set()
+    logging.getLogger(name).addFilter(lambda record: record.msg not in said and not said.add(record.msg))
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
