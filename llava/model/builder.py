@@ -12,7 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.checkpoint import Checkpoint, describe_checkpoint
-from llava.model.checkpoint.load import load_weights
+from llava.model.checkpoint.load import check_weights, load_weights
 from llava.model.checkpoint.settings import LoadSettings
 from llava.model.language_model.compiled import compile_model
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
@@ -74,6 +74,7 @@ def load_pretrained_model(
     settings = LoadSettings.of(load_8bit, load_4bit, device_map, device, kwargs)
     checkpoint = describe_checkpoint(model_path, LlavaConfig, model_base, **settings.hub)
     settings.check_quantised(checkpoint)
+    check_weights(LlavaLlamaForCausalLM, checkpoint)
     tokenizer = load_tokenizer(tokenizer_folder(checkpoint.folders))
     rows = _check_tokenizer(tokenizer, checkpoint)
     processor = load_processor(checkpoint.folders, checkpoint.config, **settings.hub)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -123,17 +124,27 @@ def _check_values(facts: Mapping[str, Any]) -> None:
         right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         if value is not None and not right:
             raise ValueError(f"{field} is {value!r}: it must be of type {kind.__name__}")
-    if "mm_vision_select_feature" in facts and facts["mm_vision_select_feature"] is None:
-        raise ValueError("mm_vision_select_feature is None: it must be 'patch' or 'cls_patch'")
+    for field in ("mm_vision_select_feature", "mm_vision_select_layer", "mm_projector_type"):
+        if facts.get(field, "left out") is None:
+            raise ValueError(f"{field} is None: it must say something, or be left out")
     known = _COMPUTED.keys() | _READ | _TRAINING
     for field, value in facts.items():
         if field.startswith("mm_") and field not in known and value not in (None, False):
             raise ValueError(f"{field} is {value!r}: an unknown field, what it changes is not computed here")
     if facts.get("image_aspect_ratio") == "anyres" and not facts.get("image_grid_pinpoints"):
         raise ValueError("image_aspect_ratio is 'anyres': it needs image_grid_pinpoints, a list of [width, height]")
-    method = (facts.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes":
-        raise ValueError(f"quantization_config.quant_method is {method!r}: only 'bitsandbytes' is supported")
+    _check_quantisation(facts.get("quantization_config"))
+
+
+def _check_quantisation(facts: Mapping[str, Any] | None) -> None:
+    if facts is None:
+        return
+    if facts.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        raise ValueError(
+            f"quantization_config.quant_method is {facts['quant_method']!r}: only 'bitsandbytes' is supported"
+        )
+    if bool(facts.get("load_in_4bit")) == bool(facts.get("load_in_8bit")):
+        raise ValueError("quantization_config: exactly one of load_in_4bit and load_in_8bit must be true")
 
 
 def _original(facts: Mapping[str, Any], config_class: type) -> PreTrainedConfig:
@@ -150,7 +161,7 @@ def _made(config_class: type, facts: Mapping[str, Any], what: str) -> Any:
     """A configuration of some class; whatever transformers says against the facts becomes one ValueError."""
     try:
         return config_class.from_dict(dict(facts))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{what}: no {config_class.__name__} ({first_line(error)})") from None
 
 

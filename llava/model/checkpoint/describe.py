@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from llava.model.checkpoint.adapter import ADAPTER_CONFIG, adapter_weights
 from llava.model.checkpoint.config import translate
 from llava.model.checkpoint.files import float_type_of, read_complete, read_json, read_weights, shape_of
-from llava.model.checkpoint.names import PROJECTOR, TOWER, is_packing, listed, translated
+from llava.model.checkpoint.names import PROJECTOR, is_packing, listed, packing_of, translated
 from llava.model.checkpoint.places import locate
 from llava.model.checkpoint.tower import add_tower
 
@@ -81,25 +81,41 @@ class Checkpoint:
         ValueError
             If a weight is missing, has no place in the model, or has another shape.
         """
-        missing = expected.keys() - self.weights.keys() - tied
-        projector = {name for name in expected if name.startswith(PROJECTOR)}
-        if self.new_projector and projector and projector <= missing:
-            logger.warning("%s: has no projector (%s), a new one starts at random", self.path, listed(projector))
-            missing -= projector
+        missing = self._lacking(expected.keys() - self.weights.keys() - tied)
         if missing:
             raise ValueError(f"{self.path}: {len(missing)} weights are missing ({listed(missing, also_theirs=True)})")
-        unknown = {name for name in self.weights.keys() - expected.keys() if not is_packing(name)}
+        packing = {name for name in self.weights if self.quantised and is_packing(name)}
+        if self.quantised and not packing:
+            raise ValueError(f"{self.path}: config.json has a quantization_config, but the weights are not packed")
+        unknown = self.weights.keys() - expected.keys() - packing
         if unknown:
             raise ValueError(
                 f"{self.path}: {len(unknown)} weights have no place in the model of config.json ({listed(unknown)})"
             )
-        for name, value in self.weights.items():
-            packed = self.quantised and float_type_of(value) is None
-            if name in expected and not packed and shape_of(value) != tuple(expected[name].shape):
-                raise ValueError(
-                    f"{self.path}: {name} has the shape {list(shape_of(value))}, config.json says "
-                    f"{list(expected[name].shape)}"
-                )
+        for name in self.weights.keys() - packing:
+            self._check_one(name, tuple(expected[name].shape))
+
+    def _lacking(self, missing: set[str]) -> set[str]:
+        """The missing weights that must not be: all, unless the caller starts a new projector."""
+        projector = {name for name in missing if name.startswith(PROJECTOR)}
+        own = any(name.startswith(PROJECTOR) for name in self.weights)
+        if not self.new_projector or not projector or own:
+            return missing
+        logger.warning("%s: has no projector (%s), a new one starts at random", self.path, listed(projector))
+        return missing - projector
+
+    def _check_one(self, name: str, shape: tuple[int, ...]) -> None:
+        """The shape of a weight, or what says how it was packed."""
+        value = self.weights[name]
+        packed = float_type_of(value) is None
+        if not self.quantised or not packed:
+            if shape_of(value) != shape or packed:
+                kind = f"the shape {list(shape_of(value))}" if shape_of(value) != shape else "packed values"
+                raise ValueError(f"{self.path}: {name} has {kind}, config.json says {list(shape)}")
+            return
+        beside = packing_of(name, self.config.quantization_config)
+        if beside not in self.weights:
+            raise ValueError(f"{self.path}: {name} is packed, but {beside} is missing")
 
 
 @dataclass
@@ -240,6 +256,3 @@ def _under(own: _Contents, base: str | os.PathLike | None, **hub) -> _Contents:
     if not under.weights:
         raise ValueError(f"model_base is {under.path!r}: it holds only {under.partial} itself, expected a whole model")
     return under
-
-
-__all__ = ["PROJECTOR_FILE", "TOWER", "Checkpoint", "describe_checkpoint"]

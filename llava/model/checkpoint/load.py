@@ -22,8 +22,25 @@ PLAIN = ("lm_head", "model.mm_projector", "model.vision_tower")
 """Modules that quantisation leaves alone."""
 
 
+def check_weights(model_class: type[PreTrainedModel], checkpoint: Checkpoint) -> None:
+    """Compare a description's weights with the model that its configuration describes; nothing is loaded.
+
+    Raises
+    ------
+    ValueError
+        In one line, if the weights are not exactly those of the model.
+    """
+    try:
+        with torch.device("meta"):
+            empty = model_class(checkpoint.config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as error:
+        raise ValueError(f"{checkpoint.path}: config.json describes no model ({first_line(error)})") from None
+    tied = set(empty._tied_weights_keys or ()) if checkpoint.config.tie_word_embeddings else set()
+    checkpoint.check(empty.state_dict(), tied)
+
+
 def load_weights(model_class: type[PreTrainedModel], checkpoint: Checkpoint, **kwargs: Any) -> Any:
-    """A model with the weights that a description holds.
+    """A model with the weights that a description holds, which `check_weights` has looked over.
 
     Parameters
     ----------
@@ -37,13 +54,12 @@ def load_weights(model_class: type[PreTrainedModel], checkpoint: Checkpoint, **k
     Raises
     ------
     ValueError
-        In one line, before anything is loaded, if the weights are not exactly those of the model.
+        If a weight could not be loaded.
     """
     dtype = kwargs.pop("torch_dtype", None)
     dtype = kwargs.pop("dtype", None) or dtype or "auto"
     kwargs["dtype"] = _stored_dtype(checkpoint) if dtype == "auto" else dtype
     wants_info = kwargs.pop("output_loading_info", False)
-    checkpoint.check(*_expected(model_class, checkpoint))
     quantise = kwargs.pop("quantization_config", None)
     if quantise is not None or checkpoint.quantised:
         _say_once("bitsandbytes.autograd._functions")
@@ -66,24 +82,13 @@ def _say_once(name: str) -> None:
 
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     stated = getattr(checkpoint.config, "dtype", None)
-    return stated if isinstance(stated, torch.dtype) else checkpoint.dtype
+    return stated if isinstance(stated, torch.dtype) and stated.is_floating_point else checkpoint.dtype
 
 
 def _packed(quantise: Any) -> dict:
     """Arguments for quantisation on the way in, which leaves tower, projector and head alone."""
     quantise.llm_int8_skip_modules = sorted({*PLAIN, *(quantise.llm_int8_skip_modules or [])})
     return {"quantization_config": quantise}
-
-
-def _expected(model_class: type[PreTrainedModel], checkpoint: Checkpoint) -> tuple[dict[str, torch.Tensor], set[str]]:
-    """Names and shapes of the model's weights, and those that may be left out since they share another's."""
-    try:
-        with torch.device("meta"):
-            empty = model_class(checkpoint.config)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"{checkpoint.path}: config.json describes no model ({first_line(error)})") from None
-    tied = set(empty._tied_weights_keys or ()) if checkpoint.config.tie_word_embeddings else set()
-    return empty.state_dict(), tied
 
 
 def _load(model_class: type[PreTrainedModel], checkpoint: Checkpoint, **kwargs: Any) -> tuple[PreTrainedModel, dict]:

@@ -58,6 +58,11 @@ def is_packing(name: str) -> bool:
     return _PACKING.search(name) is not None
 
 
+def packing_of(name: str, quantization: Mapping[str, Any]) -> str:
+    """The name of what must lie beside a packed weight, by a configuration's `quantization_config`."""
+    return f"{name}.absmax" if quantization.get("load_in_4bit") else f"{name.removesuffix('.weight')}.SCB"
+
+
 def listed(names: Iterable[str], also_theirs: bool = False) -> str:
     """The first few of some names, for a message."""
     names = sorted(names)

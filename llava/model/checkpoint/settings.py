@@ -64,7 +64,7 @@ class LoadSettings:
         if not stored:
             return
         _need_bitsandbytes("quantization_config")
-        bits = {name: bool(stored.get(name) or stored.get(f"_{name}")) for name in ("load_in_8bit", "load_in_4bit")}
+        bits = {name: bool(stored.get(name)) for name in ("load_in_8bit", "load_in_4bit")}
         if asked is not None and any(getattr(asked, name, False) != value for name, value in bits.items()):
             held = " and ".join(name for name, value in bits.items() if value)
             raise ValueError(

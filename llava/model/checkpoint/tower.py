@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, PreTrainedConfig
 
 from llava.model.checkpoint.files import first_line, read_complete, read_json, shape_of
@@ -92,7 +93,7 @@ def _read_config(folder: Path) -> dict:
 def _made(facts: Mapping[str, Any]) -> CLIPVisionConfig:
     try:
         return CLIPVisionConfig(**facts)
-    except (ValueError, TypeError) as error:
+    except (StrictDataclassError, ValueError, TypeError) as error:
         raise ValueError(f"vision tower: no CLIP vision configuration ({first_line(error)})") from None
 
 

@@ -13,7 +13,7 @@ from transformers.utils.generic import can_return_tuple
 
 from llava.constants import IGNORE_INDEX
 from llava.model.checkpoint import describe_checkpoint
-from llava.model.checkpoint.load import load_weights, valid_generation_config
+from llava.model.checkpoint.load import check_weights, load_weights, valid_generation_config
 from llava.model.language_model.cache import VisionCache
 from llava.model.language_model.decoder import LlavaConfig, LlavaLlamaModel
 from llava.model.llava_arch import LlavaMetaForCausalLM, Prompt, text_prompt
@@ -66,6 +66,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         """
         hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
         checkpoint = describe_checkpoint(pretrained_model_name_or_path, LlavaConfig, model_base, config, **hub)
+        check_weights(cls, checkpoint)
         return load_weights(cls, checkpoint, **kwargs)
 
     def save_pretrained(self, save_directory, *, save_original_format: bool = False, **kwargs):
