@@ -6,6 +6,7 @@ docs/checkpoints.md names these tests.
 import json
 import logging
 import re
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,14 +14,15 @@ import forms
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from eval.inference import LoadedModel
 from eval.tasks import mini_gqa
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import process_images
-from llava.model import LlavaLlamaForCausalLM
+from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
+from llava.model.checkpoint.config import translate
 from llava.train.train import ModelArguments, load_model
 from mustdrop import load_reducer
 
@@ -274,8 +276,6 @@ def test_projector_types_of_llava(tmp_path, projector_type):
     torch.manual_seed(0)
     config = forms.original_config(mm_projector_type=projector_type, hidden_size=hidden, num_hidden_layers=1)
     config["mm_vision_config"] = forms.config_of("vision_config")
-    from llava.model import LlavaConfig
-
     model = LlavaLlamaForCausalLM(LlavaConfig(**{k: v for k, v in config.items() if k != "model_type"}))
     model.save_pretrained(tmp_path)
     again = LlavaLlamaForCausalLM.from_pretrained(tmp_path)
@@ -315,6 +315,65 @@ def test_sampling_settings_that_vicuna_ships_do_not_stop_saving(tmp_path):
     model = load(folder).model
     model.save_pretrained(tmp_path / "saved")
     assert model.generation_config.top_p == 0.6
+
+
+def in_hub_cache(cache: Path, name: str, folder: Path) -> str:
+    """A folder as the hub's cache holds it."""
+    place = cache / f"models--{name.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, place / "snapshots" / ("0" * 40))
+    return name
+
+
+def test_checkpoint_and_tower_by_hub_id(check, tmp_path):
+    clip = in_hub_cache(tmp_path / "cache", "somebody/clip", forms.clip(tmp_path / "clip"))
+    full = in_hub_cache(tmp_path / "cache", "somebody/llava", forms.full(tmp_path / "x", tower=clip))
+    loaded = check(full, cache_dir=tmp_path / "cache")
+    assert loaded.model.name_or_path == full
+    with pytest.raises(ValueError, match="mm_vision_tower is 'somebody/clip': no CLIP folder or reachable hub model"):
+        load(tmp_path / "x")
+
+
+def test_transformers_own_loader_gives_our_class(tmp_path):
+    load(forms.MINI).model.save_pretrained(tmp_path)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, output_loading_info=True)
+    assert type(model) is LlavaLlamaForCausalLM and not info["missing_keys"]
+    for name in ("subfolder", "variant", "ignore_mismatched_sizes"):
+        with pytest.raises(ValueError, match=f"{name}: not taken here"):
+            LlavaLlamaForCausalLM.from_pretrained(tmp_path, **{name: "x"})
+
+
+def test_configurations_as_they_are_published():
+    """The fields, in full, of what people download most."""
+    own = {
+        "_name_or_path": "llava-v1.5-7b",
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "image_grid_pinpoints": None,
+        "max_length": 4096,
+        "mm_hidden_size": 1024,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_resampler_type": None,
+        "mm_vision_tower": HUB_NAME,
+        "model_type": "llava",
+        "rope_scaling": None,
+        "torch_dtype": "float16",
+        "tune_mm_vision_resampler": False,
+        "freeze_mm_vision_resampler": False,
+        "vocab_size": 32000,
+    }
+    config = translate({**forms.MM_FIELDS, **own}, "llava-v1.5-7b", LlavaConfig)
+    assert (config.hidden_size, config.mm_vision_tower, config.dtype) == (4096, HUB_NAME, torch.float16)
+    text = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
+    vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "num_hidden_layers": 24, "patch_size": 14}
+    vision |= {"intermediate_size": 4096, "num_attention_heads": 16, "image_size": 336, "vocab_size": 32000}
+    theirs = {"architectures": ["LlavaForConditionalGeneration"], "ignore_index": -100, "image_token_index": 32000}
+    theirs |= {"model_type": "llava", "pad_token_id": 32001, "projector_hidden_act": "gelu", "text_config": text}
+    theirs |= {"torch_dtype": "float16", "vision_config": vision, "vision_feature_layer": -2, "vocab_size": 32064}
+    config = translate({**theirs, "vision_feature_select_strategy": "default"}, "llava-1.5-7b-hf", LlavaConfig)
+    assert (config.vocab_size, config.mm_hidden_size, config.mm_vision_select_layer) == (32064, 1024, -2)
+    first = {"model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14", "mm_hidden_size": 1024}
+    assert translate({**first, "hidden_size": 4096}, "llava-7b-v1", LlavaConfig).mm_projector_type == "linear"
 
 
 def test_the_table_in_the_docs_names_tests_that_exist():

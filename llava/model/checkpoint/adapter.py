@@ -14,7 +14,7 @@ from llava.model.checkpoint.names import listed, ours, translated
 ADAPTER_CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PARTS = "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
-_MATRIX = re.compile(rf"(?P<module>.+)\.(?P<part>{_PARTS})(?P<rest>\.weight)?")
+_MATRIX = re.compile(rf"(?P<module>.+)\.(?P<part>{_PARTS})(?:\.default)?(?P<rest>\.weight)?")
 
 
 def adapter_weights(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from llava.model.checkpoint.adapter import ADAPTER_CONFIG, adapter_weights
 from llava.model.checkpoint.config import translate
-from llava.model.checkpoint.files import float_type_of, read_complete, read_json, read_weights, shape_of
+from llava.model.checkpoint.files import first_line, float_type_of, read_complete, read_json, read_weights, shape_of
 from llava.model.checkpoint.names import PROJECTOR, is_packing, listed, packing_of, translated
 from llava.model.checkpoint.places import locate
 from llava.model.checkpoint.tower import add_tower
@@ -132,9 +132,16 @@ class _Contents:
     @classmethod
     def of(cls, path: str | os.PathLike, name: str = "model_path", **hub) -> _Contents:
         folder = locate(path, name, **hub)
+        try:
+            return cls._read(str(path), folder)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({first_line(error)})") from None
+
+    @classmethod
+    def _read(cls, path: str, folder: Path) -> _Contents:
         facts = read_json(folder / "config.json") if (folder / "config.json").exists() else None
         found = cls(
-            str(path),
+            path,
             folder,
             facts,
             translated(read_complete(folder), folder),

@@ -20,6 +20,7 @@ _OURS = {
     r"^(model\.)?multi_modal_projector\.linear_1": PROJECTOR + "0",
     r"^(model\.)?multi_modal_projector\.linear_2": PROJECTOR + "2",
     r"^mm_projector\.": PROJECTOR,
+    r"\.base_layer\.": ".",
 }
 # Buffers that older releases of transformers saved and that are worked out anew.
 _HARMLESS = re.compile(r"rotary_emb\.inv_freq$|embeddings\.position_ids$")

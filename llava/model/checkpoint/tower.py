@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,7 +67,7 @@ def add_tower(
 def _locate(named: str, folders: list[Path], **hub) -> Path:
     """`mm_vision_tower` is an absolute path, one relative to the checkpoint's folder, or a hub id."""
     for folder in folders:
-        if (folder / named / "config.json").is_file():
+        if os.path.isfile(folder / named / "config.json"):
             return folder / named
     hub.pop("revision", None)  # the checkpoint's, not the tower's
     return locate(named, "mm_vision_tower", "no CLIP folder or reachable hub model", **hub)

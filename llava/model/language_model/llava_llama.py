@@ -24,6 +24,7 @@ __all__ = ["LlavaConfig", "LlavaLlamaForCausalLM", "LlavaLlamaModel"]
 logger = logging.get_logger(__name__)
 
 _HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+_FOREIGN = ("subfolder", "variant", "gguf_file", "ignore_mismatched_sizes", "key_mapping", "state_dict")
 
 
 class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
@@ -64,6 +65,8 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         ValueError
             In one line: nothing is left random, ignored or guessed without a word.
         """
+        if foreign := [name for name in _FOREIGN if kwargs.get(name)]:
+            raise ValueError(f"{foreign[0]}: not taken here, what a folder holds is found from its files")
         hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
         checkpoint = describe_checkpoint(pretrained_model_name_or_path, LlavaConfig, model_base, config, **hub)
         check_weights(cls, checkpoint)
