@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from llava.model.checkpoint.adapter import ADAPTER_CONFIG, adapter_weights
-from llava.model.checkpoint.config import translate
+from llava.model.checkpoint.config import is_hugging_face, translate
 from llava.model.checkpoint.files import first_line, float_type_of, read_complete, read_json, read_weights, shape_of
 from llava.model.checkpoint.names import PROJECTOR, is_packing, listed, packing_of, translated
 from llava.model.checkpoint.places import locate
@@ -45,6 +45,8 @@ class Checkpoint:
         Where the adapter's settings lie.
     new_projector : bool
         The caller brought a configuration (training): a projector that is wholly absent may start at random.
+    hugging_face : bool
+        Messages also say how Hugging Face calls a weight.
     """
 
     path: str
@@ -54,6 +56,7 @@ class Checkpoint:
     adapter: dict[str, torch.Tensor] = field(default_factory=dict)
     adapter_folder: Path | None = None
     new_projector: bool = False
+    hugging_face: bool = False
 
     @property
     def quantised(self) -> bool:
@@ -83,7 +86,7 @@ class Checkpoint:
         """
         missing = self._lacking(expected.keys() - self.weights.keys() - tied)
         if missing:
-            raise ValueError(f"{self.path}: {len(missing)} weights are missing ({listed(missing, also_theirs=True)})")
+            raise ValueError(f"{self.path}: {len(missing)} weights are missing ({listed(missing, self.hugging_face)})")
         packing = {name for name in self.weights if self.quantised and is_packing(name)}
         if self.quantised and not packing:
             raise ValueError(f"{self.path}: config.json has a quantization_config, but the weights are not packed")
@@ -243,7 +246,8 @@ def describe_checkpoint(
     add_tower(made, weights, folders, spare, **hub)
     own.check()
     adapter_folder = own.folder if matrices else None
-    return Checkpoint(str(path), made, weights, folders, matrices, adapter_folder, new_projector=config is not None)
+    theirs = under.facts is not None and is_hugging_face(under.facts)
+    return Checkpoint(str(path), made, weights, folders, matrices, adapter_folder, config is not None, theirs)
 
 
 def _under(own: _Contents, base: str | os.PathLike | None, **hub) -> _Contents:
