@@ -86,6 +86,9 @@ FIELDS = {
     "rope_scaling": ({"type": "foo", "factor": 2.0}, 3),
     "hidden_act": ("foo",),
     "hidden_size": ("wide", -4, None),
+    "num_hidden_layers": (0, 10**9),
+    "rms_norm_eps": (-1.0, 3.0),
+    "rope_theta": ("x", 0),
     "num_attention_heads": (0, "four"),
     "num_key_value_heads": (3,),
     "vocab_size": ("many", 0),
@@ -106,7 +109,7 @@ FIELDS = {
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in FIELDS.items() for value in values])
 def test_field_that_is_not_computed_here(case, field, value):
     folder = case("full")
-    if isinstance(value, dict) and field == "rope_scaling":
+    if field in ("rope_scaling", "rope_theta"):
         facts = json.loads((folder / "config.json").read_text())
         del facts["rope_parameters"]
         rewrite(folder / "config.json", facts)
@@ -128,6 +131,11 @@ HUGGING_FACE_FIELDS = [
     ("vision_config", "model_type", "siglip_vision_model"),
     ("vision_config", "patch_size", 0),
     ("vision_config", "num_attention_heads", 7),
+    ("vision_config", "num_attention_heads", 0),
+    ("vision_config", "image_size", [336]),
+    ("vision_config", "num_hidden_layers", 10**9),
+    (None, "vision_feature_select_strategy", []),
+    (None, "dtype", [1]),
 ]
 
 
@@ -135,8 +143,9 @@ HUGGING_FACE_FIELDS = [
 def test_field_of_hugging_face_that_is_not_computed_here(case, part, field, value):
     folder = case("hf")
     change_config(folder, part, **{field: value})
-    shown = {"vision_feature_layer": "vision_(feature|select)_layer", "num_attention_heads": "attention heads .7."}
-    refused(folder, match=shown.get(field, "patches of 0" if field == "patch_size" else field))
+    shown = {"vision_feature_layer": "vision_(feature|select)_layer", "num_attention_heads": "attention heads|modulo"}
+    shown["dtype"] = "config.json: no LlavaConfig"
+    refused(folder, match=shown.get(field, field))
 
 
 def test_harmless_fields_of_llava_pass(case):
@@ -275,7 +284,7 @@ def test_two_sets_of_weights_that_differ(case):
     refused(folder, match="holds two sets of weights that differ, model.safetensors and model-")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "3", "", b"\xff\xfe", "[" * 3000, '{"a": NaN'])
+@pytest.mark.parametrize("content", ["{", "[]", "3", "", b"\xff\xfe", "[" * 3000, '{"a": NaN}'])
 def test_config_that_is_no_json_object(case, content):
     rewrite((folder := case("full")) / "config.json", content)
     refused(folder, match=r"config\.json: (cannot be read as JSON|holds a JSON)")

@@ -17,6 +17,8 @@ SUPPORTED = "LLaVA-1.5 on LLaMA: original ('llava', 'llava_llama') or Hugging Fa
 _ORIGINAL_TYPES = ("llava", "llava_llama", "llama")
 _FEATURES = {"default": "patch", "full": "cls_patch"}
 _NONE = (None, False)
+MOST_LAYERS = 1000
+"""More would take for ever to build, only to find that their weights are missing."""
 
 # Fields that change what a model computes, and the values under which it is what is computed here.
 _COMPUTED: dict[str, tuple] = {
@@ -151,7 +153,8 @@ def _original(facts: Mapping[str, Any], config_class: type) -> PreTrainedConfig:
     kind = facts.get("model_type")
     if kind not in _ORIGINAL_TYPES:
         raise ValueError(f"model_type is {kind!r}: supported is {SUPPORTED}")
-    foreign = [name for name in facts.get("architectures") or [] if "Llama" not in name and "Llava" in name]
+    names = [str(name) for name in facts.get("architectures") or []]
+    foreign = [name for name in names if "Llama" not in name and "Llava" in name]
     if foreign and "LlavaForConditionalGeneration" not in foreign:
         raise ValueError(f"architectures is {foreign!r}: supported is {SUPPORTED}")
     return _made(config_class, {**facts, "model_type": config_class.model_type}, "config.json")
@@ -161,7 +164,7 @@ def _made(config_class: type, facts: Mapping[str, Any], what: str) -> Any:
     """A configuration of some class; whatever transformers says against the facts becomes one ValueError."""
     try:
         return config_class.from_dict(dict(facts))
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{what}: no {config_class.__name__} ({first_line(error)})") from None
 
 
@@ -176,7 +179,7 @@ def _from_hugging_face(facts: Mapping[str, Any], config_class: type) -> PreTrain
     layer, strategy = facts.get("vision_feature_layer", -2), facts.get("vision_feature_select_strategy", "default")
     if not isinstance(layer, int) or isinstance(layer, bool):
         raise ValueError(f"vision_feature_layer is {layer!r}: it must be one number, features come from one layer")
-    if strategy not in _FEATURES:
+    if strategy not in tuple(_FEATURES):
         raise ValueError(f"vision_feature_select_strategy is {strategy!r}: it must be 'default' or 'full'")
     theirs = _made(transformers.LlavaConfig, facts, "config.json")
     text, vision = theirs.text_config.to_dict(), theirs.vision_config.to_dict()
@@ -199,12 +202,26 @@ def _from_hugging_face(facts: Mapping[str, Any], config_class: type) -> PreTrain
     return config
 
 
-def _check_text(config: PreTrainedConfig) -> None:
-    """What LlamaConfig takes without a word and no LLaMA can be made of."""
-    for field in _POSITIVE:
+def check_sizes(config: PreTrainedConfig, names: tuple[str, ...]) -> None:
+    """ValueError for sizes of which no model can be made."""
+    for field in names:
         value = getattr(config, field, 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{field} is {value!r}: it must be a positive number")
+            raise ValueError(f"{field} is {value!r}: it must be a positive whole number")
+    if config.num_hidden_layers > MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers is {config.num_hidden_layers}: at most {MOST_LAYERS} are believed")
+
+
+def check_small(field: str, value: float) -> None:
+    """ValueError for what keeps a norm from dividing by zero, if it is no small number."""
+    if not 0 < value < 1:
+        raise ValueError(f"{field} is {value!r}: it must be above 0 and far below 1")
+
+
+def _check_text(config: PreTrainedConfig) -> None:
+    """What LlamaConfig takes without a word and no LLaMA can be made of."""
+    check_sizes(config, _POSITIVE)
+    check_small("rms_norm_eps", config.rms_norm_eps)
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
         raise ValueError(f"num_key_value_heads is {groups}: it must divide the {heads} heads")
@@ -213,7 +230,8 @@ def _check_text(config: PreTrainedConfig) -> None:
     if kind not in ("default", *ROPE_INIT_FUNCTIONS):
         known = ", ".join(ROPE_INIT_FUNCTIONS)
         raise ValueError(f"rope_scaling.rope_type is {kind!r}: it must be one of default, {known}")
-    if not isinstance(rope.get("rope_theta", 1.0), int | float):
-        raise ValueError(f"rope_theta is {rope['rope_theta']!r}: it must be a number")
+    theta = rope.get("rope_theta", 1.0)
+    if not isinstance(theta, int | float) or isinstance(theta, bool) or theta <= 0:
+        raise ValueError(f"rope_theta is {theta!r}: it must be a positive number")
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"hidden_act is {config.hidden_act!r}: no activation of that name is known")

@@ -23,12 +23,16 @@ _NO_MMAP = "mmap can only be used"  # how torch refuses to map pickles that torc
 def read_json(path: Path) -> dict:
     """The object in a JSON file; ValueError in one line if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({first_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a JSON {type(content).__name__}, it must be an object")
     return content
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def first_line(error: BaseException) -> str:

@@ -11,11 +11,14 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, PreTrainedConfig
 
+from llava.model.checkpoint.config import check_sizes, check_small
 from llava.model.checkpoint.files import first_line, read_complete, read_json, shape_of
 from llava.model.checkpoint.names import TOWER, is_packing, translated
 from llava.model.checkpoint.places import locate
 
 _HEAD_WIDTH = 64  # of every CLIP that OpenAI has released
+
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
 
 def add_tower(
@@ -94,7 +97,7 @@ def _read_config(folder: Path) -> dict:
 def _made(facts: Mapping[str, Any]) -> CLIPVisionConfig:
     try:
         return CLIPVisionConfig(**facts)
-    except (StrictDataclassError, ValueError, TypeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, ArithmeticError) as error:
         raise ValueError(f"vision tower: no CLIP vision configuration ({first_line(error)})") from None
 
 
@@ -105,7 +108,12 @@ def _check(config: PreTrainedConfig) -> None:
     if kind != "clip_vision_model":
         raise ValueError(f"mm_vision_config.model_type is {kind!r}: only 'clip_vision_model' is supported")
     made = _made({key: value for key, value in vision.items() if key != "model_type"})
-    if made.hidden_size % made.num_attention_heads or made.image_size < made.patch_size or made.patch_size < 1:
+    try:
+        check_sizes(made, _SIZES)
+        check_small("layer_norm_eps", made.layer_norm_eps)
+    except ValueError as error:
+        raise ValueError(f"vision tower: {error}") from None
+    if made.hidden_size % made.num_attention_heads or made.image_size < made.patch_size:
         raise ValueError(
             f"vision tower: width {made.hidden_size}, {made.num_attention_heads} heads, images of {made.image_size} "
             f"and patches of {made.patch_size} pixels do not go together"
