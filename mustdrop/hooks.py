@@ -274,8 +274,8 @@ class Reducer(Fitting):
         Parameters
         ----------
         model
-            A model with the seam: it has the attributes `reducer`, `run` and `depths`, and may have a vision tower that
-            knows its `num_patches`.
+            A model with the seam, bare or in wrappers, see `hooked_model`. It may have a vision tower that knows its
+            `num_patches`.
         timing : bool
             Also measure `Trace.times_ms` (synchronises with the device; leave off when timing from outside).
         keep : int, optional
@@ -284,12 +284,11 @@ class Reducer(Fitting):
         Raises
         ------
         TypeError
-            If the model has no seam.
+            If there is no model with the seam, or there are several.
         ValueError
             If the settings do not fit the model's depth, or are out of reach for its number of vision tokens.
         """
-        if not hasattr(model, "reducer"):
-            raise TypeError(f"{type(model).__name__} has no hook points: load it with llava.model.builder")
+        model = hooked_model(model)
         tower = getattr(model, "get_vision_tower", lambda: None)()
         sizes = (getattr(tower, "blocks_run", None), tower.num_patches) if tower is not None else ()
         self.check_sizes(*model.depths, *sizes, heads=getattr(model.config, "num_attention_heads", None))
@@ -299,6 +298,31 @@ class Reducer(Fitting):
             yield model.run
         finally:
             model.reducer, model.run = before
+
+
+def hooked_model(model: object) -> object:
+    """The model with the seam that really runs when `model` is called.
+
+    Parameters
+    ----------
+    model
+        Has the attributes `reducer`, `run` and `depths` of its own, or is a module that wraps one that has, at any
+        depth: PEFT, torch.compile, DataParallel, DistributedDataParallel, accelerate, DeepSpeed. A wrapper that hands
+        attributes through would take a new value for itself, and the model inside would never see it.
+
+    Raises
+    ------
+    TypeError
+        If there is none, or several.
+    """
+    inside = model.modules() if isinstance(model, torch.nn.Module) else [model]
+    found = [module for module in inside if "reducer" in getattr(module, "__dict__", ()) and hasattr(module, "depths")]
+    if len(found) == 1:
+        return found[0]
+    kind = type(model).__name__
+    if found:
+        raise TypeError(f"{kind} holds {len(found)} models with hook points, give the one to reduce")
+    raise TypeError(f"{kind} has no hook points: load it with llava.model.builder")
 
 
 @dataclass

@@ -98,8 +98,9 @@ class LlavaMetaForCausalLM:
         projector = self.get_model().mm_projector
         with call.timed("vision", images.device):
             tokens = tower.encode(images, call)
-            dtype = next((parameter.dtype for parameter in projector.parameters()), tokens.hidden.dtype)
-            tokens = tokens.with_hidden(projector(tokens.hidden.to(dtype)))
+            # A packed weight's dtype (uint8, int8) says nothing about what its layer computes in.
+            types = (parameter.dtype for parameter in projector.parameters() if parameter.is_floating_point())
+            tokens = tokens.with_hidden(projector(tokens.hidden.to(next(types, tokens.hidden.dtype))))
             if call.does("on_projected_features"):
                 with call.timed("selector", images.device):
                     tokens = call.reducer.on_projected_features(tokens, call.state) or tokens

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from llava.constants import IGNORE_INDEX
 from llava.model.checkpoint import describe_checkpoint
+from llava.model.checkpoint.load import check_weights, load_weights, valid_generation_config
 from llava.model.language_model.arguments import check_generation, new_tokens, one_cache
 from llava.model.language_model.cache import CACHE_NAME, VisionCache
 from llava.model.language_model.decoder import LlavaConfig, LlavaLlamaModel
@@ -22,6 +23,9 @@ from mustdrop.hooks import Call, Tokens
 __all__ = ["LlavaConfig", "LlavaLlamaForCausalLM", "LlavaLlamaModel"]
 
 logger = logging.get_logger(__name__)
+
+_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+_FOREIGN = ("subfolder", "variant", "gguf_file", "ignore_mismatched_sizes", "key_mapping", "state_dict")
 
 
 class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
@@ -42,25 +46,43 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
-        """As in transformers; `config` defaults to the checkpoint's own, translated if it is Hugging Face's."""
-        checkpoint = describe_checkpoint(pretrained_model_name_or_path, LlavaConfig, config)
-        wants_info = kwargs.pop("output_loading_info", False)
-        with checkpoint.expecting_a_separate_tower():
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path,
-                *args,
-                config=checkpoint.config,
-                key_mapping=checkpoint.key_mapping,
-                output_loading_info=True,
-                **kwargs,
-            )
-        checkpoint.complete(model.get_vision_tower(), info["missing_keys"])
-        return (model, info) if wants_info else model
+    def from_pretrained(cls, pretrained_model_name_or_path, *, config=None, model_base=None, **kwargs):
+        """As in transformers, from the description that `describe_checkpoint` makes of the folder or hub id.
+
+        Parameters
+        ----------
+        pretrained_model_name_or_path : str or path
+            Complete weights of either format, or only a projector, or only an adapter.
+        config : LlavaConfig, optional
+            By default the checkpoint's own, translated if it is Hugging Face's. With a configuration of the caller's, a
+            projector that is wholly absent starts at random (training).
+        model_base : str or path, optional
+            The language model under a projector or an adapter.
+        **kwargs
+            As transformers takes them: `dtype`, `device_map`, `attn_implementation`, `revision`, ...
+
+        Raises
+        ------
+        ValueError
+            In one line: nothing is left random, ignored or guessed without a word.
+        """
+        if foreign := [name for name in _FOREIGN if kwargs.get(name)]:
+            raise ValueError(f"{foreign[0]}: not taken here, what a folder holds is found from its files")
+        hub = {name: kwargs.pop(name) for name in _HUB if name in kwargs}
+        checkpoint = describe_checkpoint(pretrained_model_name_or_path, LlavaConfig, model_base, config, **hub)
+        check_weights(cls, checkpoint)
+        return load_weights(cls, checkpoint, **kwargs)
 
     def save_pretrained(self, save_directory, *, save_original_format: bool = False, **kwargs):
-        """As in transformers, under our own names of weights whatever format they were loaded from."""
-        return super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+        """As in transformers, under our own names of weights whatever format they were loaded from.
+
+        The image processor that the model was loaded with is saved beside them.
+        """
+        tower = self.get_vision_tower()
+        with valid_generation_config(self):
+            super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+        if tower is not None and tower.image_processor is not None and kwargs.get("is_main_process", True):
+            tower.image_processor.save_pretrained(save_directory)
 
     def get_model(self) -> LlavaLlamaModel:
         """The decoder with its vision tower and projector."""
