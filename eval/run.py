@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from eval import settings, summary
@@ -118,6 +118,17 @@ def check_reach(cells: Sequence[Cell]) -> None:
             raise ValueError(f"RETAIN: {reason}")
 
 
+def check_data(tasks: Iterable[str]) -> None:
+    """Raise ValueError if a task's data cannot be had, before a model is loaded."""
+    from eval.tasks import is_local
+
+    for task in dict.fromkeys(tasks):
+        if not is_local(task):
+            from eval.tasks import stock
+
+            stock.check(task)
+
+
 def note_borrowed(cells: Sequence[Cell], configs: Path) -> None:
     """Say so if thresholds were not found for this model: they may keep another number of tokens."""
     borrowed = {
@@ -135,8 +146,10 @@ def note_borrowed(cells: Sequence[Cell], configs: Path) -> None:
 
 def _evaluate(cells: Sequence[Cell], out: Path, argv: Sequence[str], force: bool, verbose: bool) -> None:
     """Compute what is not finished; the summary on disk follows along."""
-    if all(cell.finished(out) for cell in cells) and not force:
+    left = [cell for cell in cells if force or not cell.finished(out)]
+    if not left:
         return
+    check_data(cell.task for cell in left)
     from eval.runner import evaluate
 
     done = []

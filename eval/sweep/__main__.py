@@ -25,6 +25,7 @@ from tabulate import tabulate
 
 from eval import provenance, summary
 from eval.progress import progress
+from eval.run import check_data
 from eval.settings import check_out, is_embedded, whole_number
 from eval.sweep.jobs import FOLDER, chunks, running_jobs
 from eval.sweep.launch import PLACES, Launch, cpu_cores
@@ -112,6 +113,7 @@ def _sweep(
     try:
         control.take_up()
         waiting = {entry.cell.task for entry in board.entries.values() if entry.state == "waiting"}
+        check_data(sorted(waiting))
         _make_data([task for task in sorted(waiting) if is_local(task)])
         taken_up = f", {len(control.jobs)} taken up from SLURM's queue" if control.jobs else ""
         with board:
