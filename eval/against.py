@@ -13,6 +13,7 @@ from eval.collect import VANILLA, Result
 from eval.published import AVERAGE
 from eval.rows import RESAMPLES
 from eval.significance import holm, lines_of, paired
+from mustdrop.checks import shown
 
 RIVAL = "rival"
 """Stands for the best method, at each budget, that is not MustDrop."""
@@ -71,7 +72,7 @@ def against(results: Sequence[Result], reference: str) -> list[Row]:
     tasks, methods = (sorted({key[place] for key in cells}) for place in (0, 1))
     lines = _Lines(cells)
     if reference not in (*methods, RIVAL):
-        raise ValueError(f"--against: got {reference!r}, expected {RIVAL} or one of {', '.join(methods)}")
+        raise ValueError(f"--against: got {shown(reference)}, expected {RIVAL} or one of {', '.join(methods)}")
     found = []
     for retain in sorted({retain for _, _, retain in cells}, reverse=True):
         here = [method for method in methods if any((task, method, retain) in cells for task in tasks)]

@@ -8,6 +8,9 @@ from __future__ import annotations
 import importlib
 import sys
 
+from mustdrop.checks import hint, shown
+from mustdrop.command import command
+
 COMMANDS = {
     "run": ("eval.run", "evaluate a method at several budgets on some benchmarks"),
     "sweep": ("eval.sweep.__main__", "evaluate models x tasks x methods x budgets from a YAML file, here or on SLURM"),
@@ -22,6 +25,7 @@ COMMANDS = {
 }
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run ``mustdrop COMMAND ...``; returns the command's exit status, 2 for an unknown command."""
     argv = sys.argv[1:] if argv is None else argv
@@ -31,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  {name:<16}{purpose}")
         return 0
     if argv[0] not in COMMANDS:
-        print(f"error: command: got {argv[0]!r}, expected one of {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+        known = ", ".join(COMMANDS)
+        raise ValueError(f"command: got {shown(argv[0])}{hint(argv[0], COMMANDS)}, expected one of {known}")
     return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
 
 

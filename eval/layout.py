@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
@@ -13,6 +13,9 @@ from eval import published
 from eval.collect import VANILLA, Result, merge_seeds, prompt_ms
 from eval.methods import CONFIGS
 from eval.published import AVERAGE
+from mustdrop.checks import LONGEST, hint, shown
+from mustdrop.command import LARGEST
+from mustdrop.read import read_yaml
 
 SHOW = ("ours", "published", "difference")
 
@@ -101,19 +104,15 @@ def read_layout(path: Path, found: Iterable[str] = ()) -> Layout:
     ValueError
         With one line that names the key, the value and what would be right.
     """
-    import yaml
-
-    if not path.is_file():
+    if not os.path.exists(path):
         raise ValueError(f"{path}: no such file; a table is YAML with the keys {', '.join(_KEYS)}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, expected a mapping with the keys {', '.join(_KEYS)}")
     for key in content:
         if key not in _KEYS:
-            raise ValueError(f"{path}: {key} is no key of a table{_hint(key, _KEYS)}; its keys are {', '.join(_KEYS)}")
+            known = ", ".join(_KEYS)
+            raise ValueError(f"{path}: {key[:LONGEST]} is no key of a table{hint(key, _KEYS)}; its keys are {known}")
     for key, field in _KEYS.items():
         if key not in content and field.default is MISSING:
             raise ValueError(f"{path}: {key} is missing")
@@ -245,25 +244,25 @@ def average_difference(layout: Layout, line: Line, row: published.Row) -> tuple[
 def _check_type(path: Path, key: str, value: object) -> None:
     if key in ("title", "model"):
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{path}: {key} is {value!r}, expected text")
+            raise ValueError(f"{path}: {key} is {shown(value)}, expected text")
         return
     kind, what = (int, "whole numbers above 0") if key == "budgets" else (str, "texts" if key == "notes" else "names")
     fine = (
         isinstance(value, list)
         and value
-        and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+        and all(isinstance(item, kind) and not isinstance(item, bool) and item for item in value)
     )
-    if not fine or (kind is int and min(value) < 1):
-        raise ValueError(f"{path}: {key} is {value!r}, expected a list of {what}")
+    if not fine or (kind is int and not 1 <= min(value) <= max(value) <= LARGEST):
+        raise ValueError(f"{path}: {key} is {shown(value)}, expected a list of {what}")
     double = next((item for item in value if value.count(item) > 1), None)
     if double is not None:
-        raise ValueError(f"{path}: {key} has {double!r} twice")
+        raise ValueError(f"{path}: {key} has {shown(double)} twice")
 
 
 def _check_names(path: Path, key: str, names: Iterable[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
-            raise ValueError(f"{path}: {key} has {name!r}{_hint(name, known)}, expected some of {', '.join(known)}")
+            raise ValueError(f"{path}: {key} has {shown(name)}{hint(name, known)}, expected some of {', '.join(known)}")
 
 
 def _known_methods(wanted: Iterable[str], found: Iterable[str]) -> list[str]:
@@ -278,8 +277,3 @@ def _known_methods(wanted: Iterable[str], found: Iterable[str]) -> list[str]:
 
         known.update(available_methods())
     return sorted(known - {VANILLA})
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

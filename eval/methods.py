@@ -24,17 +24,16 @@ def read_method(method: str | dict | None = None, fields: dict | None = None) ->
     ValueError
         If the file is missing or is no mapping.
     """
-    import yaml
-
     from mustdrop.config import read_settings
+    from mustdrop.read import parse_yaml
 
-    settings = method or {"method": VANILLA}
+    settings = {"method": VANILLA} if method is None else method
     if isinstance(method, str):
         path = Path(method)
         settings = read_settings(path) if path.suffix in (".yaml", ".yml") else {"method": method}
     overrides = {}
     for name, value in (fields or {}).items():
-        overrides[name] = yaml.safe_load(value.strip("'\"")) if isinstance(value, str) else value
+        overrides[name] = parse_yaml(value.strip("'\""), f"{name}: ") if isinstance(value, str) else value
     return {**settings, **overrides}
 
 
@@ -78,6 +77,8 @@ def method_at(model: str, method: str, retain: int, configs: Path = CONFIGS) -> 
                 load_reducer(settings)
             except ValueError as error:
                 raise ValueError(f"{_shown(candidate)}: {error}") from None
+            if method in available_methods() and settings["method"] not in (method, "compose"):
+                raise ValueError(f"{_shown(candidate)}: method is {settings['method']!r}: it must be {method}")
             return settings, candidate
     if method not in available_methods() and has_files(method, configs):
         raise OutOfReach(f"RETAIN: {method} has no settings for {retain} tokens: there is no {_shown(candidates[0])}")

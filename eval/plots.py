@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import hypot
-from pathlib import Path
 from statistics import fmean
 
 import matplotlib
@@ -24,6 +23,7 @@ from eval import published
 from eval.collect import VANILLA, Result, collect, label, merge_seeds, prompt_ms, timing
 from eval.published import AVERAGE
 from eval.settings import check_out
+from mustdrop.command import Parser, command, path
 
 OURS = "mustdrop"
 """Methods whose names begin so have a stronger line."""
@@ -212,13 +212,12 @@ def encode(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
-    new = argparse.ArgumentParser(
-        prog="python -m eval.plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    new.add_argument("results", type=Path, nargs="+", help="results folders")
-    new.add_argument("--out", type=Path, help="folder for the pictures (default: plots in the first results folder)")
+    new = Parser(prog="python -m eval.plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    new.add_argument("results", type=path, nargs="+", help="results folders")
+    new.add_argument("--out", type=path, help="folder for the pictures (default: plots in the first results folder)")
     args = new.parse_args(argv)
     try:
         results, notes = collect(args.results)

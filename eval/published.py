@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from mustdrop.read import read_yaml
+
 FILE = Path(__file__).with_suffix(".yaml")
 VANILLA = "vanilla"
 AVERAGE = "average"
@@ -101,9 +103,7 @@ def models() -> dict[str, Model]:
 
 @cache
 def _read(file: Path) -> tuple[dict[str, Column], dict[str, Model]]:
-    import yaml
-
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    content = read_yaml(file)
     known = {name: Column(**facts) for name, facts in content["columns"].items()}
     found = {}
     for name, facts in content["models"].items():

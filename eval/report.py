@@ -20,6 +20,7 @@ from eval import drawing, plots, published, significance, table
 from eval.collect import VANILLA, Result, collect, label, merge_seeds, ordered
 from eval.layout import Layout, lines
 from eval.settings import check_out
+from mustdrop.command import Parser, command, path
 
 TEMPLATE = "report.html.j2"
 QUANTITIES = (
@@ -164,13 +165,14 @@ def inline_svg(figure) -> Markup:
     return Markup(text[text.index("<svg") :].replace(plots.INK, "currentColor"))  # noqa: S704 - our own drawing
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
-    new = argparse.ArgumentParser(
+    new = Parser(
         prog="python -m eval.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    new.add_argument("results", type=Path, help="results folder")
-    new.add_argument("--out", type=Path, help="HTML file (default: report.html in the results folder)")
+    new.add_argument("results", type=path, help="results folder")
+    new.add_argument("--out", type=path, help="HTML file (default: report.html in the results folder)")
     args = new.parse_args(argv)
     out = args.out or args.results / "report.html"
     try:

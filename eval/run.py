@@ -13,17 +13,21 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from eval import settings, summary
 from eval.cell import Cell
 from eval.methods import CONFIGS
+from eval.sweep.control import lock
+from mustdrop.command import Parser, command, path, text
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line; defaults come from the environment variables that the scripts document."""
     environment = os.environ.get
-    new = argparse.ArgumentParser(
+    new = Parser(
         prog="python -m eval.run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -39,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument(
         "--model",
         metavar="MODEL",
+        type=text,
         default=environment("MODEL") or settings.EMBEDDED,
         help="folder or hub id of a LLaVA checkpoint, such as liuhaotian/llava-v1.5-7b (default: %(default)s)",
     )
@@ -52,54 +57,83 @@ def parser() -> argparse.ArgumentParser:
     )
     new.add_argument("--method", default="mustdrop", help="method to compare with the untouched model (%(default)s)")
     new.add_argument(
-        "--configs", type=Path, default=CONFIGS, help="folder of the methods' YAML files (configs/methods)"
+        "--configs", type=path, default=CONFIGS, help="folder of the methods' YAML files (configs/methods)"
     )
-    new.add_argument("--limit", metavar="LIMIT", default=environment("LIMIT"), help="only the first LIMIT questions")
     new.add_argument(
-        "--out", metavar="OUT", default=environment("OUT"), help="results folder (default: results/TASK-MODEL[-limitN])"
+        "--limit",
+        metavar="LIMIT",
+        type=text,
+        default=environment("LIMIT") or None,
+        help="only the first LIMIT questions",
+    )
+    new.add_argument(
+        "--out",
+        metavar="OUT",
+        type=text,
+        default=environment("OUT") or None,
+        help="results folder (default: results/TASK-MODEL[-limitN])",
     )
     new.add_argument(
         "--batch-size",
         metavar="BATCH_SIZE",
-        default=environment("BATCH_SIZE"),
+        type=text,
+        default=environment("BATCH_SIZE") or None,
         help=f"questions per batch (default: {settings.DEFAULT_BATCH_SIZE}; 1 gives the latency of a single question)",
     )
-    new.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    new.add_argument("--device", type=text, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     new.add_argument("--device-map", help="auto spreads a large model over several GPUs")
     new.add_argument(
         "--dtype", default="auto", help="auto (float16 on a GPU, float32 on a CPU), float32, float16, bfloat16"
     )
     new.add_argument("--attn-implementation", default="sdpa", help="sdpa, eager or flash_attention_2 (%(default)s)")
     new.add_argument("--conv-template", default="vicuna_v1", help="conversation template (%(default)s)")
-    new.add_argument("--seed", type=int, default=0, help="of everything random (%(default)s)")
+    new.add_argument("--seed", default=0, help="of everything random (%(default)s)")
+    new.add_argument(
+        "--skip-unfit",
+        action="store_true",
+        help="skip and count questions that cannot be asked, such as one whose image cannot be read; their answers are "
+        "empty and count as wrong (default: the first one ends the run)",
+    )
     new.add_argument("--force", action="store_true", help="compute finished rows again")
     new.add_argument("--verbose", action="store_true", help="show what lmms-eval logs")
     return new
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    try:
-        cells = settings.cells(args)
-        out = settings.check_out(Path(args.out) if args.out else default_out(cells))
-        check_reach(cells)
-        note_borrowed(cells, args.configs)
-        _say(f"{cells[0].model}: {len(cells)} rows, results in {out}")
-        for cell in cells:
-            if cell.finished(out) and not args.force:
-                _say(f"{cell.task} {cell.label}: finished earlier")
-        _evaluate(cells, out, argv, args.force, args.verbose)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        _say("\ninterrupted; the same command goes on from here")
-        return 130
-    if _rank() == 0:
-        print(summary.write(out, [(cell, cell.file(out)) for cell in cells]))
+    cells = [replace(cell, skip_unfit=args.skip_unfit) for cell in settings.cells(args)]
+    out = settings.check_out(Path(args.out) if args.out else default_out(cells))
+    check_reach(cells)
+    left = [cell for cell in cells if args.force or not cell.finished(out)]
+    for cell in left:
+        cell.check_place(out)
+    check_data(cell.task for cell in left)
+    with ExitStack() as stack:
+        if _rank() == 0:
+            lock(out, stack)
+        _tell(cells, left, out, args)
+        try:
+            _evaluate(cells if left else [], out, argv, args.force, args.verbose)
+        except KeyboardInterrupt:
+            _say("\ninterrupted; the same command goes on from here")
+            return 130
+        if _rank() == 0:
+            print(summary.write(out, [(cell, cell.file(out)) for cell in cells]))
     return 0
+
+
+def _tell(cells: Sequence[Cell], left: Sequence[Cell], out: Path, args: argparse.Namespace) -> None:
+    """What is about to be done, and what of it is there."""
+    note_borrowed(cells, args.configs)
+    _say(f"{cells[0].model}: {len(cells)} rows, results in {out}")
+    for cell in cells:
+        if cell not in left:
+            _say(f"{cell.task} {cell.label}: finished earlier")
+        elif not args.force and (defect := cell.defect(out)):
+            _say(f"note: {defect}; it is computed again")
 
 
 def default_out(cells: Sequence[Cell]) -> Path:
@@ -146,10 +180,8 @@ def note_borrowed(cells: Sequence[Cell], configs: Path) -> None:
 
 def _evaluate(cells: Sequence[Cell], out: Path, argv: Sequence[str], force: bool, verbose: bool) -> None:
     """Compute what is not finished; the summary on disk follows along."""
-    left = [cell for cell in cells if force or not cell.finished(out)]
-    if not left:
+    if not cells:
         return
-    check_data(cell.task for cell in left)
     from eval.runner import evaluate
 
     done = []

@@ -10,11 +10,16 @@ from pathlib import Path
 from eval.cell import Cell
 from eval.methods import method_at
 from eval.tasks import BENCHMARKS, GROUP, SUITE, TASKS, mirrored
+from mustdrop.checks import hint, shown
+from mustdrop.command import whole_number
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = "checkpoints/llava-mini"
 DEFAULT_BATCH_SIZE = 8
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
+LONGEST_NAME = 255
+LARGEST_SEED, MANY = 2**32 - 1, 1000
 
 
 def cells(args) -> list[Cell]:
@@ -33,14 +38,23 @@ def cells(args) -> list[Cell]:
     named = benchmarks(args.task)
     limit = whole_number("LIMIT", args.limit)
     batch_size = whole_number("BATCH_SIZE", args.batch_size) or DEFAULT_BATCH_SIZE
+    seed = whole_number("seed", args.seed, least=0, most=LARGEST_SEED)
     retains = retained_tokens(args.retain)
+    check_name("--method", args.method)
+    check_loading(
+        args.device,
+        device_map=args.device_map,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+        conv_template=args.conv_template,
+    )
     model = check_model(args.model)
     tasks = check_tasks(named, model, limit)
     common = {
         "model": model,
         "limit": limit,
         "batch_size": batch_size,
-        "seed": args.seed,
+        "seed": seed or 0,
         "device": args.device or None,
         "device_map": args.device_map,
         "dtype": args.dtype,
@@ -76,7 +90,9 @@ def check_model(model: str, online: bool = True) -> str:
     ValueError
         If there is neither.
     """
-    for folder in (Path(model).expanduser(), ROOT / model):
+    if not isinstance(model, str) or not model.strip() or "\0" in model:
+        raise ValueError(f"MODEL: got {shown(model)}, expected a checkpoint's folder or a hub id such as owner/name")
+    for folder in (_expanded(Path(model)), ROOT / model):
         if folder.is_dir():
             if not (folder / "config.json").is_file():
                 raise ValueError(f"MODEL: the folder {model!r} has no config.json, so it is no checkpoint")
@@ -84,7 +100,7 @@ def check_model(model: str, online: bool = True) -> str:
     looks_local = model.startswith((".", "/", "~")) or Path(model).parts[:1] == (Path(EMBEDDED).parts[0],)
     if looks_local or not HUB_ID.fullmatch(model):
         raise ValueError(
-            f"MODEL: there is no folder {model!r}; give a checkpoint's folder or a hub id such as owner/name"
+            f"MODEL: there is no folder {shown(model)}; give a checkpoint's folder or a hub id such as owner/name"
         )
     if online:
         _check_hub(model)
@@ -99,14 +115,100 @@ def check_out(out: Path) -> Path:
     ValueError
         If it cannot.
     """
-    existing = out.expanduser().absolute()
-    while not existing.exists():
+    out = _expanded(out)
+    _check_name_lengths(out)
+    existing = out.absolute()
+    while not os.path.lexists(existing):
         existing = existing.parent
     if not existing.is_dir():
-        raise ValueError(f"OUT: {str(existing)!r} is a file, expected a folder")
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"OUT: {str(out)!r} cannot be written to")
-    return out.expanduser()
+        found = "a file" if existing.exists() else "a link to nothing"
+        raise ValueError(f"OUT: {shown(str(existing))} is {found}, expected a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"OUT: {shown(str(out))} cannot be written to")
+    return out
+
+
+def check_file(name: str, file: Path) -> Path:
+    """A file that can be written, in a folder that there is or that can be made.
+
+    Raises
+    ------
+    ValueError
+        If it cannot.
+    """
+    file = _expanded(file)
+    _check_name_lengths(file)
+    if file.is_dir():
+        raise ValueError(f"{name}: {shown(str(file))} is a folder, expected a file")
+    if os.path.lexists(file) and not os.access(file, os.W_OK):
+        raise ValueError(f"{name}: {shown(str(file))} cannot be written")
+    check_out(file.parent)
+    return file
+
+
+def _check_name_lengths(path: Path) -> None:
+    long = next((part for part in path.parts if len(os.fsencode(part)) > LONGEST_NAME), None)
+    if long is not None:
+        raise ValueError(f"OUT: the name {shown(long)} is longer than {LONGEST_NAME} bytes")
+
+
+def _expanded(path: Path) -> Path:
+    """The path with ~ and ~name as the home folder; as it is where there is no such user."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+def check_name(option: str, name: str) -> str:
+    """A name that is safe in the names of files: of methods, tasks, results."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ValueError(f"{option}: got {shown(name)}, expected a name of letters, digits and any of _ . -")
+    return name
+
+
+def loading_choices() -> dict[str, tuple[str, ...]]:
+    """What the options of loading a model may say, all but the device."""
+    from llava.conversation import conv_templates
+
+    return {
+        "dtype": ("auto", "float32", "float16", "bfloat16"),
+        "attn_implementation": ("sdpa", "eager", "flash_attention_2"),
+        "conv_template": tuple(conv_templates),
+        "device_map": ("auto", "balanced", "balanced_low_0", "sequential"),
+    }
+
+
+def check_loading(device: str | None = None, **options: str | None) -> None:
+    """See that a model can be loaded as wanted, on this machine, without loading anything.
+
+    Raises
+    ------
+    ValueError
+        If an option of `loading_choices`, or the device, cannot be.
+    """
+    choices = loading_choices()
+    for option, value in options.items():
+        if value is not None and value not in choices[option]:
+            known = [one for one in choices[option] if one != "auto"]
+            auto = "auto or " if len(known) < len(choices[option]) else ""
+            close = hint(value, known)
+            raise ValueError(f"{option}: got {shown(value)}{close}, expected {auto}one of {', '.join(known)}")
+    if device and device != "cpu":
+        _check_device(device)
+
+
+def _check_device(device: str) -> None:
+    kind = re.fullmatch(r"(mps)|cuda(?::([0-9]{1,3}))?", device)
+    if not kind:
+        raise ValueError(f"device: got {shown(device)}, expected cpu, cuda, cuda:1, ...")
+    import torch
+
+    count = torch.cuda.device_count()
+    if not kind[1] and int(kind[2] or 0) >= count:
+        raise ValueError(f"device: got {device!r}, but there are {count} CUDA devices")
+    if kind[1] and not torch.backends.mps.is_available():
+        raise ValueError(f"device: got {device!r}, but this machine has none")
 
 
 def benchmarks(names: str | Sequence[str]) -> list[str]:
@@ -121,7 +223,7 @@ def benchmarks(names: str | Sequence[str]) -> list[str]:
     found: dict[str, None] = {}
     for name in [names] if isinstance(names, str) else names:
         if name not in known:
-            raise ValueError(f"task: got {name!r}, expected some of {', '.join(known)}")
+            raise ValueError(f"task: got {shown(name)}{hint(name, known)}, expected some of {', '.join(known)}")
         found.update(dict.fromkeys(SUITE if name == GROUP else [name]))
     return list(found)
 
@@ -150,20 +252,13 @@ def check_tasks(names: Sequence[str], model: str, limit: int | None, online: boo
     return [(benchmark, task) for task, benchmark in pairs.items()]
 
 
-def whole_number(name: str, value: str | int | None) -> int | None:
-    """A whole number above 0, or None for nothing."""
-    if value is None or not str(value).strip():
-        return None
-    if not re.fullmatch(r"0*[1-9]\d*", str(value).strip()):
-        raise ValueError(f"{name}: got {value!r}, expected a whole number above 0")
-    return int(value)
-
-
 def retained_tokens(value: list[str] | str) -> list[int]:
     """Numbers of tokens from ``"192 128 64"``, with commas or as a list; doubles count once."""
     words = (value if isinstance(value, str) else " ".join(map(str, value))).replace(",", " ").split()
     if not words:
         raise ValueError("RETAIN: got nothing, expected numbers of vision tokens such as 192 128 64")
+    if len(words) > MANY:
+        raise ValueError(f"RETAIN: got {len(words)} numbers, expected {MANY} at most")
     return list(dict.fromkeys(whole_number("RETAIN", word) for word in words))
 
 

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 from scipy.stats import binomtest, ttest_rel
@@ -23,6 +22,8 @@ from tabulate import tabulate
 
 from eval.collect import VANILLA, Result, collect
 from eval.rows import bootstrap_interval
+from mustdrop.checks import shown
+from mustdrop.command import Parser, command, path
 
 LEVEL = 0.05
 USED = ("task", "question_id", "doc_id", "picture", "score")
@@ -148,7 +149,7 @@ def named_pairs(results: Sequence[Result], a: str, b: str) -> list[tuple[Result,
     known = sorted({result.label for result in results})
     for flag, name in (("--a", a), ("--b", b)):
         if name not in known:
-            raise ValueError(f"{flag}: got {name!r}, expected one of {', '.join(known)}")
+            raise ValueError(f"{flag}: got {shown(name)}, expected one of {', '.join(known)}")
     same = ("model", "task", "seed")
     pairs = [
         (one, two)
@@ -187,12 +188,13 @@ def table_rows(pairs: Sequence[tuple[Result, Result]]) -> list[list[str]]:
     ]  # fmt: skip
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
-    new = argparse.ArgumentParser(
+    new = Parser(
         prog="python -m eval.significance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    new.add_argument("results", type=Path, nargs="+", help="results folders")
+    new.add_argument("results", type=path, nargs="+", help="results folders")
     new.add_argument("--a", help="method and budget, such as mustdrop_64")
     new.add_argument("--b", help="what to compare it with (default: vanilla)")
     new.add_argument(
@@ -204,23 +206,21 @@ def main(argv: list[str] | None = None) -> int:
     new.add_argument("--format", choices=("simple", "github"), default="simple", help="(default: %(default)s)")
     new.add_argument("--task", nargs="+", help="only these tasks of lmms-eval, such as mini_gqa")
     args = new.parse_args(argv)
-    try:
-        results, _ = collect(args.results)
-        tasks = sorted({result.row["task"] for result in results})
-        for task in args.task or []:
-            if task not in tasks:
-                raise ValueError(f"--task: got {task!r}, expected some of {', '.join(tasks)}")
-        results = [result for result in results if result.row["task"] in (args.task or tasks)]
-        if args.against:
-            print(_against(results, args.against, args.format))
-            return 0
-        if args.b and not args.a:
-            raise ValueError("--b: needs --a as well")
-        pairs = named_pairs(results, args.a, args.b or VANILLA) if args.a else default_pairs(results)
-        rows = table_rows(pairs)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.b is not None and args.a is None:
+        raise ValueError("--b: needs --a as well")
+    if args.against is not None and args.a is not None:
+        raise ValueError("--against: compares all methods; leave out --a and --b")
+    results, _ = collect(args.results)
+    tasks = sorted({result.row["task"] for result in results})
+    for task in args.task or []:
+        if task not in tasks:
+            raise ValueError(f"--task: got {shown(task)}, expected some of {', '.join(tasks)}")
+    results = [result for result in results if result.row["task"] in (args.task or tasks)]
+    if args.against is not None:
+        print(_against(results, args.against, args.format))
+        return 0
+    pairs = default_pairs(results) if args.a is None else named_pairs(results, args.a, args.b or VANILLA)
+    rows = table_rows(pairs)
     print(
         tabulate(rows, HEADERS, tablefmt=args.format, disable_numparse=True, colalign=("left",) * 3 + ("right",) * 10)
     )

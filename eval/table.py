@@ -32,6 +32,7 @@ from eval.layout import (
 )
 from eval.published import AVERAGE
 from eval.settings import check_out
+from mustdrop.command import Parser, command, path
 
 STYLES = {"terminal": "simple", "markdown": "github", "latex": "latex_booktabs"}
 SUFFIXES = {"terminal": "txt", "markdown": "md", "latex": "tex", "csv": "csv"}
@@ -44,41 +45,37 @@ NOTHING = "-"
 RESULTS = Path("results")
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
     args = parser().parse_args(argv)
-    try:
-        results, notes = _results(args.results)
-        layout = complete(read_layout(args.table, {result.row["method"] for result in results}), results)
-        found = lines(layout, results)
-        notes = [*layout.notes, *notes, *origins(found, results)]
-        if args.format == "all" and args.out is None:
-            raise ValueError("--format: all writes files, so it needs --out FOLDER")
-        styles = list(SUFFIXES) if args.format == "all" else [args.format]
-        bold = leading(layout, found, results) if "markdown" in styles and layout.methods is None else set()
-        if args.out is not None:
-            write(args.out, args.table.stem, {style: render(layout, found, style, notes, bold) for style in styles})
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.format == "all" and args.out is None:
+        raise ValueError("--format: all writes files, so it needs --out FOLDER")
+    out = None if args.out is None else check_out(args.out)
+    results, notes = _results(args.results)
+    layout = complete(read_layout(args.table, {result.row["method"] for result in results}), results)
+    found = lines(layout, results)
+    notes = [*layout.notes, *notes, *origins(found, results)]
+    styles = list(SUFFIXES) if args.format == "all" else [args.format]
+    bold = leading(layout, found, results) if "markdown" in styles and layout.methods is None else set()
+    if out is not None:
+        write(out, args.table.stem, {style: render(layout, found, style, notes, bold) for style in styles})
     print(render(layout, found, styles[0], notes, bold), end="")
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    new = argparse.ArgumentParser(
-        prog="python -m eval.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    new.add_argument("table", type=Path, help="YAML file, such as configs/tables/table1.yaml")
+    new = Parser(prog="python -m eval.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    new.add_argument("table", type=path, help="YAML file, such as configs/tables/table1.yaml")
     new.add_argument(
         "--results",
-        type=Path,
+        type=path,
         nargs="+",
         help="results folders, or folders that hold some (default: results; without any, published figures only)",
     )
     new.add_argument("--format", choices=[*SUFFIXES, "all"], default="terminal", help="(default: %(default)s)")
-    new.add_argument("--out", type=Path, help="folder that gets the table as a file named after the YAML")
+    new.add_argument("--out", type=path, help="folder that gets the table as a file named after the YAML")
     return new
 
 
@@ -95,10 +92,9 @@ def leading(layout: Layout, found: Sequence[Line], results: Sequence[Result]) ->
 
 def write(out: Path, stem: str, texts: Mapping[str, str]) -> None:
     """Write a table in several styles into a folder."""
-    folder = check_out(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     for style, text in texts.items():
-        (folder / f"{stem}.{SUFFIXES[style]}").write_text(text, encoding="utf-8")
+        (out / f"{stem}.{SUFFIXES[style]}").write_text(text, encoding="utf-8")
 
 
 def _results(folders: list[Path] | None) -> tuple[list[Result], list[str]]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from mustdrop.checks import fits_type, hint, require, shown, type_name
 from mustdrop.compose import Compose
 from mustdrop.hooks import Reducer
+from mustdrop.read import read_yaml
 from mustdrop.registry import METHODS, available_methods
+
+DEEPEST = 5  # compositions inside each other; a file that names itself would have no end
 
 
 def load_reducer(source: str | Path | Mapping[str, Any]) -> Reducer:
@@ -27,37 +28,58 @@ def load_reducer(source: str | Path | Mapping[str, Any]) -> Reducer:
     ValueError
         With one line that names the field, the value and what would be right.
     """
-    settings = dict(source) if isinstance(source, Mapping) else read_settings(Path(source))
-    where = "" if isinstance(source, Mapping) else f"{source}: "
+    return _load(source, DEEPEST)
+
+
+def _load(source: Any, depth: int) -> Reducer:
+    if isinstance(source, Mapping):
+        return _build(dict(source), depth)
+    if not isinstance(source, (str, Path)) or not str(source):
+        raise ValueError(f"got {shown(source)}: it must be a mapping with a field 'method' or the path of its file")
+    settings = read_settings(Path(source))
+    try:
+        return _build(settings, depth)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def _build(settings: dict[str, Any], depth: int) -> Reducer:
     name = settings.pop("method", None)
     if name == "compose":
-        return _compose(where, **settings)
-    if name not in METHODS:
-        raise ValueError(f"{where}method is {name!r}: it must be one of {', '.join(available_methods())}{_hint(name)}")
-    method = METHODS[name]
-    types = typing.get_type_hints(method) if dataclasses.is_dataclass(method) else {}
-    known = {field.name: types[field.name] for field in dataclasses.fields(method)} if types else {}
+        return _compose(settings, depth)
+    right = f"one of {', '.join(available_methods())}{hint(name, METHODS)}"
+    require(isinstance(name, str) and name in METHODS, "method", name, right)
+    known = fields_of(METHODS[name])
     for field, value in settings.items():
         if field not in known:
-            fields = ", ".join(known) or "none"
-            raise ValueError(f"{where}{field} is no field of {name}{_hint(field, known)}; its fields are: {fields}")
-        if not _fits(value, known[field]):
-            raise ValueError(f"{where}{field} is {value!r}: it must be of type {_type_name(known[field])}")
-    try:
-        return method(**settings)
-    except ValueError as error:
-        raise ValueError(f"{where}{error}") from None
+            raise ValueError(
+                f"{field if isinstance(field, str) else shown(field)} is no field of {name}{hint(field, known)}; "
+                f"its fields are: {', '.join(known) or 'none'}"
+            )
+        require(fits_type(value, known[field]), field, value, f"of type {type_name(known[field])}")
+    return METHODS[name](**settings)
 
 
-def _compose(where: str, parts: Any = None, **others: Any) -> Compose:
+def fields_of(method: type[Reducer]) -> dict[str, Any]:
+    """The fields of a method's settings, with their types."""
+    if not dataclasses.is_dataclass(method):
+        return {}
+    types = typing.get_type_hints(method)
+    return {field.name: types[field.name] for field in dataclasses.fields(method)}
+
+
+def _compose(settings: dict[str, Any], depth: int) -> Compose:
     """The reducer made of the reducers in `parts`; positions are those of the first that has unusual ones."""
-    if others or not isinstance(parts, (list, tuple)) or not parts:
-        field, value = next(iter(others.items()), ("parts", parts))
-        raise ValueError(f"{where}{field} is {value!r}: compose has one field, parts, a list of methods or their files")
+    parts = settings.get("parts")
+    if settings.keys() != {"parts"} or not isinstance(parts, (list, tuple)) or not parts:
+        field, value = next((item for item in settings.items() if item[0] != "parts"), ("parts", parts))
+        raise ValueError(f"{field} is {shown(value)}: compose has one field, parts, a list of methods or their files")
+    if depth == 0:
+        raise ValueError(f"compositions inside compositions, more than {DEEPEST}; a file may not name itself")
     try:
-        reducers = [load_reducer(part) for part in parts]
+        reducers = [_load(part, depth - 1) for part in parts]
     except ValueError as error:
-        raise ValueError(f"{where}parts: {error}") from None
+        raise ValueError(f"parts: {error}") from None
     options = {
         option: next((wanted for part in reducers if (wanted := getattr(part, option)) != usual), usual)
         for option, usual in (("positions", Reducer.positions), ("decode_positions", Reducer.decode_positions))
@@ -70,12 +92,9 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     An array file (.npy) is looked for beside the YAML file first.
     """
-    if not path.is_file():
+    if not os.path.exists(path):
         raise ValueError(f"{path}: no such file; a method file is YAML with a field 'method'")
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    settings = read_yaml(path)
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: holds {type(settings).__name__}, it must be a mapping with a field 'method'")
     return _found(settings, path.parent)
@@ -87,32 +106,5 @@ def _found(settings: Any, folder: Path) -> Any:
         return {field: _found(value, folder) for field, value in settings.items()}
     if isinstance(settings, list):
         return [_found(value, folder) for value in settings]
-    is_array = isinstance(settings, str) and settings.endswith(".npy") and (folder / settings).is_file()
+    is_array = isinstance(settings, str) and settings.endswith(".npy") and os.path.isfile(folder / settings)
     return os.path.relpath(folder / settings) if is_array else settings
-
-
-def _hint(name: Any, known: typing.Iterable[str] = METHODS) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a YAML value can be what a field's annotation says."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is None:
-        if annotation is float:
-            return isinstance(value, (int, float)) and not isinstance(value, bool)
-        return isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool))
-    if isinstance(origin, type) and issubclass(origin, typing.Sequence):
-        return isinstance(value, (list, tuple)) and all(_fits(item, arguments[0]) for item in value)
-    return any(_fits(value, argument) for argument in arguments)
-
-
-def _type_name(annotation: Any) -> str:
-    if isinstance(annotation, type) and not typing.get_args(annotation):
-        return {"NoneType": "none", "str": "text", "int": "integer", "float": "number"}.get(
-            annotation.__name__, annotation.__name__
-        )
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    names = " or ".join(dict.fromkeys(_type_name(argument) for argument in arguments))
-    return f"list of {names}" if isinstance(origin, type) and issubclass(origin, typing.Sequence) else names

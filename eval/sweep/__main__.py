@@ -26,64 +26,79 @@ from tabulate import tabulate
 from eval import provenance, summary
 from eval.progress import progress
 from eval.run import check_data
-from eval.settings import check_out, is_embedded, whole_number
+from eval.settings import check_out, is_embedded
 from eval.sweep.jobs import FOLDER, chunks, running_jobs
 from eval.sweep.launch import PLACES, Launch, cpu_cores
 from eval.sweep.plan import Plan, read
 from eval.sweep.status import Board
 from eval.tasks import is_local
+from mustdrop.command import Parser, command, path, text, whole_number
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    new = argparse.ArgumentParser(
+    new = Parser(
         prog="python -m eval.sweep",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="MODEL, LIMIT and OUT may also be set in the environment.",
     )
-    new.add_argument("file", type=Path, help="the sweep, such as configs/sweeps/table1_mini.yaml")
+    new.add_argument("file", type=path, help="the sweep, such as configs/sweeps/table1_mini.yaml")
     new.add_argument("--dry-run", action="store_true", help="list the cells and run nothing")
     new.add_argument("--where", choices=PLACES, help="this machine or a SLURM cluster (default: as the file says)")
     new.add_argument(
-        "--out", metavar="OUT", default=os.environ.get("OUT"), help="default: results/ and the file's name"
+        "--out",
+        metavar="OUT",
+        type=text,
+        default=os.environ.get("OUT") or None,
+        help="default: results/ and the file's name",
     )
     new.add_argument(
-        "--limit", metavar="LIMIT", default=os.environ.get("LIMIT"), help="only the first LIMIT questions of every task"
+        "--limit",
+        metavar="LIMIT",
+        type=text,
+        default=os.environ.get("LIMIT") or None,
+        help="only the first LIMIT questions of every task",
     )
     new.add_argument(
-        "--model", metavar="MODEL", default=os.environ.get("MODEL"), help="a checkpoint instead of the file's models"
+        "--model",
+        metavar="MODEL",
+        type=text,
+        default=os.environ.get("MODEL") or None,
+        help="a checkpoint instead of the file's models",
     )
-    new.add_argument("--parallel", metavar="N", help="jobs at once (default: as the file says)")
+    new.add_argument("--parallel", metavar="N", type=text, help="jobs at once (default: as the file says)")
     new.add_argument("--detach", action="store_true", help="leave once SLURM has the jobs; come back without it")
     new.add_argument(
         "--any-commit",
         action="store_true",
         help="leave finished results as they are that differ from what is wanted in the code's version alone",
     )
+    new.add_argument(
+        "--skip-unfit", action="store_true", help="skip and count questions that cannot be asked; see eval.run"
+    )
     new.add_argument("--force", action="store_true", help="throw finished results away and compute them again")
     return new
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    try:
-        if args.any_commit and args.force:
-            raise ValueError("--any-commit: not with --force, which computes everything again")
-        plan = read(args.file, args.limit, args.where, online=not args.dry_run, model=args.model or None)
-        out = check_out(Path(args.out or Path("results") / plan.name))
-        launch = _launch(plan, args)
-        if args.dry_run:
-            print(_listing(plan, out, launch, args.any_commit))
-            return 0
-        launch.check_here()
-        with ExitStack() as stack:
-            return _sweep(plan, out, launch, argv, args, stack)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.any_commit and args.force:
+        raise ValueError("--any-commit: not with --force, which computes everything again")
+    plan = read(args.file, args.limit, args.where, online=not args.dry_run, model=args.model)
+    if args.skip_unfit:
+        plan = replace(plan, cells=tuple(replace(cell, skip_unfit=True) for cell in plan.cells))
+    out = check_out(Path(args.out or Path("results") / plan.name))
+    launch = _launch(plan, args)
+    if args.dry_run:
+        print(_listing(plan, out, launch, args.any_commit))
+        return 0
+    launch.check_here()
+    with ExitStack() as stack:
+        return _sweep(plan, out, launch, argv, args, stack)
 
 
 def _launch(plan: Plan, args: argparse.Namespace) -> Launch:
@@ -123,6 +138,7 @@ def _sweep(
             )
             for left_out in plan.left_out:
                 board.say(str(left_out))
+            board.tell_defects()
             control.submit()
             if args.detach:
                 board.say("SLURM has the jobs; the same command without --detach shows what has become of them")

@@ -42,7 +42,7 @@ ORPHANS = 5.0
 
 
 def lock(out: Path, stack: ExitStack) -> Path:
-    """Keep other sweeps out of a folder until the stack is closed or the process ends, however it ends.
+    """Keep other sweeps and runs out of a folder until the stack is closed or the process ends, however it ends.
 
     Returns
     -------
@@ -52,7 +52,7 @@ def lock(out: Path, stack: ExitStack) -> Path:
     Raises
     ------
     ValueError
-        If another sweep has the folder.
+        If another sweep or run has the folder.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / LOCK
@@ -64,9 +64,9 @@ def lock(out: Path, stack: ExitStack) -> Path:
             break
         except BlockingIOError:
             if time.monotonic() > until:
-                owner = path.read_text(encoding="utf-8").strip()
+                owner = path.read_text(encoding="utf-8", errors="replace").strip()[:100]
                 raise ValueError(
-                    f"OUT: another sweep is at work in {str(out)!r} ({owner}); wait for it, or choose another OUT"
+                    f"OUT: another sweep or run is at work in {str(out)!r} ({owner}); wait, or choose another OUT"
                 ) from None
             time.sleep(0.2)
         except OSError:  # a file system without locks: unguarded is better than not at all

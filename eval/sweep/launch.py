@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+
+from mustdrop.checks import hint, shown
+from mustdrop.command import LARGEST
 
 PLACES = ("local", "slurm")
 WEEK = 7 * 24 * 60
@@ -64,10 +66,10 @@ class Launch:
         names = [one.name for one in fields(cls)]
         for key, value in given.items():
             if key not in names:
-                raise ValueError(f"unknown key {key!r}{hint(key, names)}; it has {', '.join(names)}")
+                raise ValueError(f"unknown key {shown(key)}{hint(key, names)}; it has {', '.join(names)}")
             right = _wrong(key, value)
             if right:
-                raise ValueError(f"{key}: got {value!r}, expected {right}")
+                raise ValueError(f"{key}: got {shown(value)}, expected {right}")
         return cls(**{**given, **({"where": where} if where else {})})
 
     def check_here(self) -> None:
@@ -111,12 +113,6 @@ def visible_gpus() -> list[str]:
     return (named or [str(number) for number in range(torch.cuda.device_count())])[: torch.cuda.device_count()]
 
 
-def hint(name: object, known: Sequence[str]) -> str:
-    """``(did you mean ...?)`` if something known is close."""
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
 def _wrong(key: str, value: object) -> str | None:
     """What would be right for a key whose value is not; None for what is left out, and for what fits."""
     if key == "where":
@@ -125,12 +121,13 @@ def _wrong(key: str, value: object) -> str | None:
         fits = isinstance(value, list) and all(isinstance(line, str) for line in value)
         return None if fits else "a list of shell lines"
     if key == "sbatch":
-        return None if isinstance(value, Mapping) else "a mapping of sbatch's options such as {account: ours}"
+        plain = isinstance(value, Mapping) and all(type(one) in (str, int, bool) for one in value.values())
+        return None if plain else "a mapping of sbatch's options such as {account: ours}"
     if value is None:
         return None
     if key == "partition":
-        return None if isinstance(value, str) else "a partition's name"
+        return None if isinstance(value, str) and value.strip() else "a partition's name"
     number = isinstance(value, (int, float) if key == "memory" else int) and not isinstance(value, bool)
     least = 0 if key in ("gpus", "memory") else 1
     unit = {"memory": "number of GB", "time": "whole number of minutes"}.get(key, "whole number")
-    return None if number and value >= least else f"a {unit} of {least} or more"
+    return None if number and least <= value <= LARGEST else f"a {unit} of {least} or more, {LARGEST} at most"

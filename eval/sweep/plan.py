@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,16 +10,17 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import yaml
-
 from eval import settings
 from eval.cell import Cell
 from eval.methods import VANILLA, has_files, method_at, own_file, read_method
-from eval.sweep.launch import Launch, hint
+from eval.sweep.launch import Launch
 from eval.tasks import BENCHMARKS, GROUP, SUITE
 from mustdrop import load_reducer
 from mustdrop.calibrate import OutOfReach
-from mustdrop.cost import ModelShape
+from mustdrop.checks import hint, shown
+from mustdrop.command import LARGEST, whole_number
+from mustdrop.read import read_yaml
+from mustdrop.shape import ModelShape
 
 KEYS = ("models", "tasks", "methods", "retain", "seeds", "batch_size", "limit", "overrides", "launch", "unreachable")
 OPTIONS = {"MODEL": "models", "LIMIT": "limit", "RETAIN": "retain", "task": "tasks"}
@@ -104,19 +106,20 @@ def read(
     ValueError
         With one line that names the file, the key, the value and what would be right.
     """
-    given = _mapping(file)
-    limit = _whole(file, "limit", given.get("limit") if limit is None or not str(limit).strip() else limit, 1)
-    names = _texts(file, "models", model or given.get("models", settings.EMBEDDED))
-    seeds = [_whole(file, "seeds", seed, 0) for seed in _list(given.get("seeds", 0))]
-    retain = [_whole(file, "retain", number, 1) for number in _list(given.get("retain", []))]
+    given = {key: value for key, value in _mapping(file).items() if value is not None or key == "tasks"}
+    of_file = _whole(file, "limit", given["limit"], 1) if "limit" in given else None
+    limit = whole_number("LIMIT", limit) or of_file
+    names = _texts(file, "models", given.get("models", settings.EMBEDDED) if model is None else model)
+    seeds = _numbers(file, "seeds", given.get("seeds", 0), 0, settings.LARGEST_SEED)
+    retain = _numbers(file, "retain", given["retain"], 1) if given.get("retain", []) != [] else []
     batch_size = _whole(file, "batch_size", given.get("batch_size", settings.DEFAULT_BATCH_SIZE), 1)
-    overrides = _overrides(file, given.get("overrides") or {})
+    overrides = _overrides(file, given.get("overrides", {}))
     if given.get("unreachable", "stop") not in ("stop", "skip"):
         raise _wrong(file, "unreachable", given["unreachable"], "skip or stop")
-    if not isinstance(given.get("launch") or {}, Mapping):
+    if not isinstance(given.get("launch", {}), Mapping):
         raise _wrong(file, "launch", given["launch"], "a mapping such as {where: local}")
     with _naming(file, "launch"):
-        launch = Launch.read(given.get("launch") or {}, where)
+        launch = Launch.read(given.get("launch", {}), where)
     tasks = _tasks(file, given.get("tasks"))
     with _naming(file, "models"):
         models = list(dict.fromkeys(settings.check_model(name, online) for name in names))
@@ -126,7 +129,7 @@ def read(
     for model in models:
         with _naming(file, "tasks"):
             pairs = settings.check_tasks(tasks, model, limit, online)
-        methods, beyond = _methods(file, given.get("methods") or [], model, list(dict.fromkeys(retain)))
+        methods, beyond = _methods(file, given.get("methods", []), model, retain)
         if beyond and given.get("unreachable") != "skip":
             raise ValueError(f"{file}: retain: {beyond[0].reason}")
         left_out += beyond
@@ -134,7 +137,7 @@ def read(
         cells += [
             Cell(**common, benchmark=benchmark, task=task, seed=seed, **vars(method))
             for benchmark, task in pairs
-            for seed in dict.fromkeys(seeds)
+            for seed in seeds
             for method in (UNTOUCHED, *methods)
         ]
     facts = {**given, "models": names, "limit": limit, "left_out": list(map(str, left_out))}
@@ -142,17 +145,14 @@ def read(
 
 
 def _mapping(file: Path) -> dict:
-    if not file.is_file():
+    if not os.path.exists(file):
         raise ValueError(f"{file}: no such file; a sweep is YAML, see configs/sweeps")
-    try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    given = read_yaml(file)
     if not isinstance(given, dict):
         raise ValueError(f"{file}: holds {type(given).__name__}, expected a mapping with some of {', '.join(KEYS)}")
     for key in given:
         if key not in KEYS:
-            raise ValueError(f"{file}: unknown key {key!r}{hint(key, KEYS)}; a sweep has {', '.join(KEYS)}")
+            raise ValueError(f"{file}: unknown key {shown(key)}{hint(key, KEYS)}; a sweep has {', '.join(KEYS)}")
     return given
 
 
@@ -162,7 +162,7 @@ def _tasks(file: Path, given: object) -> list[str]:
     for name in names:
         if name not in known:
             raise ValueError(
-                f"{file}: tasks: got {name!r}{hint(name, known)}, expected some of {', '.join(known)} "
+                f"{file}: tasks: got {shown(name)}{hint(name, known)}, expected some of {', '.join(known)} "
                 f"({GROUP}: all the synthetic ones)"
             )
     return settings.benchmarks(names)
@@ -170,19 +170,13 @@ def _tasks(file: Path, given: object) -> list[str]:
 
 def _overrides(file: Path, given: object) -> dict:
     """Settings of every cell that have no key of their own."""
-    from llava.conversation import conv_templates
-
     if not isinstance(given, Mapping):
         raise _wrong(file, "overrides", given, "a mapping such as {dtype: bfloat16}")
-    choices = {
-        "dtype": ("auto", "float32", "float16", "bfloat16"),
-        "attn_implementation": ("sdpa", "eager", "flash_attention_2"),
-        "conv_template": tuple(conv_templates),
-    }
+    choices = settings.loading_choices()
     for key, value in given.items():
         if key not in OVERRIDES:
             raise ValueError(
-                f"{file}: overrides: unknown key {key!r}{hint(key, OVERRIDES)}; it has {', '.join(OVERRIDES)}"
+                f"{file}: overrides: unknown key {shown(key)}{hint(key, OVERRIDES)}; it has {', '.join(OVERRIDES)}"
             )
         if value not in choices.get(key, (value,)):
             raise _wrong(file, f"overrides: {key}", value, "one of " + ", ".join(choices[key]))
@@ -229,7 +223,9 @@ def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> I
         with _naming(file, "methods"):
             own = read_method(str(path))
             load_reducer(own)
-        name, number = re.fullmatch(r"(.+?)(?:_(\d+))?", path.stem).groups()
+        with _naming(file, "methods"):
+            stem = settings.check_name(f"the name of {shown(entry)}", path.stem)
+        name, number = re.fullmatch(r"(.+?)(?:_([0-9]{1,6}))?", stem).groups()
         yield Method(name, int(number) if number else None, own)
     elif isinstance(entry, str) and own_file(model, entry):
         with _naming(file, "methods"):
@@ -251,8 +247,12 @@ def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> I
         budgets = own.pop("retain") if isinstance(own.get("retain"), list) else None
         with _naming(file, "methods"):
             reducer = load_reducer(own)
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        if not isinstance(name, str) or not settings.NAME.fullmatch(name):
             raise _wrong(file, "methods: name", name, "a name of letters, digits and any of _ . -")
+        if name == VANILLA and own.get("method") != VANILLA:
+            raise _wrong(file, "methods: name", name, "another name than the untouched model's")
+        if budgets == []:
+            raise _wrong(file, "methods: retain", budgets, "at least one number")
         if budgets is None and (not retain or "retain" in own or not hasattr(reducer, "retain") or reducer.knobs):
             yield Method(name, own.get("retain"), own)
             return
@@ -320,21 +320,26 @@ def _list(value: object) -> list:
 
 def _texts(file: Path, key: str, value: object) -> list[str]:
     values = _list(value)
-    if not values or not all(isinstance(one, str) and one for one in values):
+    if not values or not all(isinstance(one, str) and one.strip() for one in values):
         raise _wrong(file, key, value, "a list of names")
     return values
 
 
-def _whole(file: Path, key: str, value: object, least: int) -> int | None:
-    if value is None and key == "limit":
-        return None
-    if isinstance(value, bool) or not re.fullmatch(r"\d+", str(value).strip()) or int(value) < least:
-        raise _wrong(file, key, value, f"a whole number of {least} or more")
-    return int(value)
+def _numbers(file: Path, key: str, value: object, least: int, most: int = LARGEST) -> list[int]:
+    """One number or some, each once."""
+    if not 0 < len(_list(value)) <= settings.MANY:
+        raise _wrong(file, key, value, f"1 to {settings.MANY} numbers")
+    return list(dict.fromkeys(_whole(file, key, one, least, most) for one in _list(value)))
+
+
+def _whole(file: Path, key: str, value: object, least: int, most: int = LARGEST) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise _wrong(file, key, value, f"a whole number of {least} or more, {most} at most")
+    return value
 
 
 def _wrong(file: Path, key: str, value: object, right: str) -> ValueError:
-    return ValueError(f"{file}: {key}: got {value!r}, expected {right}")
+    return ValueError(f"{file}: {key}: got {shown(value)}, expected {right}")
 
 
 @contextmanager

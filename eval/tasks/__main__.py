@@ -1,9 +1,19 @@
 """``python -m eval.tasks mini``: make a synthetic task, or all, and print the folder for ``--include_path``."""
 
-import argparse
+import sys
 
 from eval.tasks import GROUP, SUITE, prepare
+from mustdrop.command import Parser, command
 
-parser = argparse.ArgumentParser(prog="python -m eval.tasks", description=__doc__)
-parser.add_argument("task", choices=[GROUP, *SUITE])
-print(prepare(parser.parse_args().task))
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
+    new = Parser(prog="python -m eval.tasks", description=__doc__)
+    new.add_argument("task", choices=[GROUP, *SUITE])
+    print(prepare(new.parse_args(argv).task))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
