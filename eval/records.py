@@ -59,7 +59,7 @@ COSTS = _every(
 )  # fmt: skip
 
 ROW: dict[str, Check] = {
-    "model": TEXT, "task": NAMED, "benchmark": NAMED, "synthetic": FLAG, "method": NAMED, "retain": _whole(0),
+    "model": TEXT, "task": NAMED, "benchmark": NAMED, "synthetic": FLAG, "method": NAMED, "retain": _or_none(_whole(0)),
     "seed": _whole(0), "limit": _or_none(_whole(1)), "metric": TEXT, "score": NUMBER, "score_ci95": INTERVAL,
     "accuracy": NUMBER, "ci95": INTERVAL, "n": _whole(1), "accuracy_by_type": BY_TYPE, "mean_tokens": NUMBER,
     "mean_tokens_official": NUMBER, "flops_reduction": _or_none(NUMBER), "flops_reductions": BY_NAME,

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from eval import provenance, summary
 from eval.progress import progress
 from eval.run import check_data
 from eval.settings import check_out, is_embedded
-from eval.sweep.jobs import FOLDER, chunks, running_jobs
+from eval.sweep.jobs import chunks, running_jobs
 from eval.sweep.launch import PLACES, Launch, cpu_cores
 from eval.sweep.plan import Plan, read
 from eval.sweep.status import Board
@@ -197,8 +196,8 @@ def _report(board: Board, name: str) -> int:
 def _listing(plan: Plan, out: Path, launch: Launch, any_commit: bool) -> str:
     """The cells as a table, what is left out, and how many jobs there would be."""
     in_queue: dict[str, str] = {}
-    if shutil.which("squeue") and (out / FOLDER).is_dir():
-        in_queue = {key: job.id for job in running_jobs(out) for key in job.task.keys}
+    with suppress(ValueError):  # where SLURM does not answer, nobody can say what it is at
+        in_queue = {key: job.id for job in running_jobs(out, tries=1) for key in job.task.keys}
     states = [
         "finished"
         if cell.finished(out) or (any_commit and cell.made_by_other_code(out))

@@ -22,11 +22,11 @@ from eval.sweep.jobs import (
     chunks,
     job_name,
     running_jobs,
-    slurm_queue,
     submit,
     without_interrupts,
 )
 from eval.sweep.launch import Launch
+from eval.sweep.slurm import slurm_queue
 from eval.sweep.status import Board, Entry
 
 ATTEMPTS = 2
@@ -104,7 +104,9 @@ class Control:
     def take_up(self) -> None:
         """Take up the jobs that SLURM still has from an earlier sweep, and share out what is in none of them."""
         for job in running_jobs(self.out):
-            if any(entry.state != "finished" for entry in self._entries(job)):
+            if not job.task.keys:  # a sweep was killed before it wrote down what the job is for
+                job.cancel()
+            elif any(entry.state != "finished" for entry in self._entries(job)):
                 self.jobs.append(job)
                 self._given(job)
         cells = [entry.cell for entry in self.board.entries.values() if entry.state == "waiting"]
