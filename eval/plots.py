@@ -22,6 +22,7 @@ from matplotlib.ticker import ScalarFormatter
 from eval import published
 from eval.collect import VANILLA, Result, collect, label, merge_seeds, prompt_ms, timing
 from eval.published import AVERAGE
+from eval.records import file_name
 from eval.settings import check_out
 from mustdrop.command import Parser, command, path
 
@@ -184,7 +185,7 @@ def figures(results: Iterable[Result]) -> dict[str, Figure]:
     for model in models:
         mine = [row for row in rows if row["model"] == model]
         tasks = list(dict.fromkeys(row["task"] for row in mine))
-        prefix = f"{model}-" if len(models) > 1 else ""
+        prefix = f"{file_name(model)}-" if len(models) > 1 else ""
         for quantity, (x_title, _) in QUANTITIES.items():
             if quantity == "time":
                 x_title += f"\n{timing(result for result in results if result.row['model'] == model)}"

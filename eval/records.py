@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from mustdrop import read
+
 NAME = re.compile(r"(?!\.+$)[\w.-]+")
 """Names that may become part of a path: no separators, and not the folder itself or the one above."""
 
@@ -17,6 +19,11 @@ Check = tuple[Callable[[object], bool], str]
 
 class BadRecord(ValueError):
     """A file that is no complete result; the message, one line, names it and says what is wrong."""
+
+
+def file_name(text: str) -> str:
+    """A text as part of a file's name: whatever is not a letter, a digit or one of _ . - becomes _."""
+    return re.sub(r"[^\w.-]", "_", text)
 
 
 def is_number(value: object) -> bool:
@@ -118,20 +125,18 @@ def read_record(file: Path) -> dict:
             raise BadRecord(f"results: {str(file)!r}: {name}: got {_shown(part)}, expected a mapping")
     wrong = _wrong(row, ROW, SOME_ROWS, "row.") or _wrong(made, {}, PROVENANCE, "provenance.")
     if wrong:
-        raise BadRecord(f"results: {str(file)!r} is no complete result: {wrong}")
+        raise BadRecord(f"results: {str(file)!r} {wrong}")
     return {**content, "row": row, "identity": identity, "provenance": made}
 
 
 def read_json(file: Path) -> dict:
     """A JSON file that holds a mapping; `BadRecord` if it does not."""
-    if not file.is_file():
-        raise BadRecord(f"results: {str(file)!r} is {'a folder' if file.is_dir() else 'no file'}, expected a JSON file")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadRecord(f"results: {str(file)!r} cannot be read as JSON ({_in_short(error)})") from None
+        content = read.read_json(file)
+    except ValueError as error:
+        raise BadRecord(f"results: {str(file)!r} is no cell's result: {_in_short(error, file)}") from None
     if not isinstance(content, dict):
-        raise BadRecord(f"results: {str(file)!r} holds {_shown(content)}, expected a mapping")
+        raise BadRecord(f"results: {str(file)!r} is no cell's result: it holds {_shown(content)}, expected a mapping")
     return content
 
 
@@ -148,9 +153,9 @@ def read_lines(file: Path) -> Iterator[dict]:
         with file.open("rb") as lines:
             for number, text in enumerate(lines, 1):
                 line = _line(text)
-                wrong = "no JSON" if line is None else _wrong(line, SCORED, MAYBE_SCORED, "")
+                wrong = "is no JSON object" if line is None else _wrong(line, SCORED, MAYBE_SCORED, "")
                 if wrong:
-                    raise BadRecord(f"results: {str(file)!r}, line {number}: {wrong}")
+                    raise BadRecord(f"results: {str(file)!r}, line {number} {wrong}")
                 yield line
     except OSError as error:
         raise BadRecord(f"results: {str(file)!r} cannot be read ({_in_short(error)})") from None
@@ -186,10 +191,10 @@ def _wrong(content: Mapping, needed: Mapping[str, Check], optional: Mapping[str,
     """The first field that is missing or not what it should be."""
     for name in needed:
         if name not in content:
-            return f"{where}{name} is missing"
+            return f"lacks {where}{name}"
     for name, (fits, right) in {**needed, **optional}.items():
         if name in content and not fits(content[name]):
-            return f"{where}{name}: got {_shown(content[name])}, expected {right}"
+            return f"has {where}{name} {_shown(content[name])}, expected {right}"
     return None
 
 
@@ -198,5 +203,5 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _in_short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
+def _in_short(error: BaseException, file: Path | None = None) -> str:
+    return " ".join(str(error).removeprefix(f"{file}: ").split())[:120] or type(error).__name__
