@@ -113,9 +113,10 @@ def collect(folders: Iterable[str | Path]) -> tuple[list[Result], list[str]]:
     newest: dict[tuple, Result] = {}
     copies: dict[tuple, int] = {}
     damaged: list[str] = []
-    for file in dict.fromkeys(os.path.realpath(file) for folder in folders for file in _files(Path(folder))):
+    files = {os.path.realpath(file): file.absolute() for folder in folders for file in _files(Path(folder))}
+    for file in files.values():
         try:
-            result = _read(Path(file))
+            result = _read(file)
         except BadRecord as error:
             damaged.append(f"{error}; it is left out")
             continue

@@ -31,8 +31,8 @@ from eval.layout import (
     read_layout,
 )
 from eval.published import AVERAGE
-from eval.significance import comparable
 from eval.settings import check_out
+from eval.significance import comparable
 from mustdrop.command import Parser, command, path
 
 STYLES = {"terminal": "simple", "markdown": "github", "latex": "latex_booktabs"}
