@@ -117,11 +117,11 @@ class Cell:
 
     def check_place(self, out: Path) -> None:
         """Raise ValueError if the result could not be written: a folder is in its way, or a file in its folder's."""
-        file = self.file(out)
-        for path in (file, file.with_suffix(".jsonl")):
+        file, pictures = self.file(out), out / "pictures"
+        for path in (file, file.with_suffix(".jsonl"), out / "summary.json", out / "summary.md"):
             if path.is_dir():
                 raise ValueError(f"OUT: {str(path)!r} is a folder, where a result is to be written; move it away")
-        for folder in (file.parent, file.parent.parent):
+        for folder in (file.parent.parent, file.parent, pictures, pictures / self.task):
             if os.path.lexists(folder) and not folder.is_dir():
                 raise ValueError(f"OUT: {str(folder)!r} is no folder, where results are to be written; move it away")
 
@@ -160,13 +160,17 @@ def _by_contents(settings: object) -> object:
         return {name: _by_contents(value) for name, value in settings.items()}
     if isinstance(settings, (list, tuple)):
         return [_by_contents(value) for value in settings]
-    if not isinstance(settings, str) or not Path(settings).is_file():
+    if (
+        not isinstance(settings, str)
+        or not settings.endswith((".npy", ".yaml", ".yml"))
+        or not Path(settings).is_file()
+    ):
         return settings
-    if settings.endswith((".yaml", ".yml")):
-        from mustdrop.config import read_settings  # imports torch, which a wrong argument should not wait for
+    if settings.endswith(".npy"):
+        return provenance.file_hash(Path(settings))
+    from mustdrop.config import read_settings  # imports torch, which a wrong argument should not wait for
 
-        return _by_contents(read_settings(Path(settings)))
-    return provenance.file_hash(Path(settings)) if settings.endswith(".npy") else settings
+    return _by_contents(read_settings(Path(settings)))
 
 
 @cache

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +24,7 @@ from eval.generation import Teacher, cut, for_transformers
 from eval.inference import LoadedModel, UnfitQuestion, ahead
 from eval.methods import read_method
 from eval.progress import progress
+from eval.questions import Question, naming, place
 from eval.records import read_answers
 from eval.rows import flops, shape_of
 from eval.samples import names, pack_stages, write_lines
@@ -40,17 +39,6 @@ LENGTH_STEP = 128
 """Contexts whose lengths in characters fall into the same step keep their order, and so share their pictures."""
 
 PICTURES = 24
-
-
-@dataclass(frozen=True)
-class Question:
-    """A document that is to be answered: its number among the requests, where it is, what it says and shows."""
-
-    index: int
-    where: tuple
-    context: str
-    document: dict
-    images: list[Image.Image]
 
 
 class LlavaMustDrop(lmms):
@@ -168,7 +156,7 @@ class LlavaMustDrop(lmms):
             else:
                 answers[index] = known["answer"]
                 self.records.append(known)
-        shown = {int(place * len(requests) / PICTURES) for place in range(PICTURES)}
+        shown = {int(number * len(requests) / PICTURES) for number in range(PICTURES)}
         with progress(
             description=self.description, total=len(requests), unit="question", disable=self._rank > 0
         ) as bar:
@@ -185,15 +173,21 @@ class LlavaMustDrop(lmms):
                     answers[index] = ""
                     self._write(record)
                 if asked:
-                    with _naming([one.where for one in asked]):
-                        texts, traces = self._generate(prepared, requests[asked[0].index].args[1])
-                    for one, text, trace in zip(asked, texts, traces, strict=True):
+                    texts = self._answer(asked, prepared, requests[asked[0].index].args[1], shown)
+                    for one, text in zip(asked, texts, strict=True):
                         answers[one.index] = text
-                        self._record(one.where, one.document, one.context, text, trace)
-                        if one.index in shown:
-                            self._show(one.where[:2], one.images)
                 bar.update(len(asked) + len(skipped))
         return answers
+
+    def _answer(self, asked: Sequence[Question], prepared: dict, settings: dict, shown: Container[int]) -> list[str]:
+        """Answers to a prepared batch, recorded; the images of the questions in `shown` are kept."""
+        with naming([one.where for one in asked]):
+            texts, traces = self._generate(prepared, settings)
+        for one, text, trace in zip(asked, texts, traces, strict=True):
+            self._record(one.where, one.document, one.context, text, trace)
+            if one.index in shown:
+                self._show(one.where[:2], one.images)
+        return texts
 
     def _ask(self, requests: Sequence[Instance], batch: Sequence[int]) -> tuple[list[Question], list[tuple[int, dict]]]:
         """The questions of a batch, and by their numbers the lines of those that are left out."""
@@ -209,7 +203,7 @@ class LlavaMustDrop(lmms):
                 if not self.skip_unfit:
                     raise
                 facts = {"question_id": str(where[0]), "question": context, "answer": "", "skipped": str(error)}
-                skipped.append((index, {**_place(where), **facts}))
+                skipped.append((index, {**place(where), **facts}))
         return asked, skipped
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
@@ -331,12 +325,12 @@ class LlavaMustDrop(lmms):
 
     def _document(self, doc_id: int, task: str, split: str) -> dict:
         """A document of a task; its images are decoded here, so that it is asked for once."""
-        with _naming([(doc_id, task, split)]):
+        with naming([(doc_id, task, split)]):
             return self.task_dict[task][split][doc_id]
 
     def _visuals(self, doc_to_visual: Callable, document: dict, where: Sequence) -> list[Image.Image]:
         """The images of a document, RGB and upright."""
-        with _naming([where]):
+        with naming([where]):
             visuals = [visual for visual in doc_to_visual(document) or [] if visual is not None]
             for visual in visuals:
                 if not isinstance(visual, Image.Image):
@@ -345,7 +339,7 @@ class LlavaMustDrop(lmms):
 
     def _record(self, where: Sequence, document: dict, context: str, answer: str, trace: Trace, **more) -> None:
         record = {
-            **_place(where),
+            **place(where),
             **names(document, where[0]),
             **more,
             "question": context,
@@ -377,22 +371,6 @@ class LlavaMustDrop(lmms):
         known = [line for line in read_answers(self.samples) if "skipped" not in line] if resume else []
         self._answered = {_key((line["doc_id"], line["task"], line["split"])): line for line in known}
         write_lines(self.samples, known)
-
-
-@contextmanager
-def _naming(places: Sequence[Sequence]) -> Iterator[None]:
-    """What goes wrong inside gets the task and the numbers of its documents in front."""
-    try:
-        yield
-    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        numbers = ", ".join(str(doc_id) for doc_id, *_ in places)
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UnfitQuestion(f"{places[0][1]}, document{'s' * (len(places) > 1)} {numbers}: {reason}") from error
-
-
-def _place(where: Sequence) -> dict:
-    doc_id, task, split = where
-    return {"task": task, "split": split, "doc_id": doc_id}
 
 
 def _key(document: Sequence) -> tuple[str, str, str]:

@@ -34,7 +34,9 @@ POINTERS = {
 LARGE = 1 << 24
 """Bytes from which a file's hash is kept."""
 
-ANSWERING = ("generation.py", "inference.py", "lmms.py", "records.py", "rows.py", "runner.py", "samples.py")
+ANSWERING = (
+    "generation.py", "inference.py", "lmms.py", "questions.py", "records.py", "rows.py", "runner.py", "samples.py",
+)  # fmt: skip
 """Files of ``eval`` that decide a result."""
 
 

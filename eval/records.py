@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from mustdrop import read
+
+logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"(?!\.+$)[\w.-]+")
 """Names that may become part of a path: no separators, and not the folder itself or the one above."""
@@ -170,7 +173,10 @@ def read_answers(file: Path) -> list[dict]:
         lines = file.read_bytes().splitlines() if file.is_file() else []
     except OSError:
         return []
-    return [line for line in map(_line, lines) if line is not None and _is_answer(line)]
+    answers = [line for line in map(_line, lines) if line is not None and _is_answer(line)]
+    if len(answers) < len(lines):
+        logger.warning("note: results: %r: %d lines are no whole answers", str(file), len(lines) - len(answers))
+    return answers
 
 
 def _is_answer(line: Mapping) -> bool:

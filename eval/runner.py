@@ -119,7 +119,7 @@ def _evaluate(cell: Cell, out: Path, loaded, manager, force: bool, verbose: bool
     from lmms_eval.models import get_model
 
     from eval.lmms import rank_files
-    from eval.tasks import is_local
+    from eval.tasks import is_local, stock
 
     if not verbose:
         hide_bars(evaluator, tasks)
@@ -135,22 +135,25 @@ def _evaluate(cell: Cell, out: Path, loaded, manager, force: bool, verbose: bool
         skip_unfit=cell.skip_unfit,
         description=f"{cell.task} {cell.label}",
     )
-    results = evaluator.simple_evaluate(
-        model=model,
-        tasks=[cell.task],
-        task_manager=manager,
-        limit=cell.limit,
-        batch_size=cell.batch_size,
-        bootstrap_iters=0,
-        random_seed=cell.seed,
-        numpy_random_seed=cell.seed,
-        torch_random_seed=cell.seed,
-        fewshot_random_seed=cell.seed,
-        verbosity="INFO" if verbose else "WARNING",
-        # where some tasks leave files for a server to score; ours score without decoding every image again, and so do
-        # others where an image may be such that it cannot be decoded
-        cli_args=Namespace(output_path=str(out), process_with_media=not is_local(cell.task) and not cell.skip_unfit),
-    )
+    with stock.in_one_line(cell.task):
+        results = evaluator.simple_evaluate(
+            model=model,
+            tasks=[cell.task],
+            task_manager=manager,
+            limit=cell.limit,
+            batch_size=cell.batch_size,
+            bootstrap_iters=0,
+            random_seed=cell.seed,
+            numpy_random_seed=cell.seed,
+            torch_random_seed=cell.seed,
+            fewshot_random_seed=cell.seed,
+            verbosity="INFO" if verbose else "WARNING",
+            # where some tasks leave files for a server to score; ours score without decoding every image again, and
+            # others do where an image may be one that cannot be decoded
+            cli_args=Namespace(
+                output_path=str(out), process_with_media=not is_local(cell.task) and not cell.skip_unfit
+            ),
+        )
     if results is None:
         return None
     scored = results["samples"][cell.task]

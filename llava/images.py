@@ -57,6 +57,16 @@ RUNS_PROGRAMS = ("EPS",)
 _decoding = threading.Lock()
 
 
+def _new_lock() -> None:
+    """For the child of a fork: it has no copy of the thread that might hold the lock."""
+    global _decoding
+    _decoding = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
+
+
 def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
     """Open an image as a viewer shows it.
 

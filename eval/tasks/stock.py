@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -53,16 +55,26 @@ def load(task: str) -> None:
         If that fails.
     """
     from lmms_eval.tasks import get_task_dict
-    from tenacity import RetryError
 
     check(task)
+    with in_one_line(task):
+        try:
+            loaded = get_task_dict([task], manager())[task]
+            with suppress(LookupError):  # where the data set itself has the images, they are there already
+                loaded.doc_to_visual(loaded.eval_docs_no_media[0])  # others fetch theirs only now
+        except (OSError, ValueError, LookupError) as error:
+            raise _not_loaded(task, error) from None
+
+
+@contextmanager
+def in_one_line(task: str) -> Iterator[None]:
+    """Where lmms-eval gives up after having tried again and again, say why: ValueError."""
+    from tenacity import RetryError
+
     try:
-        loaded = get_task_dict([task], manager())[task]
-        loaded.doc_to_visual(loaded.eval_docs[0])  # some fetch their images only now
+        yield
     except RetryError as error:
         raise _not_loaded(task, error.last_attempt.exception()) from None
-    except (OSError, ValueError, LookupError) as error:
-        raise _not_loaded(task, error) from None
 
 
 def _data_set(task: str) -> tuple[str, str | None]:
