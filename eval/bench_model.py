@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from transformers.initialization import no_init_weights
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from mustdrop.checks import shown
 from mustdrop.shape import NAMED, ModelShape
 
 SHAPES = {"llava-1.5-7b": "llava-1.5-7b", "7b": "llava-1.5-7b", "llava-1.5-13b": "llava-1.5-13b",
@@ -36,10 +37,11 @@ def read_shape(source: str, layers: int | None, dtype: str) -> ModelShape:
     """
     if source in SHAPES:
         shape = ModelShape.from_config(NAMED[SHAPES[source]], SHAPES[source], dtype)
-    elif Path(source).exists():
+    elif os.path.exists(source):
         shape = ModelShape.from_config(source, dtype=dtype)
     else:
-        raise ValueError(f"shape: got {source!r}, expected {', '.join(SHAPES)}, a config.json or a folder with one")
+        known = ", ".join(SHAPES)
+        raise ValueError(f"shape: got {shown(source)}, expected {known}, a config.json or a folder with one")
     return shape if layers is None else replace(shape, layers=layers)
 
 

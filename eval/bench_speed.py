@@ -28,11 +28,17 @@ from statistics import fmean, median, quantiles
 
 from tabulate import tabulate
 
-from eval.methods import read_method
-from eval.settings import check_model, retained_tokens, whole_number
+from eval.methods import check_shape, read_method
+from eval.settings import LARGEST_BATCH, MANY, check_file, check_loading, check_model, retained_tokens
 from mustdrop import Reducer, available_methods, load_reducer
+from mustdrop.checks import shown
+from mustdrop.command import Parser, command, needed_number, path
+from mustdrop.command import text as text_
 
 VANILLA, HUGGING_FACE = "vanilla", "huggingface"
+MOST = {"text": 1 << 15, "new_tokens": 1 << 15, "repeats": 10_000, "warmup": 10_000, "layers": 1000, "threads": 1024}
+"""Options that are whole numbers from 1 to so many."""
+
 ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2")
 
 
@@ -86,7 +92,7 @@ def contestants(
             plans += [(method, retain, {**settings, "retain": retain}) for retain in retains]
     return [
         Contestant(name, retain, batch, settings, twice)
-        for batch in batch_sizes
+        for batch in dict.fromkeys(batch_sizes)
         for name, retain, settings in plans
         for twice in ((False, True) if compiled and settings is not None else (False,))
     ]
@@ -94,14 +100,14 @@ def contestants(
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    new = argparse.ArgumentParser(
+    new = Parser(
         prog="python -m eval.bench_speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = new.add_argument
     model = new.add_mutually_exclusive_group()
     text = "llava-1.5-7b, llava-1.5-13b, mini, a config.json or its folder; weights are random (default: mini)"
-    model.add_argument("--shape", help=text)
-    model.add_argument("--checkpoint", help="folder or hub id of a checkpoint, instead of random weights")
+    model.add_argument("--shape", type=text_, help=text)
+    model.add_argument("--checkpoint", type=text_, help="folder or hub id of a checkpoint, instead of random weights")
     add("--layers", help="decoder layers, to fit a small machine while keeping the width (default: the shape's)")
     text = f"of {', '.join(name for name in available_methods() if name != VANILLA)}, or YAML files (%(default)s)"
     add("--methods", nargs="+", default=["mustdrop"], metavar="METHOD", help=text)
@@ -112,38 +118,37 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto", help="auto (float16 on a GPU, float32 on a CPU), float32, float16, bfloat16")
     add("--attn-implementation", default="sdpa", help=f"{', '.join(ATTENTION)} (%(default)s)")
     add("--compile", action="store_true", help="every row a second time with a compiled decoder (torch.compile)")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    add("--device", type=text_, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     add("--threads", metavar="N", help="CPU threads (default: torch's own choice)")
     add("--repeats", default=5, metavar="N", help="measured rounds (%(default)s)")
     add("--warmup", default=1, metavar="N", help="rounds before them (%(default)s)")
-    add("--json", metavar="FILE", help="also write rows, settings and provenance there")
+    add("--json", type=path, metavar="FILE", help="also write rows, settings and provenance there")
     return new
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    try:
-        numbers = {
-            name: whole_number(name, getattr(args, name))
-            for name in ("text", "new_tokens", "repeats", "warmup", "layers", "threads")
-        }
-        if numbers["text"] < 2:
-            raise ValueError("text: got 1, expected at least 2: a token before the picture and one after it")
-        batch_sizes = [whole_number("batch_size", word) for word in _words(args.batch_size)]
-        rows_wanted = contestants(args.methods, retained_tokens(args.retain), batch_sizes, args.compile)
-        if args.json and not Path(args.json).resolve().parent.is_dir():
-            raise ValueError(f"json: the folder of {args.json!r} does not exist")
-        report = measure(args, numbers, rows_wanted, argv)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    numbers = {
+        name: None if getattr(args, name) is None else needed_number(name, getattr(args, name), most=most)
+        for name, most in MOST.items()
+    }
+    if numbers["text"] < 2:
+        raise ValueError("text: got 1, expected at least 2: a token before the picture and one after it")
+    check_loading(args.device, dtype=args.dtype)
+    batch_sizes = [needed_number("batch_size", word, most=LARGEST_BATCH) for word in _words(args.batch_size)]
+    if not 0 < len(batch_sizes) <= MANY:
+        raise ValueError(f"batch_size: got {len(batch_sizes)} numbers, expected 1 to {MANY}")
+    rows_wanted = contestants(args.methods, retained_tokens(args.retain), batch_sizes, args.compile)
+    if args.json is not None:
+        if not args.json.parent.is_dir():
+            raise ValueError(f"json: the folder of {shown(str(args.json))} does not exist")
+        check_file("json", args.json)
+    report = measure(args, numbers, rows_wanted, argv)
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(table(report))
     return 0
 
@@ -175,7 +180,7 @@ def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestan
         model, shape = loaded.model, ModelShape.from_config(loaded.model.config.to_dict(), model_name, dtype_name)
         _check_reach(rows_wanted, shape)
     else:
-        shape = read_shape(args.shape or "mini", numbers["layers"], dtype_name)
+        shape = read_shape("mini" if args.shape is None else args.shape, numbers["layers"], dtype_name)
         _check_reach(rows_wanted, shape)
         model = random_model(shape, dtype, args.attn_implementation, device)
     twin = hugging_face_twin(model, shape)
@@ -407,16 +412,17 @@ def _check_attention(name: str) -> None:
 
     known = [each for each in ATTENTION if each != "flash_attention_2" or is_flash_attn_2_available()]
     if name not in known:
-        raise ValueError(f"attn_implementation: got {name!r}, expected one of {', '.join(known)} here")
+        raise ValueError(f"attn_implementation: got {shown(name)}, expected one of {', '.join(known)} here")
 
 
 def _check_reach(rows: list[Contestant], shape) -> None:
     """Ask every reducer whether it can do what is wanted on a model of this shape."""
     for settings in (one.settings for one in rows if one.settings is not None):
-        reducer = load_reducer(settings)
+        retain = settings.get("retain")
+        if isinstance(retain, int) and retain > shape.vision_tokens:
+            raise ValueError(f"RETAIN: got {retain}, but {shape.name} has {shape.vision_tokens} vision tokens per image")
         try:
-            reducer.check(shape.layers, shape.vision_layers + 1)
-            reducer.check_tokens(shape.layers, shape.patches)
+            check_shape(load_reducer(settings), shape)
         except ValueError as error:
             raise ValueError(f"{settings['method']} on {shape.name}: {error}") from None
 

@@ -11,14 +11,16 @@ Samples come from training data: the synthetic tasks' training split for the emb
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 from eval.methods import CONFIGS, read_method
 from eval.progress import progress, quiet
-from eval.settings import EMBEDDED, check_model, check_out, is_embedded, retained_tokens, whole_number
+from eval.settings import EMBEDDED, LARGEST_BATCH, check_loading, check_model, check_out, is_embedded, retained_tokens
+from mustdrop import load_reducer
 from mustdrop.calibrate import (
     RANGE,
     OutOfReach,
@@ -28,12 +30,17 @@ from mustdrop.calibrate import (
     search,
     settings_at,
 )
+from mustdrop.checks import shown
+from mustdrop.command import Parser, command, decimal_number, needed_number, path, text
+from mustdrop.read import read_json
+from mustdrop.registry import METHODS
+
+TURNED = ("method", "retain", "budget")
+"""Fields that decide how many tokens stay, or whose they are: calibration itself sets them."""
 
 
 def measure_tokens(loaded, settings: dict, samples: list[tuple], batch_size: int, label: str) -> tuple[float, float]:
     """Mean ``(mean_tokens, mean_tokens_official)`` of a method over ``(image, question)`` samples."""
-    from mustdrop import load_reducer
-
     reducer = load_reducer(settings)
     counts = []
     for start in progress(range(0, len(samples), batch_size), label, unit="batch", leave=False):
@@ -53,7 +60,7 @@ def read_samples(task: str | None, data: str | None, image_folder: str, count: i
     from llava.mm_utils import load_image
 
     if data is not None:
-        entries, folder = json.loads(Path(data).read_text(encoding="utf-8")), Path(image_folder)
+        entries, folder = _entries(data), Path(image_folder)
         return [(load_image(folder / entry["image"]), entry["question"]) for entry in islice(entries, count)]
     from eval.tasks import SUITE, training_questions
 
@@ -78,23 +85,23 @@ def as_yaml(settings: dict, target: int, point: Point, notes: list[str]) -> str:
 def add_measuring_options(new: argparse.ArgumentParser) -> None:
     """Options of every command that runs a model on training questions: which questions, and how."""
     new.add_argument("--task", help="synthetic task whose training split is used, mini for all (default: mini)")
-    new.add_argument("--data", help='JSON list of {"image": file, "question": text}; never the benchmark itself')
-    new.add_argument("--image-folder", default=".", help="where the images of --data are (%(default)s)")
+    new.add_argument("--data", type=text, help='JSON list of {"image": file, "question": text}; never the benchmark')
+    new.add_argument("--image-folder", type=text, help="where the images of --data are (default: here)")
     new.add_argument("--batch-size", default=8, help="(%(default)s)")
-    new.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    new.add_argument("--device", type=text, help="cpu, cuda, ... (default: cuda where there is one)")
     new.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (%(default)s)")
     new.add_argument("--conv-template", default="vicuna_v1", help="conversation template (%(default)s)")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    new = argparse.ArgumentParser(
+    new = Parser(
         prog="mustdrop calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    new.add_argument("--model", default=EMBEDDED, help="folder or hub id of a LLaVA checkpoint (%(default)s)")
+    new.add_argument("--model", type=text, default=EMBEDDED, help="folder or hub id of a checkpoint (%(default)s)")
     new.add_argument("--retain", nargs="+", default="192 128 64", help="wanted mean tokens per layer (192 128 64)")
     new.add_argument("--samples", default=200, help="number of calibration samples (%(default)s)")
-    new.add_argument("--out", help="folder of the YAML files (default: configs/methods/MODEL)")
+    new.add_argument("--out", type=path, help="folder of the YAML files (default: configs/methods/MODEL)")
     new.add_argument("--method", default="mustdrop", help=f"one of {', '.join(calibrated_methods())} (%(default)s)")
     new.add_argument(
         "--set",
@@ -103,27 +110,26 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="fix other fields of the method, for instance key_rate=0.04; they are written to the file too",
     )
-    new.add_argument("--tolerance", type=float, default=0.02, help="relative error that is good enough (%(default)s)")
+    new.add_argument("--tolerance", default="0.02", help="relative error that is good enough (%(default)s)")
     add_measuring_options(new)
     return new
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 all found, 1 a target out of reach, 2 a wrong argument."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    try:
-        targets = retained_tokens(args.retain)
-        samples = whole_number("samples", args.samples)
-        batch_size = whole_number("batch_size", args.batch_size)
-        model = check_model(args.model)
-        out = check_out(Path(args.out) if args.out else CONFIGS / Path(model).name)
-        base = _base(args)
-        check_data(args, model)
-        return calibrate(args, argv, model, base, targets, samples, batch_size, out)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    targets = retained_tokens(args.retain)
+    samples, batch_size = needed_number("samples", args.samples), batch_of(args)
+    args.tolerance = decimal_number("tolerance", args.tolerance, most=1, above=True)
+    check_loading(args.device, dtype=args.dtype, conv_template=args.conv_template)
+    base = _base(args)
+    model = check_model(args.model)
+    out = check_out(args.out or CONFIGS / Path(model).name)
+    check_reach(base, targets, model)
+    check_data(args, model)
+    return calibrate(args, argv, model, base, targets, samples, batch_size, out)
 
 
 def calibrate(
@@ -135,7 +141,7 @@ def calibrate(
 
     quiet()
     task = None if args.data else args.task or "mini"
-    pairs = read_samples(task, args.data, args.image_folder, samples)
+    pairs = read_samples(task, args.data, args.image_folder or ".", samples)
     loaded = LoadedModel.load(model, device=args.device, dtype=args.dtype, conv_template=args.conv_template)
     facts = provenance(["eval.calibrate", *argv])
     source = Path(args.data).name if args.data else f"the training split of {task} (synthetic)"
@@ -179,14 +185,36 @@ def calibrate(
 def _base(args) -> dict:
     """The method without its knobs, checked."""
     kind_of_knob(args.method)
-    wrong = [pair for pair in args.set if "=" not in pair]
-    if wrong:
-        raise ValueError(f"set: got {wrong[0]!r}, expected FIELD=VALUE")
-    base = read_method(args.method, dict(pair.split("=", 1) for pair in args.set))
-    from mustdrop import load_reducer
-
-    load_reducer(base)
+    fields: dict[str, str] = {}
+    for pair in args.set:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise ValueError(f"set: got {shown(pair)}, expected FIELD=VALUE")
+        if name in fields:
+            raise ValueError(f"set: {name} is given twice")
+        if name in TURNED or name in METHODS[args.method].knobs:
+            raise ValueError(f"set: got {shown(pair)}, but {name} is not to be fixed here")
+        fields[name] = value
+    try:
+        base = read_method(args.method, fields)
+        load_reducer(base)
+    except ValueError as error:
+        raise ValueError(f"set: {error}") from None
     return base
+
+
+def check_reach(base: dict, targets: Sequence[int], model: str) -> None:
+    """Raise ValueError if a target is more than all tokens, or the fields do not fit the model, as far as is known."""
+    from eval.sweep.plan import Method, out_of_reach
+
+    for target in targets:
+        if reason := out_of_reach(Method(base["method"], target, base), model):
+            raise ValueError(f"set: {reason}")
+
+
+def batch_of(args) -> int:
+    """The batch size that a command line asks for."""
+    return needed_number("batch_size", args.batch_size, most=LARGEST_BATCH)
 
 
 def check_data(args, model: str) -> None:
@@ -194,26 +222,36 @@ def check_data(args, model: str) -> None:
     from eval.tasks import GROUP, SUITE
 
     if args.task is not None and args.task not in (*SUITE, GROUP):
-        raise ValueError(f"task: got {args.task!r}, expected one of {', '.join([*SUITE, GROUP])}, or --data")
+        raise ValueError(f"task: got {shown(args.task)}, expected one of {', '.join([*SUITE, GROUP])}, or --data")
+    if args.task is not None and args.data is not None:
+        raise ValueError("task: got both --task and --data, expected one of them")
     if args.data is None:
+        if args.image_folder is not None:
+            raise ValueError("image_folder: is where the images of --data are; give --data")
         if not is_embedded(model):
             raise ValueError(
                 "data: give --data, a JSON list of images and questions; the synthetic tasks are for llava-mini"
             )
         return
-    try:
-        entries = json.loads(Path(args.data).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"data: {args.data!r} cannot be read as JSON ({error})") from None
-    if (
-        not isinstance(entries, list)
-        or not entries
-        or not all({"image", "question"} <= set(entry) for entry in entries)
-    ):
-        raise ValueError(f'data: {args.data!r} must hold a list of objects with "image" and "question"')
-    missing = [entry["image"] for entry in entries if not (Path(args.image_folder) / entry["image"]).is_file()]
+    entries, folder = _entries(args.data), args.image_folder or "."
+    missing = [entry["image"] for entry in entries if not os.path.isfile(Path(folder) / entry["image"])]
     if missing:
-        raise ValueError(f"data: there is no image {missing[0]!r} in {args.image_folder!r}")
+        raise ValueError(f"data: there is no image {shown(missing[0])} in {shown(folder)}")
+
+
+def _entries(data: str) -> list[dict]:
+    """The samples that a JSON file lists, unless it is another kind of file."""
+    try:
+        entries = read_json(data)
+    except ValueError as error:
+        raise ValueError(f"data: {error}") from None
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f'data: {shown(data)} must hold a list of objects with "image" and "question"')
+    for number, entry in enumerate(entries):
+        needed = [entry.get(name) for name in ("image", "question")] if isinstance(entry, dict) else [None]
+        if not all(isinstance(value, str) and value.strip() for value in needed):
+            raise ValueError(f'data: entry {number} of {shown(data)} must be an object of texts "image" and "question"')
+    return entries
 
 
 if __name__ == "__main__":

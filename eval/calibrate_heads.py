@@ -16,53 +16,58 @@ import json
 import sys
 from pathlib import Path
 
-from eval.calibrate import add_measuring_options, check_data, read_samples
+from eval.calibrate import add_measuring_options, batch_of, check_data, read_samples
 from eval.methods import CONFIGS
 from eval.progress import progress, quiet
-from eval.settings import EMBEDDED, check_model, check_out, whole_number
+from eval.settings import EMBEDDED, check_file, check_loading, check_model
+from eval.sweep.plan import shape_of
+from mustdrop.checks import shown
+from mustdrop.command import Parser, command, decimal_number, needed_number, path, text
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    new = argparse.ArgumentParser(
+    new = Parser(
         prog="mustdrop calibrate-heads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    new.add_argument("--model", default=EMBEDDED, help="folder or hub id of a LLaVA checkpoint (%(default)s)")
+    new.add_argument("--model", type=text, default=EMBEDDED, help="folder or hub id of a checkpoint (%(default)s)")
     wanted = new.add_mutually_exclusive_group()
     wanted.add_argument("--share", help="share of all heads that stays active; the threshold follows")
     wanted.add_argument("--threshold", help="least ratio of attention to vision and to text; the share follows")
     new.add_argument("--majority", default="0.4", help="share of samples in which a head must be active (%(default)s)")
     new.add_argument("--full-layers", default="2", help="first layers that keep all heads (%(default)s)")
     new.add_argument("--samples", default=100, help="number of calibration samples (%(default)s)")
-    new.add_argument("--out", help="the .npy file (default: configs/methods/MODEL/yopo_heads.npy)")
+    new.add_argument("--out", type=path, help="the .npy file (default: configs/methods/MODEL/yopo_heads.npy)")
     add_measuring_options(new)
     return new
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, or 2 for a wrong argument."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    try:
-        rule = {
-            "share": None if args.share is None else _number("share", args.share, 1),
-            "threshold": None if args.threshold is None else _number("threshold", args.threshold),
-            "majority": _number("majority", args.majority, 1),
-            "full_layers": 0 if args.full_layers == "0" else whole_number("full_layers", args.full_layers),
-        }
-        if rule["share"] is None and rule["threshold"] is None:
-            raise ValueError("share: got nothing, expected --share, the heads that stay active, or --threshold")
-        samples, batch_size = whole_number("samples", args.samples), whole_number("batch_size", args.batch_size)
-        model = check_model(args.model)
-        out = Path(args.out) if args.out else CONFIGS / Path(model).name / "yopo_heads.npy"
-        if out.suffix != ".npy":
-            raise ValueError(f"out: got {args.out!r}, expected the name of a .npy file")
-        check_out(out.parent)
-        check_data(args, model)
-        return calibrate(args, argv, model, rule, samples, batch_size, out)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    rule = {
+        "share": None if args.share is None else decimal_number("share", args.share, most=1),
+        "threshold": None if args.threshold is None else decimal_number("threshold", args.threshold),
+        "majority": decimal_number("majority", args.majority, most=1),
+        "full_layers": needed_number("full_layers", args.full_layers, least=0),
+    }
+    if rule["share"] is None and rule["threshold"] is None:
+        raise ValueError("share: got nothing, expected --share, the heads that stay active, or --threshold")
+    samples, batch_size = needed_number("samples", args.samples), batch_of(args)
+    check_loading(args.device, dtype=args.dtype, conv_template=args.conv_template)
+    model = check_model(args.model)
+    shape = shape_of(model)
+    if shape is not None and rule["full_layers"] > shape.layers:
+        raise ValueError(f"full_layers: got {rule['full_layers']}, but the model has {shape.layers} layers")
+    out = args.out or CONFIGS / Path(model).name / "yopo_heads.npy"
+    if out.suffix != ".npy":
+        raise ValueError(f"out: got {shown(str(out))}, expected the name of a .npy file")
+    for file in (out, out.with_suffix(".json")):
+        check_file("out", file)
+    check_data(args, model)
+    return calibrate(args, argv, model, rule, samples, batch_size, out)
 
 
 def calibrate(args, argv: list[str], model: str, rule: dict, samples: int, batch_size: int, out: Path) -> int:
@@ -75,7 +80,7 @@ def calibrate(args, argv: list[str], model: str, rule: dict, samples: int, batch
 
     quiet()
     task = None if args.data else args.task or "mini"
-    pairs = read_samples(task, args.data, args.image_folder, samples)
+    pairs = read_samples(task, args.data, args.image_folder or ".", samples)
     loaded = LoadedModel.load(model, device=args.device, dtype=args.dtype, conv_template=args.conv_template)
     heads = HeadAttention()
     for start in progress(range(0, len(pairs), batch_size), "heads", unit="batch", leave=False):
@@ -100,17 +105,6 @@ def calibrate(args, argv: list[str], model: str, rule: dict, samples: int, batch
     of = f"{facts['mean_active']:.1f} of {mask.shape[1]} heads per layer, threshold {threshold:.4g}"
     print(f"{of}, {len(pairs)} samples -> {out}")
     return 0
-
-
-def _number(field: str, value: str, most: float | None = None) -> float:
-    """A number from 0 (to `most`)."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number <= (float("inf") if most is None else most):
-        raise ValueError(f"{field}: got {value!r}, expected a number from 0{'' if most is None else f' to {most:g}'}")
-    return number
 
 
 if __name__ == "__main__":

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mustdrop.hooks import Reducer
+    from mustdrop.shape import ModelShape
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "methods"
 VANILLA = "vanilla"
@@ -90,6 +95,14 @@ def method_at(model: str, method: str, retain: int, configs: Path = CONFIGS) -> 
         f"RETAIN: no settings of {method} for {retain} tokens; make {_shown(candidates[0])} with "
         f"mustdrop calibrate --model {model} --method {method} --retain {retain}"
     )
+
+
+def check_shape(reducer: Reducer, shape: ModelShape) -> None:
+    """Raise ValueError if a reducer's settings do not fit a model of this shape.
+
+    Of the tower, the blocks that are run are known; features are taken before the last one, as a rule.
+    """
+    reducer.check_sizes(shape.layers, shape.vision_layers + 1, shape.vision_layers, shape.patches, shape.heads)
 
 
 def _shown(path: Path) -> Path:

@@ -23,19 +23,23 @@ from eval.calibrate import read_samples
 from eval.inference import LoadedModel
 from eval.methods import method_at
 from eval.progress import progress, quiet
-from eval.settings import EMBEDDED, check_model, retained_tokens, whole_number
+from eval.settings import EMBEDDED, LARGEST_BATCH, check_loading, check_model, retained_tokens
+from eval.tasks import GROUP, SUITE
 from llava.model.language_model.packed import packed_layer
 from llava.model.masks import attention_mask
 from mustdrop import load_reducer
+from mustdrop.checks import shown
+from mustdrop.command import Parser, command, needed_number
 from mustdrop.macs import formula_macs
 from mustdrop.shape import ModelShape
 
 COUNTING_BATCH = 8
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
-    new = argparse.ArgumentParser(
+    new = Parser(
         prog="python -m eval.ragged", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     new.add_argument("--model", default=EMBEDDED, help="folder or hub id of a checkpoint (%(default)s)")
@@ -48,20 +52,19 @@ def main(argv: list[str] | None = None) -> int:
     new.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16 (%(default)s)")
     new.add_argument("--threads", metavar="N", help="CPU threads (default: torch's own choice)")
     args = new.parse_args(argv)
-    try:
-        questions, repeats = (whole_number(name, getattr(args, name)) for name in ("questions", "repeats"))
-        sizes = [whole_number("batch_size", size) for size in args.batch_size]
-        if questions < max(sizes):
-            raise ValueError(f"questions: got {questions}, expected at least one batch of {max(sizes)}")
-        model = check_model(args.model)
-        methods = {retain: method_at(model, args.method, retain)[0] for retain in retained_tokens(args.retain)}
-        if threads := whole_number("threads", args.threads):
-            torch.set_num_threads(threads)
-        quiet()
-        loaded = LoadedModel.load(model, dtype=args.dtype)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    questions, repeats = (needed_number(name, getattr(args, name)) for name in ("questions", "repeats"))
+    sizes = [needed_number("batch_size", size, most=LARGEST_BATCH) for size in args.batch_size]
+    if questions < max(sizes):
+        raise ValueError(f"questions: got {questions}, expected at least one batch of {max(sizes)}")
+    if args.task not in (*SUITE, GROUP):
+        raise ValueError(f"task: got {shown(args.task)}, expected one of {', '.join([*SUITE, GROUP])}")
+    check_loading(dtype=args.dtype)
+    model = check_model(args.model)
+    methods = {retain: method_at(model, args.method, retain)[0] for retain in retained_tokens(args.retain)}
+    if args.threads is not None:
+        torch.set_num_threads(needed_number("threads", args.threads, most=1024))
+    quiet()
+    loaded = LoadedModel.load(model, dtype=args.dtype)
     samples = read_samples(args.task, None, "", questions)
     lines = []
     for retain, settings in methods.items():

@@ -11,7 +11,7 @@ from eval.cell import Cell
 from eval.methods import method_at
 from eval.tasks import BENCHMARKS, GROUP, SUITE, TASKS, mirrored
 from mustdrop.checks import hint, shown
-from mustdrop.command import whole_number
+from mustdrop.command import needed_number, whole_number
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = "checkpoints/llava-mini"
@@ -19,7 +19,7 @@ DEFAULT_BATCH_SIZE = 8
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 LONGEST_NAME = 255
-LARGEST_SEED, MANY = 2**32 - 1, 1000
+LARGEST_BATCH, LARGEST_SEED, MANY = 4096, 2**32 - 1, 1000
 
 
 def cells(args) -> list[Cell]:
@@ -37,8 +37,8 @@ def cells(args) -> list[Cell]:
     """
     named = benchmarks(args.task)
     limit = whole_number("LIMIT", args.limit)
-    batch_size = whole_number("BATCH_SIZE", args.batch_size) or DEFAULT_BATCH_SIZE
-    seed = whole_number("seed", args.seed, least=0, most=LARGEST_SEED)
+    batch_size = whole_number("BATCH_SIZE", args.batch_size, most=LARGEST_BATCH) or DEFAULT_BATCH_SIZE
+    seed = needed_number("seed", args.seed, least=0, most=LARGEST_SEED)
     retains = retained_tokens(args.retain)
     check_name("--method", args.method)
     check_loading(
@@ -54,7 +54,7 @@ def cells(args) -> list[Cell]:
         "model": model,
         "limit": limit,
         "batch_size": batch_size,
-        "seed": seed or 0,
+        "seed": seed,
         "device": args.device or None,
         "device_map": args.device_map,
         "dtype": args.dtype,

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mustdrop.checks import shown
 from mustdrop.registry import METHODS
 
 RANGE = {"knobs": (1e-6, 1e2), "retain": (0.25, 4.0)}
@@ -43,7 +44,7 @@ def kind_of_knob(method: str) -> str:
         If it has neither.
     """
     if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, expected one of {', '.join(calibrated_methods())}")
+        raise ValueError(f"method: got {shown(method)}, expected one of {', '.join(calibrated_methods())}")
     if METHODS[method].knobs:
         return "knobs"
     if hasattr(METHODS[method], "retain"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from mustdrop.hooks import CacheStep, DecoderStep, Keep, LayerPlan, Reducer, Tokens, VisionStep, VisionTokens
+from mustdrop.reach import Tower, acts_in_decoder, check_counts, check_steps, square
 from mustdrop.stages.decode import are_in
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 class Compose(Reducer):
     """Several reducers at work in one pass, in the given order.
 
-    In the vision encoder each sees what the one before it left. In the decoder all of them see the same layer, and a
+    In the vision encoder each sees what the one before it left, and those that drop tokens in the decoder see what all
+    others leave before it. In the decoder all of them see the same layer, and a
     token goes on only if all of them keep it. Each has a notebook of its own.
 
     Parameters
@@ -36,9 +38,31 @@ class Compose(Reducer):
         self.positions = positions
         self.decode_positions = decode_positions
 
+    def flat(self, counting: bool = False) -> list[Reducer]:
+        """The parts, and in place of compositions their parts; `counting`: as they are asked about projected features.
+
+        Those that act in the decoder are asked last then.
+        """
+        parts = sorted(self.parts, key=acts_in_decoder) if counting else self.parts
+        return [one for part in parts for one in (part.flat(counting) if isinstance(part, Compose) else [part])]
+
     def check(self, layers: int, blocks: int) -> None:
         for part in self.parts:
             part.check(layers, blocks)
+
+    def check_heads(self, heads: int) -> None:
+        for part in self.parts:
+            part.check_heads(heads)
+
+    def check_tower(self, tower: Tower) -> None:
+        for part in self.flat():
+            tower = replace(tower, grid=part.shrinks(tower.grid))
+        for part in self.parts:
+            part.check_tower(tower)
+        check_steps(self.flat(), tower)
+
+    def check_tokens(self, layers: int, tokens: int) -> None:
+        check_counts(self.flat(), self.flat(counting=True), layers, square(tokens), tokens)
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         return sum(part.selector_macs(shape, work) for part in self.parts)
@@ -72,7 +96,7 @@ class Compose(Reducer):
         return tokens
 
     def on_projected_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
-        for number, part in self._at("on_projected_features"):
+        for number, part in sorted(self._at("on_projected_features"), key=lambda item: acts_in_decoder(item[1])):
             tokens = part.on_projected_features(tokens, state.setdefault(number, {})) or tokens
         return tokens
 
@@ -84,10 +108,6 @@ class Compose(Reducer):
     def before_decoder_layer(self, step: DecoderStep) -> LayerPlan | None:
         plans = [plan for plan in self._ask("before_decoder_layer", step) if plan is not None]
         return reduce(LayerPlan.__and__, plans) if plans else None
-
-    def check_tokens(self, layers: int, tokens: int) -> None:
-        for part in self.parts:
-            part.check_tokens(layers, tokens)
 
     def after_decoder_layer(self, step: DecoderStep) -> Tensor | Keep | None:
         answers = [answer for answer in self._ask("after_decoder_layer", step) if answer is not None]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -16,6 +18,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from mustdrop.command import Parser, command, path, text
 from mustdrop.config import load_reducer
 from mustdrop.hooks import LayerPlan
 from mustdrop.macs import (
@@ -212,24 +215,29 @@ def _scale(value: float) -> tuple[float, str]:
     return next(((scale, letter) for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if value >= scale), (1, ""))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def _retain(text: str) -> int | float:
-    number = float(text) if "." in text else int(text)
-    if isinstance(number, float) and not 0 < number < 1:
+    if "." not in text:
+        return _whole(text)
+    if not re.fullmatch(r"0?\.[0-9]{1,18}", text) or not float(text):
         raise ValueError
-    return number
+    return float(text)
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,6}", text):
+        raise ValueError
+    return int(text)
 
 
 def _per_layer(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    return [_whole(number) for number in text.split(",")]
 
 
 def _schedule(text: str) -> dict[int, int]:
-    return dict(sorted((int(layer), int(tokens)) for layer, tokens in (entry.split(":") for entry in text.split(","))))
+    pairs = [(_whole(layer), _whole(tokens)) for layer, tokens in (entry.split(":") for entry in text.split(","))]
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError
+    return dict(sorted(pairs))
 
 
 def _argument(parse: Callable, wanted: str) -> Callable:
@@ -245,7 +253,7 @@ def _argument(parse: Callable, wanted: str) -> Callable:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m mustdrop.cost",
         description=f"{__doc__}\nWithout --retain, --schedule or --tokens-per-layer nothing is dropped in the decoder.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -260,7 +268,8 @@ def _parser() -> argparse.ArgumentParser:
     python -m mustdrop.cost --model path/to/config.json --images 5 --retain 0.11 --json -""",
     )
     add = parser.add_argument
-    add("--model", default="llava-1.5-7b", help=f"{', '.join(NAMED)}, a config.json or its folder (%(default)s)")
+    meaning = f"{', '.join(NAMED)}, a config.json or its folder (%(default)s)"
+    add("--model", type=text, default="llava-1.5-7b", help=meaning)
     drop = parser.add_mutually_exclusive_group()
     drop.add_argument(
         "--retain",
@@ -268,34 +277,42 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="vision tokens in every layer, or a fraction of all",
     )
-    text = "vision tokens left after these layers, counted from 0"
+    meaning = "vision tokens left after these layers, counted from 0"
     drop.add_argument(
-        "--schedule", type=_argument(_schedule, "LAYER:TOKENS,LAYER:TOKENS,..."), metavar="LAYER:TOKENS,...", help=text
+        "--schedule",
+        type=_argument(_schedule, "LAYER:TOKENS,LAYER:TOKENS,..., each layer once"),
+        metavar="LAYER:TOKENS,...",
+        help=meaning,
     )
-    text = "vision tokens entering each layer"
+    meaning = "vision tokens entering each layer"
     drop.add_argument(
         "--tokens-per-layer",
         type=_argument(_per_layer, "N,N,..., a number for every layer"),
         metavar="N,N,...",
-        help=text,
+        help=meaning,
     )
-    add("--yopo", metavar="FILE", help="method file of yopo: less computation for every vision token")
-    add("--merged", type=int, metavar="N", help="tokens per image left by merging after vision block 0")
-    text = "once prefill ends, layers from the first filter on cache the final vision tokens only (MustDrop's stage 3)"
-    add("--output-aware-cache", action="store_true", help=text)
-    add("--images", type=int, default=1, metavar="N", help="images or tiles per prompt (%(default)s)")
-    add("--text-tokens", type=int, default=60, metavar="N", help="text tokens per prompt (%(default)s)")
-    add("--new-tokens", type=int, default=1, metavar="N", help="tokens generated (%(default)s)")
-    add("--batch", type=int, default=1, metavar="N", help="equal prompts; multiplies parts and cache (%(default)s)")
+    add("--yopo", type=path, metavar="FILE", help="method file of yopo: less computation for every vision token")
+    whole = _argument(_whole, "a whole number")
+    add("--merged", type=whole, metavar="N", help="tokens per image left by merging after vision block 0")
+    meaning = "after prefill, layers from the first filter on cache the final vision tokens only (MustDrop's stage 3)"
+    add("--output-aware-cache", action="store_true", help=meaning)
+    add("--images", type=whole, default=1, metavar="N", help="images or tiles per prompt (%(default)s)")
+    add("--text-tokens", type=whole, default=60, metavar="N", help="text tokens per prompt (%(default)s)")
+    add("--new-tokens", type=whole, default=1, metavar="N", help="tokens generated (%(default)s)")
+    add("--batch", type=whole, default=1, metavar="N", help="equal prompts; multiplies parts and cache (%(default)s)")
     add("--dtype", default="float16", choices=DTYPE_BYTES, help="of the cache (%(default)s)")
-    add("--json", metavar="FILE", help="also write everything as JSON; - for JSON on standard output and no table")
+    meaning = "also write everything as JSON; - for JSON on standard output and no table"
+    add("--json", type=path, metavar="FILE", help=meaning)
     return parser
 
 
 def _workload(shape: ModelShape, args: argparse.Namespace) -> Workload:
     """The prompt that the command line describes."""
     check("images", [args.images], least=1)
+    check("images", [args.images], most=1000)
     check("batch", [args.batch], least=1)
+    if args.output_aware_cache and args.schedule is None and args.retain is None and args.tokens_per_layer is None:
+        raise ValueError("output_aware_cache: cuts the cache to what filters leave; give --schedule")
     images = [shape.patches if args.merged is None else args.merged] * args.images
     tokens = args.retain if args.tokens_per_layer is None else args.tokens_per_layer
     if args.schedule:
@@ -321,32 +338,30 @@ def _workload(shape: ModelShape, args: argparse.Namespace) -> Workload:
     return replace(work, cache_lengths=tuple(cut))
 
 
-def _plans(shape: ModelShape, file: str) -> dict[int, LayerPlan]:
+def _plans(shape: ModelShape, file: Path) -> dict[int, LayerPlan]:
     """What YOPO with the settings of a method file computes in which layer."""
-    reducer = load_reducer(Path(file))
+    reducer = load_reducer(file)
     if not isinstance(reducer, YOPO):
         raise ValueError(f"yopo: {file} is a file of another method, it must have method: yopo")
-    reducer.check(shape.layers, shape.vision_layers)
+    reducer.check_sizes(shape.layers, shape.vision_layers, patches=shape.patches, heads=shape.heads)
     plans = {layer: reducer.plan(layer, shape.layers) for layer in range(shape.layers)}
     return {layer: plan for layer, plan in plans.items() if plan is not None}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
-    try:
-        known = args.model in NAMED or not Path(args.model).exists()
-        shape = (ModelShape.named if known else ModelShape.from_config)(args.model, dtype=args.dtype)
-        command = list(sys.argv[1:] if arguments is None else arguments)
-        facts = {"command": command, **report(shape, _workload(shape, args), args.batch)}
-        text = json.dumps(facts, indent=2) + "\n"
-        if args.json and args.json != "-":
-            Path(args.json).write_text(text)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    sys.stdout.write(text if args.json == "-" else as_table(facts) + "\n")
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv)
+    known = args.model in NAMED or not os.path.exists(args.model)
+    shape = (ModelShape.named if known else ModelShape.from_config)(args.model, dtype=args.dtype)
+    facts = {"command": list(argv), **report(shape, _workload(shape, args), args.batch)}
+    written = json.dumps(facts, indent=2) + "\n"
+    if args.json and str(args.json) != "-":
+        args.json.write_text(written, encoding="utf-8")
+    sys.stdout.write(written if str(args.json) == "-" else as_table(facts) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

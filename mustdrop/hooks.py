@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -33,7 +33,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from mustdrop.checks import fits_type, require
 from mustdrop.neighbours import SplitRows
+from mustdrop.reach import Fitting
 from mustdrop.tokens import Tokens, VisionTokens, compact, gather
 from mustdrop.trace import Trace
 
@@ -226,7 +228,7 @@ class LayerPlan:
         return LayerPlan(min(windows, default=None), heads, share, skip)
 
 
-class Reducer:
+class Reducer(Fitting):
     """Base class of all methods. Every hook does nothing; a method overrides the ones it needs.
 
     Attributes
@@ -242,12 +244,6 @@ class Reducer:
     positions: str = "original"
     decode_positions: str = "continue"
     knobs: ClassVar[Mapping[str, float]] = {}
-
-    def check(self, layers: int, blocks: int) -> None:
-        """Raise ValueError if the settings do not fit a model of `layers` decoder layers and `blocks` ViT blocks."""
-
-    def check_tokens(self, layers: int, tokens: int) -> None:
-        """Raise ValueError if the settings are out of reach for images of `tokens` vision tokens."""
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         """Multiply-adds of what the method itself computes on a prompt to choose and merge; matrix products only."""
@@ -295,7 +291,7 @@ class Reducer:
         """Return which entries of the layer's cache stay, bool `[batch, length]`, or None for all."""
 
     @contextmanager
-    def on(self, model, timing: bool = False) -> Iterator[Run]:
+    def on(self, model, timing: bool = False, keep: int | None = None) -> Iterator[Run]:
         """Reduce everything `model` computes inside the `with` block.
 
         Parameters
@@ -305,6 +301,8 @@ class Reducer:
             knows its `num_patches`.
         timing : bool
             Also measure `Trace.times_ms` (synchronises with the device; leave off when timing from outside).
+        keep : int, optional
+            Only the newest so many traces are kept, for a block that lives long. Default: all.
 
         Raises
         ------
@@ -315,12 +313,11 @@ class Reducer:
         """
         if not hasattr(model, "reducer"):
             raise TypeError(f"{type(model).__name__} has no hook points: load it with llava.model.builder")
-        self.check(*model.depths)
         tower = getattr(model, "get_vision_tower", lambda: None)()
-        if tower is not None:
-            self.check_tokens(model.depths[0], tower.num_patches)
+        sizes = (getattr(tower, "blocks_run", None), tower.num_patches) if tower is not None else ()
+        self.check_sizes(*model.depths, *sizes, heads=getattr(model.config, "num_attention_heads", None))
         before = model.reducer, model.run
-        model.reducer, model.run = self, Run(timing)
+        model.reducer, model.run = self, Run(timing, keep)
         try:
             yield model.run
         finally:
@@ -329,10 +326,21 @@ class Reducer:
 
 @dataclass
 class Run:
-    """Collects one `Trace` per prompt while a reducer is on."""
+    """Collects one `Trace` per prompt while a reducer is on, of which the newest `keep` stay (None: all)."""
 
     timing: bool = False
+    keep: int | None = None
     traces: list[Trace] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        fits = self.keep is None or (fits_type(self.keep, int) and self.keep >= 0)
+        require(fits, "keep", self.keep, "a number of traces, or none for all")
+
+    def add(self, traces: Iterable[Trace]) -> None:
+        """Note traces, and forget the oldest ones that are too many."""
+        self.traces.extend(traces)
+        if self.keep is not None:
+            del self.traces[: max(0, len(self.traces) - self.keep)]
 
 
 class Call:
@@ -380,4 +388,4 @@ class Call:
         if self.run is not None:
             prompts = len(self.images)
             every = len(self.entered[0].image) // prompts  # beams of a prompt lie side by side and are prefilled alike
-            self.run.traces.extend(Trace(self, row=prompt * every, prompt=prompt) for prompt in range(prompts))
+            self.run.add(Trace(self, row=prompt * every, prompt=prompt) for prompt in range(prompts))

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from mustdrop.checks import one_of, require
 from mustdrop.compose import Compose
+from mustdrop.reach import Tower
 from mustdrop.stages import DiverseTokens, DualAttentionFilter, KeyTokens, LocalSpatialMerge, OutputAwareCache
 from mustdrop.stages.budget import TAPER
 from mustdrop.stages.prefill import PUBLISHED_LAYERS
@@ -106,11 +107,13 @@ class MustDrop(Compose):
 
     def __post_init__(self) -> None:
         one_of("compat", self.compat, ("default", "official"))
+        usual = self.compat == "default" and self.filter_layers is None
         for option, choices in _COMPAT.items():
             if getattr(self, option) is None:
                 setattr(self, option, choices[self.compat == "official"])
         for stage in self.stages:
             one_of("stages", stage, STAGES)
+        require(0 < len(set(self.stages)) == len(self.stages), "stages", self.stages, "some stages, each once")
         one_of("positions", self.positions, ("original", "renumber"))
         one_of("decode_positions", self.decode_positions, ("continue", "cache_length"))
         require(self.retain is None or self.retain > 0, "retain", self.retain, "1 or more")
@@ -143,7 +146,7 @@ class MustDrop(Compose):
                 DualAttentionFilter(
                     self.global_threshold,
                     self.individual_threshold,
-                    self.filter_layers,
+                    None if usual else self.filter_layers,
                     self.score_dtype,
                     self.budget,
                     self.retain,
@@ -164,12 +167,10 @@ class MustDrop(Compose):
             self.decode_positions,
         )
 
-    def check_tokens(self, layers: int, tokens: int) -> None:
-        entering = tokens
-        for part in self.parts:
-            if isinstance(part, LocalSpatialMerge) and part.budgeted:
-                entering = part.merged(tokens)
-            elif isinstance(part, DiverseTokens):
-                entering = min(entering, part.count)
-            elif isinstance(part, DualAttentionFilter) and part.budgeted:
-                part.schedule(layers, tokens, entering)
+    def check_tower(self, tower: Tower) -> None:
+        if "vision" in self.stages:
+            merging, keys = (part.touches(tower) for part in self.parts[:2])
+            chosen, merged = max(keys.reads | keys.reads_next, default=tower.run), max(merging.changes, default=-1)
+            right = f"below {chosen}, the block after which key_block {self.key_block} chooses among merged tokens"
+            require(merged < chosen, "merge_block", self.merge_block, right)
+        super().check_tower(tower)

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from mustdrop.checks import shown
+from mustdrop.read import read_json
+
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
 _CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 _TOWERS = {
@@ -94,7 +97,8 @@ class ModelShape:
     def named(cls, name: str, dtype: str = "float16") -> ModelShape:
         """A shape from a name in `NAMED`; ValueError if it is not there."""
         if name not in NAMED:
-            raise ValueError(f"model is {name!r}: it must be {', '.join(NAMED)}, a config.json or a folder with one")
+            known = ", ".join(NAMED)
+            raise ValueError(f"model is {shown(name)}: it must be {known}, a config.json or a folder with one")
         return cls.from_config(NAMED[name], name, dtype)
 
     @classmethod
@@ -203,9 +207,9 @@ def _filled(config_class: type, values: Mapping):
 
 def _read_json(path: Path) -> dict:
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: no readable config.json ({getattr(error, 'strerror', None) or error})") from None
+        values = read_json(path, most=1 << 24)
+    except ValueError as error:
+        raise ValueError(f"{path}: no readable config.json ({str(error).removeprefix(f'{path}: ')})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: it must hold a JSON object, not a {type(values).__name__}")
     return values

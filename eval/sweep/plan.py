@@ -12,7 +12,7 @@ from pathlib import Path
 
 from eval import settings
 from eval.cell import Cell
-from eval.methods import VANILLA, has_files, method_at, own_file, read_method
+from eval.methods import VANILLA, check_shape, has_files, method_at, own_file, read_method
 from eval.sweep.launch import Launch
 from eval.tasks import BENCHMARKS, GROUP, SUITE
 from mustdrop import load_reducer
@@ -112,7 +112,8 @@ def read(
     names = _texts(file, "models", given.get("models", settings.EMBEDDED) if model is None else model)
     seeds = _numbers(file, "seeds", given.get("seeds", 0), 0, settings.LARGEST_SEED)
     retain = _numbers(file, "retain", given["retain"], 1) if given.get("retain", []) != [] else []
-    batch_size = _whole(file, "batch_size", given.get("batch_size", settings.DEFAULT_BATCH_SIZE), 1)
+    batch_size = given.get("batch_size", settings.DEFAULT_BATCH_SIZE)
+    batch_size = _whole(file, "batch_size", batch_size, 1, settings.LARGEST_BATCH)
     overrides = _overrides(file, given.get("overrides", {}))
     if given.get("unreachable", "stop") not in ("stop", "skip"):
         raise _wrong(file, "unreachable", given["unreachable"], "skip or stop")
@@ -282,7 +283,7 @@ def out_of_reach(method: Method, model: str) -> str | None:
     ValueError
         If something else does not fit the model.
     """
-    shape = _shape(model)
+    shape = shape_of(model)
     if shape is None:
         return None
     name = Path(model).name
@@ -290,12 +291,11 @@ def out_of_reach(method: Method, model: str) -> str | None:
         raise ValueError(f"{name} has only {shape.vision_tokens} vision tokens per picture")
     reducer = load_reducer(method.settings)
     try:
-        # Of the tower, the blocks that are run are known; features are taken before the last one, as a rule.
         reducer.check(shape.layers, shape.vision_layers + 1)
     except ValueError as error:
         raise ValueError(f"{method.method} on {name}: {error}") from None
     try:
-        reducer.check_tokens(shape.layers, shape.patches)
+        check_shape(reducer, shape)
     except ValueError as error:
         if method.retain is None:
             raise ValueError(f"{method.method} on {name}: {error}") from None
@@ -304,7 +304,7 @@ def out_of_reach(method: Method, model: str) -> str | None:
 
 
 @cache
-def _shape(model: str) -> ModelShape | None:
+def shape_of(model: str) -> ModelShape | None:
     """A model's sizes from its config.json, None where it cannot be had or read."""
     from huggingface_hub import hf_hub_download
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +38,15 @@ class CDPruner(Reducer):
         If `retain` is not positive.
     """
 
+    counts_at: ClassVar[str] = "on_question"
+
     retain: int = 64
 
     def __post_init__(self) -> None:
         require(self.retain > 0, "retain", self.retain, "1 or more")
+
+    def leaves(self, grid: tuple[int, int], tokens: int) -> int:
+        return min(tokens, self.retain)
 
     def on_question(self, tokens: VisionTokens, question: Tensor, real: Tensor, state: dict) -> VisionTokens | None:
         if self.retain >= tokens.anchor.shape[1]:

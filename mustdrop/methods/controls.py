@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -10,6 +11,7 @@ from mustdrop import ops
 from mustdrop.checks import require
 from mustdrop.hooks import Reducer, VisionStep, VisionTokens
 from mustdrop.macs import Workload
+from mustdrop.reach import Touch, Tower
 from mustdrop.shape import ModelShape
 
 
@@ -23,10 +25,18 @@ class Control(Reducer):
         Tokens that every image keeps. All it has, or more: nothing is done.
     """
 
+    counts_at: ClassVar[str] = "after_vision_block"
+
     retain: int = 64
 
     def __post_init__(self) -> None:
         require(self.retain > 0, "retain", self.retain, "1 or more")
+
+    def leaves(self, grid: tuple[int, int], tokens: int) -> int:
+        return min(tokens, self.retain)
+
+    def touches(self, tower: Tower) -> Touch:
+        return Touch(changes=frozenset({tower.last})) if self.retain < tower.patches else Touch()
 
     def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
         return self.reduce(step.tokens) if step.last and self.retain < step.tokens.anchor.shape[1] else None
@@ -50,6 +60,10 @@ class Random(Control):
     """
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.seed < 1 << 63, "seed", self.seed, "0 or more, and below 2^63")
 
     def reduce(self, tokens: VisionTokens) -> VisionTokens:
         generator = torch.Generator().manual_seed(self.seed)
@@ -81,6 +95,10 @@ class AveragePool(Control):
         )
         untouched = len(column) == len(cell)
         return ops.merge(tokens, first.gather(1, own) % len(column), self.retain if untouched else None)
+
+    def leaves(self, grid: tuple[int, int], tokens: int) -> int | None:
+        """Of an image of which some patches are gone, not every cell has a token."""
+        return super().leaves(grid, tokens) if tokens == grid[0] * grid[1] else None
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         """The means, as one product."""

@@ -37,6 +37,9 @@ class DivPrune(Reducer):
     def __post_init__(self) -> None:
         require(self.retain > 0, "retain", self.retain, "1 or more")
 
+    def leaves(self, grid: tuple[int, int], tokens: int) -> int:
+        return min(tokens, self.retain)
+
     def on_projected_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
         if self.retain >= tokens.anchor.shape[1]:
             return None

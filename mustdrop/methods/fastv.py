@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mustdrop.checks import one_of, require
+from mustdrop.checks import check_layers, one_of, require
 from mustdrop.hooks import DecoderStep
-from mustdrop.methods.layerwise import LayerwiseDrop, check_layers, layer_number
+from mustdrop.methods.layerwise import LayerwiseDrop, layer_number
 
 
 @dataclass
@@ -50,7 +50,7 @@ class FastV(LayerwiseDrop):
 
     def check(self, layers: int, blocks: int) -> None:
         if self.layer is not None:
-            check_layers("layer", self.layer, layers)
+            check_layers("layer", [self.layer], layers, least=1)
 
     def schedule(self, layers: int, tokens: int) -> dict[int, int]:
         after = layer_number(2 / 32 if self.layer is None else self.layer, layers) - 1

@@ -46,6 +46,10 @@ class LayerwiseDrop(Reducer):
         """How good each token is, float `[batch, length]`; only vision tokens are looked at."""
         raise NotImplementedError
 
+    def drops_after(self, layers: int, tokens: int) -> set[int]:
+        stages = self.stages(self.schedule(layers, tokens), tokens)
+        return {layer for layer, stage in stages.items() if stage.before > stage.kept}
+
     def added(self, dropped: int) -> int:
         """Tokens that a method makes out of so many dropped ones."""
         return 0
@@ -144,9 +148,3 @@ class LayerwiseDrop(Reducer):
 def layer_number(layer: int | float, layers: int) -> int:
     """The layer before which tokens are dropped; one layer at least has seen them all."""
     return max(1, ops.layer_index(layer, layers))
-
-
-def check_layers(field: str, given: int | float, layers: int) -> None:
-    """Raise ValueError unless tokens can be dropped before (or after) a layer of a decoder that is `layers` deep."""
-    fits = 0 < given < (1 if isinstance(given, float) else layers)
-    require(fits, field, given, f"a layer from 1 to {layers - 1} or a fraction between 0 and 1")

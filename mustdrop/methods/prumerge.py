@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from mustdrop import ops
 from mustdrop.checks import require
 from mustdrop.hooks import Attention, Reducer, VisionStep, VisionTokens, compact, gather
 from mustdrop.macs import Workload, key_probe_macs
+from mustdrop.reach import Touch, Tower
 from mustdrop.shape import ModelShape
 
 
@@ -41,6 +43,8 @@ class PruMerge(Reducer):
         If a setting is out of range.
     """
 
+    counts_at: ClassVar[str] = "after_vision_block"
+
     plus: bool = False
     neighbours: int = 32
     retain: int | None = None
@@ -48,6 +52,16 @@ class PruMerge(Reducer):
     def __post_init__(self) -> None:
         require(self.neighbours >= 0, "neighbours", self.neighbours, "0 or more")
         require(self.retain is None or self.retain > 1, "retain", self.retain, "2 or more")
+
+    def leaves(self, grid: tuple[int, int], tokens: int) -> int | None:
+        return None if self.retain is None else min(tokens, self.retain)
+
+    def touches(self, tower: Tower) -> Touch:
+        if self.retain is not None and self.retain >= tower.patches:
+            return Touch()
+        here, none = frozenset({tower.last}), frozenset()
+        follows = tower.run < tower.blocks
+        return Touch(changes=here, reads=none if follows else here, reads_next=here if follows else none)
 
     def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
         tokens = step.tokens

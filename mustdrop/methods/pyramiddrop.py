@@ -8,10 +8,10 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from mustdrop.checks import one_of, require
+from mustdrop.checks import check_layers, one_of, require
 from mustdrop.hooks import DecoderStep
 from mustdrop.macs import Workload
-from mustdrop.methods.layerwise import LayerwiseDrop, check_layers, layer_number
+from mustdrop.methods.layerwise import LayerwiseDrop, layer_number
 from mustdrop.shape import ModelShape
 
 PUBLISHED = {8 / 32: 0.5, 16 / 32: 0.25, 24 / 32: 0.125}  # first layer of a stage, as a share of the depth: tokens
@@ -57,6 +57,8 @@ class PyramidDrop(LayerwiseDrop):
         self.decode_positions = "cache_length" if official else "continue"
         retain = self.retain
         require(retain is None or retain > 0, "retain", retain, "1 or more")
+        for field, given in (("layers", self.layers), ("ratios", self.ratios)):
+            require(given is None or len(given) > 0, field, given, "at least one")
         require(retain is None or self.ratios is None, "retain", retain, "left out where ratios are given")
         if retain is None:
             ratios, stages = self._ratios(), self._layers()
@@ -65,10 +67,7 @@ class PyramidDrop(LayerwiseDrop):
             require(len(ratios) == len(stages), "ratios", self.ratios, f"as many as layers, {len(stages)}")
 
     def check(self, layers: int, blocks: int) -> None:
-        for layer in self.layers or ():
-            check_layers("layers", layer, layers)
-        numbers = [layer_number(layer, layers) for layer in self.layers or ()]
-        require(numbers == sorted(set(numbers)), "layers", self.layers, "rising, each a layer of its own")
+        check_layers("layers", self.layers or (), layers, least=1)
 
     def schedule(self, layers: int, tokens: int) -> dict[int, int]:
         after = [layer_number(layer, layers) - 1 for layer in self._layers()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,16 +32,24 @@ class SmallImage(Reducer):
         If `retain` is not positive.
     """
 
+    counts_at: ClassVar[str] = "on_pixels"
+
     retain: int = 64
 
     def __post_init__(self) -> None:
         require(self.retain > 0, "retain", self.retain, "1 or more")
 
+    def shrinks(self, grid: tuple[int, int]) -> tuple[int, int]:
+        return grid if self.retain >= grid[0] * grid[1] else nearest_grid(grid, self.retain)
+
+    def leaves(self, grid: tuple[int, int], tokens: int) -> int:
+        return grid[0] * grid[1]
+
     def on_pixels(self, images: Tensor, patch_size: int) -> Tensor | None:
         grid = tuple(side // patch_size for side in images.shape[-2:])
-        size = [side * patch_size for side in nearest_grid(grid, self.retain)]
         if self.retain >= grid[0] * grid[1]:
             return None
+        size = [side * patch_size for side in self.shrinks(grid)]
         return F.interpolate(images.float(), size, mode="bicubic", antialias=True).to(images.dtype)
 
 

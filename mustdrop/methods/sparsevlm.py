@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from mustdrop import ops
-from mustdrop.checks import one_of, require
+from mustdrop.checks import check_layers, one_of, require
 from mustdrop.hooks import DecoderStep, Keep, gather
 from mustdrop.macs import Workload, filters_macs
 from mustdrop.methods.layerwise import LayerwiseDrop, Stage
@@ -84,7 +85,10 @@ class SparseVLM(LayerwiseDrop):
         self.decode_positions = "cache_length" if renumbers else "continue"
         require(self.retain is None or self.retain > 0, "retain", self.retain, "1 or more")
         require(self.retain is None or self.keeps is None, "retain", self.retain, "left out where keeps are given")
+        require(self.layers is None or len(self.layers) > 0, "layers", self.layers, "at least one")
+        require(self.rope_theta > 0, "rope_theta", self.rope_theta, "more than 0")
         by_rank = self.rank_scale is not None
+        require(by_rank or self.rank_bias == 0, "rank_bias", self.rank_bias, "left out without rank_scale")
         alone = self.version == 1 and self.retain is None and self.keeps is None
         require(not by_rank or alone, "rank_scale", self.rank_scale, "left out but in version 1 without retain, keeps")
         require(not by_rank or self.rank_scale >= 0, "rank_scale", self.rank_scale, "0 or more")
@@ -97,9 +101,24 @@ class SparseVLM(LayerwiseDrop):
             require(fits, "keeps", keep, "a number of tokens or a share of them between 0 and 1")
 
     def check(self, layers: int, blocks: int) -> None:
-        for layer in self.layers or ():
-            fits = 0 <= layer < (1 if isinstance(layer, float) else layers)
-            require(fits, "layers", layer, f"a layer from 0 to {layers - 1} or a fraction below 1")
+        check_layers("layers", self.layers or (), layers)
+
+    def check_tokens(self, layers: int, tokens: int) -> None:
+        super().check_tokens(layers, tokens)
+        if self.keeps is not None:
+            counts = list(self.schedule(layers, tokens).values())
+            falling = all(now >= then for now, then in pairwise((tokens, *counts)))
+            require(falling, "keeps", self.keeps, f"numbers that do not rise, from the {tokens} tokens of an image on")
+
+    def merges_after(self, layers: int, tokens: int) -> set[int]:
+        if self.rank_scale is not None:
+            return set(self.schedule(layers, tokens))
+        stages = self.stages(self.schedule(layers, tokens), tokens)
+        return {layer for layer, stage in stages.items() if stage.after > stage.kept}
+
+    def drops_after(self, layers: int, tokens: int) -> set[int]:
+        by_rank = self.rank_scale is not None
+        return set(self.schedule(layers, tokens)) if by_rank else super().drops_after(layers, tokens)
 
     def schedule(self, layers: int, tokens: int) -> dict[int, int]:
         after = [ops.layer_index(layer, layers) for layer in self._layers()]

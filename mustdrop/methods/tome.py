@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from mustdrop import ops
 from mustdrop.checks import require
 from mustdrop.hooks import Reducer, VisionStep, VisionTokens
 from mustdrop.macs import Workload
+from mustdrop.reach import Touch, Tower
 from mustdrop.shape import ModelShape
 
 
@@ -36,10 +38,23 @@ class ToMe(Reducer):
         If `retain` is not positive, or lower than what is left if every block merges half of its tokens.
     """
 
+    counts_at: ClassVar[str] = "inside_vision_block"
+
     retain: int = 64
 
     def __post_init__(self) -> None:
         require(self.retain > 0, "retain", self.retain, "1 or more")
+
+    def check_tower(self, tower: Tower) -> None:
+        schedule(tower.patches, self.retain, tower.run)
+
+    def leaves(self, grid: tuple[int, int], tokens: int) -> int:
+        return min(tokens, self.retain)
+
+    def touches(self, tower: Tower) -> Touch:
+        left = [tower.patches, *schedule(tower.patches, self.retain, tower.run)]
+        merging = (block for block, (before, after) in enumerate(pairwise(left)) if after < before)
+        return Touch(inside=frozenset(merging))
 
     def inside_vision_block(self, step: VisionStep) -> VisionTokens | None:
         tokens = step.tokens

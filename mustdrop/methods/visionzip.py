@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from mustdrop import ops
 from mustdrop.checks import one_of, require
 from mustdrop.hooks import Reducer, VisionStep, VisionTokens, compact, gather
 from mustdrop.macs import Workload, key_probe_macs
+from mustdrop.reach import Touch, Tower
 from mustdrop.shape import ModelShape
 
 CONTEXTUAL_SHARE = 10 / 64  # of the published 54 + 10, 108 + 20 and 162 + 30
@@ -43,6 +45,8 @@ class VisionZip(Reducer):
         If a number is out of range.
     """
 
+    counts_at: ClassVar[str] = "after_vision_block"
+
     dominant: int | None = None
     contextual: int | None = None
     retain: int | None = None
@@ -56,6 +60,17 @@ class VisionZip(Reducer):
         for field, number in zip(("dominant", "contextual"), numbers, strict=True):
             require(number is None or number > 0, field, number, "1 or more")
             require(number is None or retain is None, "retain", retain, f"left out where {field} is given")
+
+    def check_tokens(self, layers: int, tokens: int) -> None:
+        for field, number in (("dominant", self.dominant), ("contextual", self.contextual)):
+            require(number is None or number <= tokens, field, number, f"at most the {tokens} tokens of an image")
+
+    def leaves(self, grid: tuple[int, int], tokens: int) -> int:
+        return min(tokens, sum(self.numbers))
+
+    def touches(self, tower: Tower) -> Touch:
+        here = frozenset({tower.last} if sum(self.numbers) < tower.patches else ())
+        return Touch(changes=here, reads=here)
 
     @property
     def numbers(self) -> tuple[int, int]:

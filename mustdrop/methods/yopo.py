@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mustdrop.checks import require
+from mustdrop.checks import require, shown
 from mustdrop.hooks import DecoderStep, LayerPlan, Reducer
+from mustdrop.reach import square
 
 
 @dataclass
@@ -61,6 +62,18 @@ class YOPO(Reducer):
             fits = 0 < self._cut(layers) <= layers
             require(fits, "layer_cut", self.layer_cut, f"a layer from 1 to {layers} or a fraction of the depth")
 
+    def check_heads(self, heads: int) -> None:
+        found = heads if self._mask is None else len(self._mask[0])
+        if found != heads:
+            raise ValueError(f"heads: the mask has {found} heads per layer, it must have the model's {heads}")
+
+    def check_tokens(self, layers: int, tokens: int) -> None:
+        self.check_counts(layers, square(tokens), tokens)
+
+    def check_counts(self, layers: int, grid: tuple[int, int], tokens: int) -> None:
+        widest = max(5, 2 * max(grid) - 1)
+        require((self.window or 1) <= widest, "window", self.window, f"at most {widest}, which sees the whole image")
+
     def _cut(self, layers: int) -> int:
         return round(self.layer_cut * layers) if isinstance(self.layer_cut, float) else self.layer_cut
 
@@ -80,11 +93,12 @@ def _read_mask(source: str | Sequence[Sequence[bool | int]]) -> np.ndarray:
     """A head mask, bool `[layers, heads]`."""
     try:
         mask = np.load(source, allow_pickle=False) if isinstance(source, str | Path) else np.asarray(source)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"heads: {str(source)!r} cannot be read as .npy [layers, heads] ({error})") from None
+    except (OSError, ValueError, EOFError, MemoryError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"heads: {shown(str(source))} cannot be read as .npy [layers, heads] ({reason})") from None
     numeric = isinstance(mask, np.ndarray) and mask.dtype.kind in "biuf"
-    if not numeric or mask.ndim != 2 or not np.isin(mask, (0, 1)).all():
-        raise ValueError(f"heads: {str(source)[:80]!r} must hold a mask [layers, heads] of true and false, or 1 and 0")
+    if not numeric or mask.ndim != 2 or 0 in mask.shape or not np.isin(mask, (0, 1)).all():
+        raise ValueError(f"heads: {shown(str(source))} must hold a mask [layers, heads] of true and false, or 1 and 0")
     return mask.astype(bool)
 
 

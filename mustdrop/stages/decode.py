@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mustdrop import ops
-from mustdrop.checks import require
+from mustdrop.checks import check_layers, require
 from mustdrop.hooks import Attention, CacheStep, DecoderStep, Reducer, Tokens
 from mustdrop.macs import Workload, filters_macs
 from mustdrop.shape import ModelShape
@@ -39,8 +39,7 @@ class OutputAwareCache(Reducer):
         require(threshold is None or threshold >= 0, "output_threshold", threshold, "0 or more, or none")
 
     def check(self, layers: int, blocks: int) -> None:
-        fits = 0 <= ops.layer_index(self.first_layer, layers) < layers and self.first_layer < layers
-        require(fits, "cache_from", self.first_layer, f"a layer from 0 to {layers - 1} or a fraction below 1")
+        check_layers("cache_from", [self.first_layer], layers)
 
     def does(self, hook: str) -> bool:
         return super().does(hook) and (hook != "after_decode_layer" or self.output_threshold is not None)

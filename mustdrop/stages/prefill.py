@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mustdrop import ops
-from mustdrop.checks import one_of, require
+from mustdrop.checks import check_layers, one_of, require
 from mustdrop.hooks import DecoderStep, Keep, Reducer, VisionTokens
 from mustdrop.macs import Workload, filters_macs
 from mustdrop.shape import ModelShape
@@ -93,9 +93,19 @@ class DualAttentionFilter(Reducer):
         after = tuple(dict.fromkeys(self.layers_of(layers)))
         return filter_schedule(after, layers, patches, entering, keys, budget, self.retain, self.taper)
 
+    @property
+    def needs_counts(self) -> bool:
+        return self.retain is not None
+
     def check_tokens(self, layers: int, tokens: int) -> None:
+        self.check_counts(layers, (1, tokens), tokens)
+
+    def check_counts(self, layers: int, grid: tuple[int, int], tokens: int) -> None:
         if self.budgeted:
-            self.schedule(layers, tokens, tokens)
+            self.schedule(layers, grid[0] * grid[1], tokens)
+
+    def drops_after(self, layers: int, tokens: int) -> set[int]:
+        return set(self.layers_of(layers))
 
     def layers_of(self, layers: int) -> list[int]:
         """The filter layers of a decoder that is `layers` deep."""
@@ -103,9 +113,11 @@ class DualAttentionFilter(Reducer):
         return [ops.layer_index(layer, layers) for layer in chosen]
 
     def check(self, layers: int, blocks: int) -> None:
-        for layer in self.layers or ():
-            fits = 0 <= layer < 1 if isinstance(layer, float) else -layers <= layer < layers
-            require(fits, "filter_layers", layer, f"a layer from 0 to {layers - 1} or a fraction below 1")
+        if self.layers is not None:
+            check_layers("filter_layers", self.layers, layers)
+        elif self.budget is not None:
+            right = f"given where a decoder of {layers} layers has too few for the published ones"
+            require(len(set(self.layers_of(layers))) == len(self.budget), "filter_layers", self.layers, right)
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         layers = None if self.budgeted else self.layers_of(shape.layers)

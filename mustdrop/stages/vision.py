@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from mustdrop import ops
 from mustdrop.checks import one_of, require
 from mustdrop.hooks import Reducer, VisionStep, VisionTokens
 from mustdrop.macs import Workload, key_probe_macs
+from mustdrop.reach import Touch, Tower, square
 from mustdrop.shape import ModelShape
 from mustdrop.stages.budget import windows_to_merge
 
@@ -48,6 +50,8 @@ class LocalSpatialMerge(Reducer):
         If a setting is out of range.
     """
 
+    counts_at: ClassVar[str] = "after_vision_block"
+
     window: int = 3
     similarity_threshold: float = 0.8
     block: int = 0
@@ -78,10 +82,27 @@ class LocalSpatialMerge(Reducer):
         return patches - number * (self.window**2 - 1)
 
     def check_tokens(self, layers: int, tokens: int) -> None:
-        self.merged(tokens)
+        self.check_counts(layers, square(tokens), tokens)
+
+    def check_counts(self, layers: int, grid: tuple[int, int], tokens: int) -> None:
+        if self.budgeted:
+            self.merged(tokens, grid)
+        right = f"at most {min(grid)}, the side of the patch grid"
+        require(self.window <= min(grid), "window", self.window, right)
 
     def check(self, layers: int, blocks: int) -> None:
         require(0 <= self.block < blocks, "merge_block", self.block, f"between 0 and {blocks - 1}, the last ViT block")
+
+    def check_tower(self, tower: Tower) -> None:
+        right = f"between 0 and {tower.last}, the last ViT block that is run"
+        require(self.block < tower.run, "merge_block", self.block, right)
+
+    def leaves(self, grid: tuple[int, int], tokens: int) -> int | None:
+        return min(tokens, self.merged(grid[0] * grid[1], grid)) if self.budgeted else None
+
+    def touches(self, tower: Tower) -> Touch:
+        none = self.budgeted and self.leaves(tower.grid, tower.patches) == tower.patches
+        return Touch() if none else Touch(changes=frozenset({self.block}), needs_all=True)
 
     def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
         tokens = step.tokens
@@ -160,6 +181,17 @@ class KeyTokens(Reducer):
     def check(self, layers: int, blocks: int) -> None:
         require(-blocks <= self.block < blocks, "key_block", self.block, f"between -{blocks} and {blocks - 1}")
 
+    def check_tower(self, tower: Tower) -> None:
+        block, right = self.block % tower.blocks, f"at most {tower.run}: of {tower.blocks} ViT blocks so many are run"
+        require(block <= tower.run, "key_block", self.block, right)
+
+    def touches(self, tower: Tower) -> Touch:
+        block = self.block % tower.blocks
+        if self._keeps_all(tower.patches):
+            return Touch()
+        here = frozenset({min(block, tower.last)})
+        return Touch(reads=here) if block < tower.run else Touch(reads_next=here)
+
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         if self._keeps_all(shape.patches):
             return 0
@@ -204,6 +236,9 @@ class DiverseTokens(Reducer):
 
     def __post_init__(self) -> None:
         require(self.count > 0, "diverse", self.count, "1 or more")
+
+    def leaves(self, grid: tuple[int, int], tokens: int) -> int:
+        return min(tokens, self.count)
 
     def on_projected_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
         if self.count >= tokens.anchor.shape[1]:

@@ -1,0 +1,192 @@
+"""What reducers say before anything runs: whether their settings fit a model, alone and beside each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+COUNTED = ("on_pixels", "inside_vision_block", "after_vision_block", "on_projected_features", "on_question")
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower: its ViT blocks, how many of them are run, and the rows and columns of an image's patches."""
+
+    blocks: int
+    run: int
+    grid: tuple[int, int]
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def last(self) -> int:
+        """The last block that is run."""
+        return self.run - 1
+
+
+@dataclass(frozen=True)
+class Touch:
+    """What a reducer does in which steps of a vision tower, by block.
+
+    `inside`: merges between a block's attention and its MLP, by that attention. `changes`: merges or drops after the
+    block. `reads`: asks for the block's own attention. `reads_next`: asks for the next block's, on the present tokens.
+    `needs_all`: takes one token per patch for granted.
+    """
+
+    inside: frozenset[int] = frozenset()
+    changes: frozenset[int] = frozenset()
+    reads: frozenset[int] = frozenset()
+    reads_next: frozenset[int] = frozenset()
+    needs_all: bool = False
+
+    def before(self, block: int) -> bool:
+        """Whether anything has changed when this block's step ends, apart from what is done after the block."""
+        return any(inside <= block for inside in self.inside) or any(after < block for after in self.changes)
+
+
+class Fitting:
+    """Base of `Reducer`: what it asks of a model, and what it means for reducers beside it.
+
+    Attributes
+    ----------
+    counts_at : str
+        One of `COUNTED`, the hook at which it meets the tokens that its settings are about.
+    """
+
+    counts_at: ClassVar[str] = "on_projected_features"
+
+    def check(self, layers: int, blocks: int) -> None:
+        """Raise ValueError if the settings do not fit a model of `layers` decoder layers and `blocks` ViT blocks."""
+
+    def check_heads(self, heads: int) -> None:
+        """Raise ValueError if the settings do not fit a decoder with so many attention heads."""
+
+    def check_tower(self, tower: Tower) -> None:
+        """Raise ValueError if the settings do not fit a vision tower."""
+
+    def check_tokens(self, layers: int, tokens: int) -> None:
+        """Raise ValueError if the settings are out of reach for images of `tokens` vision tokens."""
+
+    def check_counts(self, layers: int, grid: tuple[int, int], tokens: int) -> None:
+        """As `check_tokens`, where other reducers have left `tokens` of an image's patches."""
+        self.check_tokens(layers, tokens)
+
+    def leaves(self, grid: tuple[int, int], tokens: int) -> int | None:
+        """Tokens of an image that are left before the decoder of so many, None if that depends on the image."""
+        return tokens
+
+    @property
+    def needs_counts(self) -> bool:
+        """Whether it can only work where the number of tokens that reach it is the same for all images."""
+        return False
+
+    def shrinks(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the patches that are left of an image."""
+        return grid
+
+    def touches(self, tower: Tower) -> Touch:
+        """What is done in which steps of the vision tower."""
+        return Touch()
+
+    def drops_after(self, layers: int, tokens: int) -> set[int]:
+        """Decoder layers after which tokens may go, of images of which `tokens` enter the decoder."""
+        return set()
+
+    def merges_after(self, layers: int, tokens: int) -> set[int]:
+        """Decoder layers after which tokens may be merged."""
+        return set()
+
+    def check_sizes(
+        self, layers: int, blocks: int, run: int | None = None, patches: int | None = None, heads: int | None = None
+    ) -> None:
+        """All checks against a model's sizes; what is not known of it is not looked at.
+
+        Parameters
+        ----------
+        layers, blocks : int
+            Of the decoder and of the vision tower.
+        run : int, optional
+            ViT blocks that are run. Default: all.
+        patches : int, optional
+            Patches of an image, on a square grid.
+        heads : int, optional
+            Attention heads of a decoder layer.
+
+        Raises
+        ------
+        ValueError
+            With one line that names the field, the value and what would be right.
+        """
+        self.check(layers, blocks)
+        if heads is not None:
+            self.check_heads(heads)
+        if patches is not None:
+            self.check_tower(Tower(blocks, blocks if run is None else run, square(patches)))
+            self.check_tokens(layers, patches)
+
+
+def square(patches: int) -> tuple[int, int]:
+    """The grid of an image that is as nearly as high as wide as its number of patches allows."""
+    rows = next(rows for rows in range(math.isqrt(patches), 0, -1) if patches % rows == 0)
+    return rows, patches // rows
+
+
+def check_steps(parts: Sequence[Fitting], tower: Tower) -> None:
+    """Raise ValueError if a reducer's view of the vision tower is spoilt by another one's work.
+
+    Attention belongs to the tokens that a block was given: whoever reads it must not come after somebody who has
+    changed them in the same step. Merging windows takes one token per patch.
+    """
+    touches = [(type(part).__name__, part.touches(tower)) for part in parts]
+    for place, (name, mine) in enumerate(touches):
+        earlier, others = touches[:place], touches[:place] + touches[place + 1 :]
+        first = min(mine.changes, default=0) if mine.needs_all else 0
+        spoilers = [
+            *(other for other, touch in others if touch.inside & mine.reads),
+            *(other for other, touch in earlier if touch.inside & mine.inside),
+            *(other for other, touch in earlier if touch.changes & (mine.reads | mine.reads_next)),
+            *(other for other, touch in others if mine.needs_all and touch.before(first)),
+            *(other for other, touch in earlier if mine.needs_all and first in touch.changes),
+        ]
+        if spoilers:
+            raise ValueError(
+                f"parts: {name} cannot work beside {spoilers[0]} there: in the vision tower that one changes tokens of "
+                f"which {name} needs the attention, or all"
+            )
+
+
+def acts_in_decoder(part: Fitting) -> bool:
+    """Whether a reducer drops tokens in the decoder, and so wants to know how many enter it."""
+    return part.does("after_decoder_layer")
+
+
+def check_counts(
+    parts: Sequence[Fitting], counting: Sequence[Fitting], layers: int, grid: tuple[int, int], tokens: int
+) -> None:
+    """Raise ValueError if a reducer's numbers are out of reach for what those before it leave of an image.
+
+    `counting` are the parts in the order in which they are asked about projected features.
+
+    Where that depends on the image, they are taken to leave all, and what is out of reach for some shows later.
+    """
+    known, drops = True, []
+    ordered = [(hook, counting if hook == "on_projected_features" else parts) for hook in COUNTED]
+    for part in (part for hook, asked in ordered for part in asked if part.counts_at == hook):
+        if part.needs_counts and not known:
+            raise ValueError(f"parts: {type(part).__name__} needs to know how many tokens those before it leave")
+        part.check_counts(layers, grid, tokens)
+        drops.append((part, part.drops_after(layers, tokens), part.merges_after(layers, tokens)))
+        grid = part.shrinks(grid)
+        left = part.leaves(grid, tokens)
+        known, tokens = known and left is not None, tokens if left is None else left
+    for part, _, merging in drops:
+        if any(merging & dropping for other, dropping, _ in drops if other is not part):
+            raise ValueError(
+                "parts: after a decoder layer in which one reducer merges tokens no other may drop any: "
+                f"{type(part).__name__} merges after {', '.join(map(str, sorted(merging)))}"
+            )
