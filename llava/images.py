@@ -83,7 +83,7 @@ def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
     Returns
     -------
     PIL.Image.Image
-        RGB, upright, without metadata: opening it once more changes nothing.
+        RGB, upright, without metadata: opening it once more changes nothing, and gives the very same object.
 
     Raises
     ------
@@ -93,6 +93,10 @@ def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
     if not isinstance(source, str | os.PathLike | Image.Image):
         raise ValueError(f"image: got {type(source).__name__}, expected a path, an http(s) address or a PIL image")
     try:
+        if type(source) is Image.Image and source.mode == "RGB" and not source.info and not source.getexif():
+            _check_size(source)
+            source.load()
+            return source  # as this function returned it
         if isinstance(source, Image.Image):
             return _upright_rgb(source)
         address = os.fsdecode(source)

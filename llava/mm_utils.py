@@ -87,7 +87,7 @@ def expand2square(image: Image.Image, background_color: Sequence[int]) -> Image.
     ValueError
         If the square would have more than ``llava.images.MAX_PIXELS``.
     """
-    image = image.convert("RGB")
+    image = load_image(image)
     width, height = image.size
     if width == height:
         return image

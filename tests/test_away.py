@@ -13,7 +13,7 @@ import pytest
 from eval import run, runner
 from eval.inference import LoadedModel
 from eval.sweep import __main__ as sweep
-from eval.sweep import jobs, slurm
+from eval.sweep import control, jobs, slurm
 from eval.sweep.launch import Launch
 from eval.tasks import BENCHMARKS, stock
 
@@ -151,7 +151,8 @@ def controller(tmp_path, monkeypatch):
     folder = tmp_path / "slurm"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setattr(slurm, "PAUSE", 0.0)
+    for module in (slurm, control):
+        monkeypatch.setattr(module, "PAUSE", 0.0)
 
     def place(fail: int = 0, accepts: bool = True, reason: str = "Socket timed out on send/recv operation") -> Path:
         facts = {"python": sys.executable, "folder": str(folder), "fail": fail, "accepts": accepts, "reason": reason}
@@ -163,9 +164,13 @@ def controller(tmp_path, monkeypatch):
     return place
 
 
-def submit(out: Path) -> list[jobs.Job]:
-    task = jobs.CellsJob([], ["key1", "key2"], out, [])
-    return jobs.submit([task], Launch(where="slurm", time=1, gpus=0), out / jobs.FOLDER / "now", 1)
+def submit(out: Path, cells: int = 2) -> control.Control:
+    """Give SLURM one job."""
+    board = SimpleNamespace(out=out, entries={}, say=lambda text: None, set=lambda *_: None)
+    line = control.Control(board, Launch(where="slurm", time=1, gpus=0), [], out / "lock")
+    line.waiting.append(([SimpleNamespace(key=f"key{number}") for number in range(cells)], 1))
+    line.submit_all()
+    return line
 
 
 def in_queue(folder: Path) -> list[str]:
@@ -175,10 +180,10 @@ def in_queue(folder: Path) -> list[str]:
 @pytest.mark.parametrize("accepts", [True, False])
 def test_a_slow_controller_is_asked_again_and_no_orphan_is_left(controller, tmp_path, accepts):
     folder = controller(fail=2, accepts=accepts)
-    (job,) = submit(tmp_path)
+    (job,) = submit(tmp_path).jobs
     assert job.id == "103" and in_queue(folder) == ["103"]
     (taken_up,) = jobs.running_jobs(tmp_path)
-    assert (taken_up.id, taken_up.task.keys, taken_up.log) == ("103", ["key1", "key2"], job.log)
+    assert (taken_up.id, taken_up.task.keys, taken_up.log) == ("103", ["key0", "key1"], job.log)
 
 
 def test_a_refusal_is_one_line_at_once(controller, tmp_path):
@@ -188,9 +193,19 @@ def test_a_refusal_is_one_line_at_once(controller, tmp_path):
     assert "\n" not in str(error.value) and len(list(folder.glob("sbatch.*"))) == 1
 
 
+def test_a_controller_that_never_answers_ends_it_at_last(controller, tmp_path, monkeypatch):
+    monkeypatch.setattr(control, "TRIES", 2)
+    folder = controller(fail=9)
+    with pytest.raises(ValueError, match="^launch: SLURM refuses the jobs: .*timed out"):
+        submit(tmp_path)
+    assert len(list(folder.glob("sbatch.*"))) == 3
+    control.cancel_orphans(tmp_path)
+    assert in_queue(folder) == []
+
+
 def test_a_queue_without_an_answer_is_not_an_empty_one(controller, tmp_path):
     folder = controller()
-    (job,) = submit(tmp_path)
+    (job,) = submit(tmp_path).jobs
     (folder / "silent").write_text("3")
     assert [one.id for one in jobs.running_jobs(tmp_path)] == [job.id]
     (folder / "silent").write_text("1000")

@@ -138,8 +138,8 @@ def _sweep(
             for left_out in plan.left_out:
                 board.say(str(left_out))
             board.tell_defects()
-            control.submit()
             if args.detach:
+                control.submit_all()
                 board.say("SLURM has the jobs; the same command without --detach shows what has become of them")
                 return 0
             control.run()

@@ -19,6 +19,7 @@ from eval.sweep.jobs import (
     LOCK,
     CellsJob,
     Job,
+    cancel_orphans,
     chunks,
     job_name,
     running_jobs,
@@ -26,7 +27,7 @@ from eval.sweep.jobs import (
     without_interrupts,
 )
 from eval.sweep.launch import Launch
-from eval.sweep.slurm import slurm_queue
+from eval.sweep.slurm import PAUSE, TRIES, Busy, slurm_queue
 from eval.sweep.status import Board, Entry
 
 ATTEMPTS = 2
@@ -100,20 +101,28 @@ class Control:
         self.waiting: deque[tuple[list[Cell], int]] = deque()
         self._ended: dict[str, float] = {}
         self._changed = time.monotonic()
+        self._unheard = 0
 
     def take_up(self) -> None:
         """Take up the jobs that SLURM still has from an earlier sweep, and share out what is in none of them."""
+        cancel_orphans(self.out)
         for job in running_jobs(self.out):
-            if not job.task.keys:  # a sweep was killed before it wrote down what the job is for
-                job.cancel()
-            elif any(entry.state != "finished" for entry in self._entries(job)):
+            if any(entry.state != "finished" for entry in self._entries(job)):
                 self.jobs.append(job)
                 self._given(job)
         cells = [entry.cell for entry in self.board.entries.values() if entry.state == "waiting"]
         self.waiting.extend((own, 1) for own in chunks(cells, self.launch))
 
     def submit(self) -> None:
-        """Submit what can be submitted now: everything on SLURM, here as many jobs as there are free places."""
+        """Submit what can be submitted now: everything on SLURM, here as many jobs as there are free places.
+
+        Where SLURM's controller is too slow to answer, the jobs stay in line for the next time.
+        """
+        if self._unheard:
+            try:
+                cancel_orphans(self.out, tries=1)
+            except ValueError:
+                return self._not_heard("launch: SLURM does not answer")
         while self.waiting:
             slots = set(range(self.launch.parallel or 0)) - {job.slot for job in self.jobs if job.where == "local"}
             if self.launch.where == "local" and not slots:
@@ -122,13 +131,34 @@ class Control:
             batch = [self.waiting.popleft()[0]]
             while self.launch.where == "slurm" and self.waiting and self.waiting[0][1] == attempt:
                 batch.append(self.waiting.popleft()[0])
-            with without_interrupts():
-                jobs = submit(
-                    [self._task(cells) for cells in batch], self.launch, self.folder, attempt, min(slots, default=0)
-                )
-                self.jobs += jobs
+            try:
+                with without_interrupts():
+                    jobs = submit(
+                        [self._task(cells) for cells in batch], self.launch, self.folder, attempt, min(slots, default=0)
+                    )
+                    self.jobs += jobs
+            except Busy as error:
+                self.waiting.extendleft((cells, attempt) for cells in reversed(batch))
+                return self._not_heard(str(error))
+            self._unheard = 0
             for job in jobs:
                 self._given(job)
+        return None
+
+    def submit_all(self) -> None:
+        """Submit everything, however long it takes SLURM to answer."""
+        self.submit()
+        while self.waiting:
+            time.sleep(PAUSE)
+            self.submit()
+
+    def _not_heard(self, reason: str) -> None:
+        """Try again later, but not for ever."""
+        self._unheard += 1
+        if self._unheard > TRIES:
+            raise ValueError(reason)
+        if self._unheard == 1:
+            self.board.say(f"{reason}; trying again")
 
     def run(self) -> None:
         """Until every cell is finished or has failed for good; ValueError if SLURM refuses jobs or the code changes."""
@@ -216,5 +246,7 @@ class Control:
     def _pause(self) -> float:
         if any(job.where == "local" for job in self.jobs):
             return LOCAL_PAUSE
+        if self._unheard:
+            return PAUSE
         shortest, longest = SLURM_PAUSES
         return min(longest, max(shortest, (time.monotonic() - self._changed) / 10))

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -331,25 +330,33 @@ def submit(tasks: Sequence[CellsJob], launch: Launch, folder: Path, attempt: int
 
 
 def _to_slurm(executor, tasks: Sequence[CellsJob]) -> list:
-    """Give jobs to SLURM, once more if its controller was too slow to say that it has them.
+    """Give jobs to SLURM and write down which cells each has, for whoever takes them up.
 
-    What it then has all the same is cancelled first: such jobs would wait for their cells in vain.
+    Raises
+    ------
+    eval.sweep.slurm.Busy
+        If the controller was too slow to say whether it has them. Those it has are in no list: see `cancel_orphans`.
+    ValueError
+        If it does not take them.
     """
     from submitit.core.utils import FailedJobError
 
-    name = job_name(tasks[0].out)
-    for number in range(slurm.TRIES):
-        before = slurm.queue_at_last(name)
-        try:
-            handles = executor.submit_array(tasks)
-            break
-        except FailedJobError as error:
-            reason = " ".join(str(error).split())
-            if not any(sign in reason.lower() for sign in slurm.BUSY) or number + 1 == slurm.TRIES:
-                raise ValueError(f"launch: SLURM refuses the jobs: {reason}") from None
-        time.sleep(slurm.PAUSE)
-        for orphan in slurm.queue_at_last(name).keys() - before.keys():
-            slurm.scancel(orphan)
+    try:
+        handles = executor.submit_array(tasks)
+    except FailedJobError as error:
+        reason = " ".join(str(error).split())
+        kind = slurm.Busy if any(sign in reason.lower() for sign in slurm.BUSY) else ValueError
+        raise kind(f"launch: SLURM refuses the jobs: {reason}") from None
     for handle, task in zip(handles, tasks, strict=True):
         write_json(handle.paths.folder / f"{handle.job_id}{LIST}", {"keys": task.keys})
     return handles
+
+
+def cancel_orphans(out: Path, tries: int | None = None) -> None:
+    """Cancel jobs of which nobody has written down the cells: they were given to SLURM, and nobody heard of it.
+
+    Such a job would wait for its cells in vain. ValueError if SLURM does not answer.
+    """
+    for job in running_jobs(out, tries):
+        if not job.task.keys:
+            job.cancel()

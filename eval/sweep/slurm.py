@@ -14,6 +14,10 @@ BUSY = ("timed out", "unable to contact", "communication", "connection", "zero b
 """What sbatch says where the controller is too slow, and not the job wrong."""
 
 
+class Busy(ValueError):
+    """SLURM's controller was too slow to say what it has done."""
+
+
 def slurm_queue(name: str) -> dict[str, str] | None:
     """States of the SLURM jobs of a name that have not ended, by id; None if SLURM does not answer."""
     command = ["squeue", "--array", "--noheader", "--format", "%i %T", "--name", name]
