@@ -32,7 +32,7 @@ DOWNLOAD_BYTES = 1 << 26
 """Largest download, 64 MiB."""
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError, HTTPException)
-UNREADABLE += (Image.DecompressionBombError, Image.DecompressionBombWarning)
+UNREADABLE += (RuntimeError, struct.error, Image.DecompressionBombError, Image.DecompressionBombWarning)
 """What reading a damaged or unsuitable file may raise."""
 
 TURNED = {

@@ -4,6 +4,7 @@ they look like."""
 from __future__ import annotations
 
 import base64
+import random
 import threading
 import tracemalloc
 import warnings
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, features
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava import images, mm_utils
@@ -259,6 +260,22 @@ def test_truncated_files_are_refused_whatever_others_have_set(tmp_path, monkeypa
     assert "\n" not in str(error.value) and ImageFile.LOAD_TRUNCATED_IMAGES
     with pytest.raises(ValueError, match="base64"):
         load_image_from_base64(base64.b64encode(path.read_bytes()))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "AVIF", "ICO", "TGA"])
+def test_flipped_bytes_give_an_image_or_one_line(tmp_path, kind):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    content, draw = encoded(noise(31, 24), kind), random.Random(0)
+    for _ in range(40):
+        damaged = bytearray(content[: draw.choice([len(content), draw.randrange(len(content))])])
+        for place in draw.choices(range(min(len(damaged), 300)), k=4) if damaged else ():
+            damaged[place] = draw.choice([0, 127, 255])
+        (tmp_path / "damaged").write_bytes(damaged)
+        try:
+            assert load_image(tmp_path / "damaged").mode == "RGB"
+        except ValueError as error:
+            assert "\n" not in str(error) and "damaged'" in str(error)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b", "ftp://x/y.png", "file:///etc/passwd", "", "~"])
