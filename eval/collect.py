@@ -131,7 +131,7 @@ def collect(folders: Iterable[str | Path]) -> tuple[list[Result], list[str]]:
         if count > 1
     ]
     whole, left_out = _most_questions(list(newest.values()))
-    return _with_shares(whole), damaged + notes + left_out + _same_names(whole)
+    return _with_shares(whole), damaged + notes + left_out + _same_names(whole) + _not_asked(whole)
 
 
 def prompt_ms(row: Mapping) -> float | None:
@@ -231,6 +231,17 @@ def _with_shares(results: list[Result]) -> list[Result]:
 def same_questions(result: Result) -> tuple:
     """What results have in common that may be compared: the checkpoint, the task, how many questions, and the seed."""
     return (*(result.row[name] for name in SAME_QUESTIONS), str(result.identity.get("model_files")))
+
+
+def _not_asked(results: Iterable[Result]) -> list[str]:
+    """One line for every result whose score counts questions that were not asked, or not as a whole."""
+    meanings = {"skipped": "skipped, which count as wrong", "beyond_context": "longer than the model's context"}
+    return [
+        f"{result.row['task']}, {result.label}: {result.row[name]} of {result.row['n']} questions {meaning}"
+        for result in results
+        for name, meaning in meanings.items()
+        if result.row.get(name)
+    ]
 
 
 def _same_names(results: Iterable[Result]) -> list[str]:

@@ -210,6 +210,15 @@ def test_lines_that_cannot_be_drawn_are_not(whole, tmp_path, change):
     assert drawing.viewers(collect([folder])[0]) == []
 
 
+def test_tables_say_what_was_not_asked(tmp_path):
+    write_cell(tmp_path, "mini_gqa", skipped=2, beyond_context=0)
+    write_cell(tmp_path, "mini_gqa", "fastv", 9, skipped=0, beyond_context=3)
+    assert sorted(collect([tmp_path])[1]) == [
+        "mini_gqa, fastv_9: 3 of 24 questions longer than the model's context",
+        "mini_gqa, vanilla: 2 of 24 questions skipped, which count as wrong",
+    ]
+
+
 # Going on
 
 
