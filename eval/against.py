@@ -12,7 +12,7 @@ from scipy.stats import norm
 from eval.collect import VANILLA, Result
 from eval.published import AVERAGE
 from eval.rows import RESAMPLES
-from eval.significance import holm, lines_of, paired
+from eval.significance import holm, paired
 from mustdrop.checks import shown
 
 RIVAL = "rival"
@@ -70,7 +70,6 @@ def against(results: Sequence[Result], reference: str) -> list[Row]:
     """
     cells = _cells(results)
     tasks, methods = (sorted({key[place] for key in cells}) for place in (0, 1))
-    lines = _Lines(cells)
     if reference not in (*methods, RIVAL):
         raise ValueError(f"--against: got {shown(reference)}, expected {RIVAL} or one of {', '.join(methods)}")
     found = []
@@ -80,7 +79,7 @@ def against(results: Sequence[Result], reference: str) -> list[Row]:
         for method in here if other in here else ():
             if method == other:
                 continue
-            pairs = lines.pairs(tasks, method, other, retain)
+            pairs = _lines(cells, tasks, method, other, retain)
             found.append(Row(method, other, retain, *differences(pairs, len(tasks))))
     return found
 
@@ -103,13 +102,13 @@ def leaders(results: Sequence[Result], tasks: Sequence[str], ranked: Sequence[tu
         The first of every budget, and those whose paired interval to it holds 0.
     """
     cells = _cells(results)
-    lines, best = _Lines(cells), {}
+    best: dict[int, str] = {}
     for method, retain in ranked:
         best.setdefault(retain, method)
     found = {(method, retain) for retain, method in best.items()}
     for method, retain in ranked:
         if method != best[retain]:
-            average = differences(lines.pairs(tasks, method, best[retain], retain), len(tasks))[1]
+            average = differences(_lines(cells, tasks, method, best[retain], retain), len(tasks))[1]
             if average.interval[0] <= 0 <= average.interval[1]:
                 found.add((method, retain))
     return found
@@ -157,21 +156,12 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return ["tokens", "method", "minus", *tasks, AVERAGE], body
 
 
-class _Lines:
-    """The per-sample lines of cells, each read once."""
-
-    def __init__(self, cells: Mapping[tuple, Result]):
-        self.cells, self.read = cells, {}
-
-    def pairs(self, tasks: Sequence[str], method: str, other: str, retain: int) -> dict[str, tuple[list, list]]:
-        """By task, the lines of two methods, for tasks that both have."""
-        keys = {task: ((task, method, retain), (task, other, retain)) for task in tasks}
-        return {task: tuple(map(self._of, both)) for task, both in keys.items() if set(both) <= self.cells.keys()}
-
-    def _of(self, key: tuple) -> list[dict]:
-        if key not in self.read:
-            self.read[key] = lines_of(self.cells[key])
-        return self.read[key]
+def _lines(
+    cells: Mapping[tuple, Result], tasks: Sequence[str], method: str, other: str, retain: int
+) -> dict[str, tuple[list, list]]:
+    """By task, the lines of two methods, for tasks that both have."""
+    keys = {task: ((task, method, retain), (task, other, retain)) for task in tasks}
+    return {task: tuple(cells[key].scored for key in both) for task, both in keys.items() if set(both) <= cells.keys()}
 
 
 def _cells(results: Sequence[Result]) -> dict[tuple[str, str, int], Result]:

@@ -136,7 +136,7 @@ def calibrate(
     args, argv: list[str], model: str, base: dict, targets: list[int], samples: int, batch_size: int, out: Path
 ) -> int:
     """Search for every target and write the files; returns the exit status."""
-    from eval.inference import LoadedModel
+    from eval.inference import LoadedModel, UnfitQuestion
     from eval.provenance import provenance
 
     quiet()
@@ -161,6 +161,8 @@ def calibrate(
             settings = {**base, **settings_at(method, target, scale)}
             try:
                 counts = measure_tokens(loaded, settings, pairs, batch_size, f"{method} for {target}, x {scale:.4g}")
+            except UnfitQuestion:  # whose fault is not the method's
+                raise
             except ValueError as error:  # the method itself knows that it cannot
                 raise OutOfReach(str(error)) from None
             return Point(scale, *counts)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
 from eval import provenance
+from eval.records import BadRecord, read_record
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Cell:
         Prompts per batch.
     device, device_map, dtype, attn_implementation, conv_template
         As ``eval.inference.LoadedModel.load`` takes them.
+    skip_unfit : bool
+        Whether questions that cannot be asked are skipped and counted, or end the evaluation.
     """
 
     model: str
@@ -51,6 +57,7 @@ class Cell:
     dtype: str = "auto"
     attn_implementation: str = "sdpa"
     conv_template: str = "vicuna_v1"
+    skip_unfit: bool = False
 
     @property
     def model_name(self) -> str:
@@ -66,17 +73,18 @@ class Cell:
     def identity(self) -> dict:
         """All that can change the result: the settings, and the contents of the model, the task's data and the code.
 
+        No name and no path is among them: a model's folder, a method's YAML file or an array may be moved and renamed.
         The device is what was asked for, not what was found: a cluster's login node must recognise what its GPU nodes
         have finished. What was found is in the result's provenance.
         """
         facts = asdict(self)
-        del facts["method"], facts["retain"], facts["benchmark"]  # names; the settings say what they mean
+        for name in ("model", "method", "retain", "benchmark"):  # names; contents and settings say what they mean
+            del facts[name]
         return {
             **facts,
-            "model": self.model_name,
+            "settings": _by_contents(self.settings),
             "model_files": _model_fingerprint(self.model),
             "task_data": _task_fingerprint(self.task),
-            "setting_files": [_file_fingerprint(file) for file in _files(self.settings)],
             "code": _code_fingerprint(),
             "versions": provenance.versions(),
         }
@@ -91,21 +99,45 @@ class Cell:
         return out / "cells" / self.task / f"{self.label}-{self.key}.json"
 
     def finished(self, out: Path) -> bool:
-        """Whether there is a result."""
-        return self.file(out).is_file()
+        """Whether there is a result: complete, and of this very cell."""
+        return self.file(out).is_file() and self.defect(out) is None
+
+    def defect(self, out: Path) -> str | None:
+        """Why what lies in the result's place is none, in one line; None if it is one, or nothing is there."""
+        file = self.file(out)
+        if not os.path.lexists(file):
+            return None
+        try:
+            found = read_record(file)
+        except BadRecord as error:
+            return str(error)
+        if found["identity"] != _as_read(self.identity()) or found["row"]["task"] != self.task:
+            return f"results: {str(file)!r} is the result of something else"
+        return None
+
+    def check_place(self, out: Path) -> None:
+        """Raise ValueError if the result could not be written: a folder is in its way, or a file in its folder's."""
+        file, pictures = self.file(out), out / "pictures"
+        for path in (file, file.with_suffix(".jsonl"), out / "summary.json", out / "summary.md"):
+            if path.is_dir():
+                raise ValueError(f"OUT: {str(path)!r} is a folder, where a result is to be written; move it away")
+        for folder in (file.parent.parent, file.parent, pictures, pictures / self.task):
+            if os.path.lexists(folder) and not folder.is_dir():
+                raise ValueError(f"OUT: {str(folder)!r} is no folder, where results are to be written; move it away")
 
     def made_by_other_code(self, out: Path) -> Path | None:
         """The newest result that differs from this cell in the code alone: another commit's; None if there is none."""
-        mine, found = _without_code(json.loads(json.dumps(self.identity(), default=str))), []
-        for file in self.file(out).parent.glob(f"{self.label}-*.json"):
-            content = json.loads(file.read_text(encoding="utf-8"))
-            if _without_code(content["identity"]) == mine:
-                found.append((content["provenance"]["date"], file))
+        mine, found = _without_code(_as_read(self.identity())), []
+        for file in self.file(out).parent.glob(f"{glob.escape(self.label)}-*.json"):
+            with suppress(BadRecord):
+                content = read_record(file)
+                if _without_code(content["identity"]) == mine and content["row"]["task"] == self.task:
+                    found.append((content["provenance"].get("date", ""), file))
         return max(found)[1] if found else None
 
     def read(self, out: Path) -> dict:
-        """The row of a finished cell."""
-        return json.loads(self.file(out).read_text(encoding="utf-8"))["row"]
+        """The row of a finished cell, under the model's present name; BadRecord if there is none."""
+        return {**read_record(self.file(out))["row"], "model": self.model_name}
 
 
 # Hashing a checkpoint takes a moment; within one process its files are taken not to change.
@@ -117,16 +149,28 @@ def _without_code(identity: dict) -> dict:
     return {name: value for name, value in identity.items() if name != "code"}
 
 
-def _files(settings: object) -> list[str]:
-    """Array files that settings name, also those of a composition's parts."""
-    if isinstance(settings, (dict, list, tuple)):
-        values = settings.values() if isinstance(settings, dict) else settings
-        return [file for value in values for file in _files(value)]
-    return [settings] if isinstance(settings, str) and settings.endswith(".npy") and Path(settings).is_file() else []
+def _as_read(identity: dict) -> dict:
+    """An identity as it comes back from its JSON file."""
+    return json.loads(json.dumps(identity, default=str))
 
 
-def _file_fingerprint(path: str) -> str:
-    return provenance.digest(Path(path).read_bytes().hex())
+def _by_contents(settings: object) -> object:
+    """Settings with the contents of the files that they name, arrays and the YAML files of parts, instead of paths."""
+    if isinstance(settings, Mapping):
+        return {name: _by_contents(value) for name, value in settings.items()}
+    if isinstance(settings, (list, tuple)):
+        return [_by_contents(value) for value in settings]
+    if (
+        not isinstance(settings, str)
+        or not settings.endswith((".npy", ".yaml", ".yml"))
+        or not Path(settings).is_file()
+    ):
+        return settings
+    if settings.endswith(".npy"):
+        return provenance.file_hash(Path(settings))
+    from mustdrop.config import read_settings  # imports torch, which a wrong argument should not wait for
+
+    return _by_contents(read_settings(Path(settings)))
 
 
 @cache
@@ -138,7 +182,4 @@ def _task_fingerprint(task: str) -> str | None:
 
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file in one step: it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    provenance.replace_file(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
 
+from eval.records import BadRecord, read_lines, read_record
+
 VANILLA = "vanilla"
-NEEDED = ("model", "task", "benchmark", "synthetic", "method", "retain", "seed", "n", "limit", "score", "score_ci95")
 SAME_QUESTIONS = ("model", "task", "limit", "seed")
+COMPARED = ("task", "question_id", "doc_id", "picture", "score")
 AVERAGED = (
     "mean_tokens", "mean_tokens_official", "flops_reduction", "cache_bytes", "vision_ms", "prefill_ms", "selector_ms",
     "decode_ms", "accuracy",
@@ -57,12 +60,24 @@ class Result:
         Raises
         ------
         ValueError
-            If there are none.
+            If there are none, at the first that is damaged, or at the end if there are fewer than questions.
         """
         if not self.samples.is_file():
             raise ValueError(f"results: {self.row['task']}, {self.label} has no per-sample lines beside {self.file}")
-        with self.samples.open(encoding="utf-8") as file:
-            yield from map(json.loads, file)
+        count = 0
+        for line in read_lines(self.samples):
+            count += 1
+            yield line
+        if count < self.row["n"]:
+            raise BadRecord(f"results: {str(self.samples)!r} holds {count} lines of {self.row['n']}")
+
+    @cached_property
+    def scored(self) -> list[dict]:
+        """What comparing needs of the lines; ValueError if they are damaged or a question has no score."""
+        found = [{name: line[name] for name in COMPARED if name in line} for line in self.lines()]
+        if any("score" not in line for line in found):
+            raise BadRecord(f"results: {str(self.samples)!r}: a line has no score, so its cell was never finished")
+        return found
 
     @property
     def picture_folder(self) -> Path:
@@ -93,22 +108,30 @@ def collect(folders: Iterable[str | Path]) -> tuple[list[Result], list[str]]:
     Raises
     ------
     ValueError
-        If a folder is missing or has no finished cells, or a file is not a cell's.
+        If a folder is missing or has no finished cells.
     """
     newest: dict[tuple, Result] = {}
     copies: dict[tuple, int] = {}
-    for file in dict.fromkeys(file.resolve() for folder in folders for file in _files(Path(folder))):
-        result = _read(file)
+    damaged: list[str] = []
+    files = {os.path.realpath(file): file.absolute() for folder in folders for file in _files(Path(folder))}
+    for file in files.values():
+        try:
+            result = _read(file)
+        except BadRecord as error:
+            damaged.append(f"{error}; it is left out")
+            continue
         key = (*(result.row[name] for name in SAME_QUESTIONS), result.label)
         copies[key] = copies.get(key, 0) + 1
         newest[key] = max(newest.get(key, result), result, key=_age)
+    if not newest:
+        raise ValueError(damaged[0].removesuffix("; it is left out"))
     notes = [
         f"{newest[key].row['task']}, {newest[key].label}: the newest of {count} results with different settings or code"
         for key, count in copies.items()
         if count > 1
     ]
     whole, left_out = _most_questions(list(newest.values()))
-    return _with_shares(whole), notes + left_out
+    return _with_shares(whole), damaged + notes + left_out + _same_names(whole) + _not_asked(whole)
 
 
 def prompt_ms(row: Mapping) -> float | None:
@@ -121,7 +144,7 @@ def timing(results: Iterable[Result]) -> str:
     """Where times were taken and whether anything else was at work there, as far as results tell."""
     made = [result.provenance for result in results]
     where = ", ".join(sorted({str(one.get("device")) for one in made}))
-    machines = [one["machine"] for one in made if one.get("machine")]
+    machines = [one["machine"] for one in made if _is_complete(one.get("machine"))]
     if len(machines) < len(made):
         return f"{where}; load not recorded"
     loads = [machine["load"] for machine in machines]
@@ -129,6 +152,10 @@ def timing(results: Iterable[Result]) -> str:
     state = "quiet" if others < QUIET else "not quiet"
     cores = "/".join(str(number) for number in sorted({machine["cores"] for machine in machines}))
     return f"{where}; {state}, load {min(loads):.1f} to {max(loads):.1f} on {cores} cores"
+
+
+def _is_complete(machine: Mapping | None) -> bool:
+    return bool(machine) and all(machine.get(name) is not None for name in ("load", "threads", "cores"))
 
 
 def merge_seeds(results: Iterable[Result]) -> list[dict]:
@@ -193,15 +220,40 @@ def _most_questions(results: list[Result]) -> tuple[list[Result], list[str]]:
 
 
 def _with_shares(results: list[Result]) -> list[Result]:
-    vanilla = {
-        tuple(result.row[name] for name in SAME_QUESTIONS): result.row["score"]
-        for result in results
-        if result.row["method"] == VANILLA
-    }
+    """The results with their shares of vanilla, of the same checkpoint by its contents."""
+    vanilla = {same_questions(result): result.row["score"] for result in results if result.row["method"] == VANILLA}
     for result in results:
-        base = vanilla.get(tuple(result.row[name] for name in SAME_QUESTIONS))
+        base = vanilla.get(same_questions(result))
         result.row["share_of_vanilla"] = result.row["score"] / base if base else None
     return results
+
+
+def same_questions(result: Result) -> tuple:
+    """What results have in common that may be compared: the checkpoint, the task, how many questions, and the seed."""
+    return (*(result.row[name] for name in SAME_QUESTIONS), str(result.identity.get("model_files")))
+
+
+def _not_asked(results: Iterable[Result]) -> list[str]:
+    """One line for every result whose score counts questions that were not asked, or not as a whole."""
+    meanings = {"skipped": "skipped, which count as wrong", "beyond_context": "longer than the model's context"}
+    return [
+        f"{result.row['task']}, {result.label}: {result.row[name]} of {result.row['n']} questions {meaning}"
+        for result in results
+        for name, meaning in meanings.items()
+        if result.row.get(name)
+    ]
+
+
+def _same_names(results: Iterable[Result]) -> list[str]:
+    """One line for every model name that several checkpoints go by."""
+    contents: dict[str, set[str]] = {}
+    for result in results:
+        contents.setdefault(result.row["model"], set()).add(str(result.identity.get("model_files")))
+    return [
+        f"{model}: {len(found)} checkpoints with different contents go by this name; none is compared with another"
+        for model, found in contents.items()
+        if len(found) > 1
+    ]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -214,15 +266,10 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read(file: Path) -> Result:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        row = content["row"]
-        missing = [name for name in NEEDED if name not in row]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"results: {str(file)!r} is no cell's result, expected JSON with a field 'row'") from None
-    if missing:
-        raise ValueError(f"results: {str(file)!r} lacks row.{missing[0]}")
-    made = content.get("provenance", {})
+    content = read_record(file)
+    row, made = content["row"], content["provenance"]
+    if row["retain"] is None and row["method"] != VANILLA:
+        raise BadRecord(f"results: {str(file)!r} has row.retain None, expected a whole number")
     commit, dirty, _ = (made.get("git_commit") or "none").partition("-dirty")
     row["commit"] = commit[:7] + dirty
-    return Result(row, content.get("identity", {}), made, file)
+    return Result(row, content["identity"], made, file)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
+import re
 from collections.abc import Iterable, Mapping
 from math import isqrt
 from pathlib import Path
@@ -11,10 +13,16 @@ from pathlib import Path
 from PIL import Image
 
 from eval.collect import Result, label, ordered
+from eval.records import is_number
 from eval.samples import patches
+from llava.mm_utils import load_image
+
+logger = logging.getLogger(__name__)
 
 PICTURES = 24
 """Per task."""
+
+MOST_PATCHES = 1 << 16
 
 SIDE = 240
 """Longest side of a picture in the page, in pixels."""
@@ -55,7 +63,8 @@ def viewers(results: Iterable[Result]) -> list[dict]:
             for line in _lines(by_label[name], files):
                 sample = samples.setdefault(str(line["doc_id"]), _sample(line))
                 sample["methods"][name] = _outcome(line)
-        uris = {name: data_uri(files[name]) for name in files if name in samples}
+        uris = {name: uri for name in files if name in samples and (uri := data_uri(files[name]))}
+        samples = {name: sample for name, sample in samples.items() if name in uris}
         shown = list(dict.fromkeys(uris.values()))
         for name, sample in samples.items():
             sample["picture"] = shown.index(uris[name])
@@ -65,10 +74,13 @@ def viewers(results: Iterable[Result]) -> list[dict]:
     return found
 
 
-def data_uri(file: Path) -> str:
-    """A picture as a small JPEG inside an address."""
-    with Image.open(file) as picture:
-        small = picture.convert("RGB")
+def data_uri(file: Path) -> str | None:
+    """A picture as a small JPEG inside an address; None if it cannot be read."""
+    try:
+        small = load_image(file)
+    except ValueError as error:
+        logger.warning("%s; it is left out", error)
+        return None
     small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=72, optimize=True)
@@ -78,20 +90,47 @@ def data_uri(file: Path) -> str:
 def _pictures(results: Iterable[Result]) -> dict[str, Path]:
     """The first pictures of a task by the name of their document, in the documents' order."""
     folders = dict.fromkeys(result.picture_folder for result in results)
-    files = {file.stem: file for folder in folders for file in folder.glob("*.jpg")}
+    files = {
+        file.stem: file
+        for folder in folders
+        for file in folder.glob("*.jpg")
+        if file.is_file() and not file.is_symlink()
+    }
     names = sorted(files, key=lambda name: (int(name) if name.isdecimal() else 0, name))
     return {name: files[name] for name in names[:PICTURES]}
 
 
 def _lines(result: Result, files: Mapping[str, Path]) -> Iterable[dict]:
-    """The lines about documents with a picture whose patches form one square."""
+    """The lines about documents with a picture whose patches form one square, up to the first damaged one."""
     if not files or not result.samples.is_file():
         return
-    for line in result.lines():
-        images = line.get("images", [])
-        one = len(images) == 1 and isqrt(images[0]["patches"]) ** 2 == images[0]["patches"]
-        if str(line["doc_id"]) in files and "kept" in line and one:
-            yield line
+    try:
+        for line in result.lines():
+            if str(line["doc_id"]) in files and _is_drawable(line):
+                yield line
+    except ValueError as error:
+        logger.warning("%s; what follows is left out", error)
+
+
+def _is_drawable(line: Mapping) -> bool:
+    """Whether a line tells, of one image with as many columns as rows, which patches were kept."""
+    images, kept = line.get("images"), line.get("kept")
+    if not (isinstance(images, list) and len(images) == 1 and isinstance(images[0], dict) and isinstance(kept, dict)):
+        return False
+    count, tokens = images[0].get("patches"), images[0].get("tokens")
+    whole = isinstance(count, int) and 0 < count <= MOST_PATCHES and isqrt(count) ** 2 == count and is_number(tokens)
+    texts = all(isinstance(line.get(name), str) for name in ("question", "answer"))
+    return (
+        whole and texts and is_number(line.get("mean_tokens")) and all(_is_packed(one, count) for one in kept.values())
+    )
+
+
+def _is_packed(layers: object, count: int) -> bool:
+    """Whether the sets of patches of a stage's layers are as `eval.samples.pack` writes them."""
+    digits = f"(?:[0-9a-f]{{2}}){{{-(-count // 8)}}}"
+    return isinstance(layers, dict) and all(
+        isinstance(packed, str) and re.fullmatch(digits, packed) for packed in layers.values()
+    )
 
 
 def _sample(line: Mapping) -> dict:

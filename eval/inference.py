@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,13 +17,17 @@ from transformers.utils import is_flash_attn_2_available
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
-from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+from llava.mm_utils import get_model_name_from_path, load_image, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
+
+
+class UnfitQuestion(ValueError):
+    """A question that cannot be asked: an image that cannot be read, fewer image tokens than images, ..."""
 
 
 def ahead(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[Prepared]:
@@ -137,13 +142,13 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the model's first parameter."""
-        return next(self.model.parameters()).device
+        """Where inputs go: the device of the model's first parameter that is on one."""
+        return next(one.device for one in self.model.parameters() if one.device.type != "meta")
 
     @property
     def dtype(self) -> torch.dtype:
-        """What pictures are cast to."""
-        return next(self.model.parameters()).dtype
+        """What images are cast to: the type of the first parameter that is not quantised."""
+        return next(one.dtype for one in self.model.parameters() if one.is_floating_point() and one.dtype.itemsize > 1)
 
     @property
     def pad_token_id(self) -> int:
@@ -152,27 +157,30 @@ class LoadedModel:
         return self.tokenizer.eos_token_id if pad is None else pad
 
     def prompt(self, question: str, images: int, answer: str | None = None) -> str:
-        """A one-turn conversation; image tokens are put before a question that has none.
+        """A one-turn conversation.
+
+        Image tokens in the question say where the images go if there are as many as images. Otherwise the images come
+        first, and what the question says of ``<image>`` is text, as it is where there is no image at all.
 
         Parameters
         ----------
         question : str
             The user's turn.
         images : int
-            How many pictures belong to it.
+            How many images belong to it.
         answer : str, optional
             The model's turn; None ends the prompt where the model is to speak.
         """
-        if images and DEFAULT_IMAGE_TOKEN not in question:
+        if images and question.count(DEFAULT_IMAGE_TOKEN) != images:
             question = " ".join([DEFAULT_IMAGE_TOKEN] * images) + "\n" + question
         conversation = conv_templates[self.conv_template].copy()
         conversation.append_message(conversation.roles[0], question)
         conversation.append_message(conversation.roles[1], answer)
         return conversation.get_prompt()
 
-    def encode(self, prompt: str) -> Tensor:
-        """Ids of a prompt, int64 ``[length]``, ``IMAGE_TOKEN_INDEX`` for every picture."""
-        return tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
+    def encode(self, prompt: str, images: int | None = None) -> Tensor:
+        """Ids of a prompt, int64 ``[length]``, ``IMAGE_TOKEN_INDEX`` for each of the first ``images`` image tokens."""
+        return tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt", images=images)
 
     def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict:
         """Arguments for ``model.generate``: what ``prepare`` returns, on the model's device."""
@@ -186,22 +194,28 @@ class LoadedModel:
         prompts : sequence of str
             What ``prompt`` returns.
         images : sequence of sequences of PIL.Image.Image
-            The pictures of every prompt, in the order of its image tokens; empty for text alone.
+            The images of every prompt, in the order of its image tokens; empty for text alone. Image tokens beyond
+            them are text.
 
         Returns
         -------
         dict
             ``input_ids`` and ``attention_mask`` ``[batch, length]``, ``images`` (list of tensors or None),
             ``image_sizes``, ``pad_token_id``.
+
+        Raises
+        ------
+        UnfitQuestion
+            If a prompt has fewer image tokens than images, or an image cannot be read.
         """
-        ids = [self.encode(prompt) for prompt in prompts]
+        ids = [self._encode(prompt, len(own)) for prompt, own in zip(prompts, images, strict=True)]
         length = max(map(len, ids))
         input_ids = torch.full((len(ids), length), self.pad_token_id)
         attention_mask = torch.zeros((len(ids), length), dtype=torch.bool)
         for row, prompt_ids in enumerate(ids):
             input_ids[row, length - len(prompt_ids) :] = prompt_ids
             attention_mask[row, length - len(prompt_ids) :] = True
-        pictures = [picture for own in images for picture in own]
+        pictures = [self._read(picture) for own in images for picture in own]
         return {
             "input_ids": self._staged(input_ids),
             "attention_mask": self._staged(attention_mask),
@@ -210,11 +224,24 @@ class LoadedModel:
             "pad_token_id": self.pad_token_id,
         }
 
+    def _encode(self, prompt: str, images: int) -> Tensor:
+        if (tokens := prompt.count(DEFAULT_IMAGE_TOKEN)) < images:
+            raise UnfitQuestion(f"question: got {tokens} image tokens for {images} images, expected as many")
+        return self.encode(prompt, images)
+
+    @staticmethod
+    def _read(picture: Image.Image) -> Image.Image:
+        try:
+            return load_image(picture)
+        except ValueError as error:
+            raise UnfitQuestion(str(error)) from None
+
     def _pixels(self, pictures: list[Image.Image]) -> list[Tensor] | None:
-        """One tensor per picture; equal pictures are prepared once and are one tensor, which is then encoded once."""
+        """One tensor per image; those that look the same are prepared once and are one tensor, encoded once."""
         if not pictures:
             return None
-        keys = [(picture.mode, picture.size, hash(picture.tobytes())) for picture in pictures]
+        pictures = [load_image(picture) for picture in pictures]  # what they look like is their RGB pixels alone
+        keys = [(picture.size, hashlib.sha256(picture.tobytes()).digest()) for picture in pictures]
         different = dict(zip(keys, pictures, strict=True))
         pixels = process_images(list(different.values()), self.image_processor, self.model.config)
         ready = {key: self._staged(tiles.to(self.dtype)) for key, tiles in zip(different, pixels, strict=True)}

@@ -11,23 +11,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from PIL import Image
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
-from eval.inference import LoadedModel, ahead
+from eval.generation import Teacher, cut, for_transformers
+from eval.inference import LoadedModel, UnfitQuestion, ahead
 from eval.methods import read_method
 from eval.progress import progress
+from eval.questions import Question, naming, place
+from eval.records import read_answers
 from eval.rows import flops, shape_of
-from eval.samples import names, pack_stages, read_lines, write_lines
+from eval.samples import names, pack_stages, write_lines
+from llava.mm_utils import load_image
 from mustdrop import Trace, load_reducer
 
-SAMPLING_ONLY = ("temperature", "top_p", "top_k")
 COUNTS = (
     "images", "before_mlp", "plans", "text_tokens", "vision_tokens", "vision_tokens_after", "cache_lengths",
     "cache_bytes", "mean_tokens", "mean_tokens_official", "times_ms",
@@ -36,7 +39,6 @@ LENGTH_STEP = 128
 """Contexts whose lengths in characters fall into the same step keep their order, and so share their pictures."""
 
 PICTURES = 24
-NOT_FOR_GENERATE = ("until", "image_aspect_ratio", "max_agentic_steps")
 
 
 class LlavaMustDrop(lmms):
@@ -62,6 +64,9 @@ class LlavaMustDrop(lmms):
     resume : bool
         Answers that ``samples`` already holds are not generated again. The caller vouches that they come from the same
         settings.
+    skip_unfit : bool
+        A question that cannot be asked, because an image of it cannot be read, gets an empty answer, and its line says
+        why (``skipped``). By default it ends the run.
     loaded : LoadedModel, optional
         A model to use instead of loading one; it outlives this object.
     description : str
@@ -97,6 +102,7 @@ class LlavaMustDrop(lmms):
         kept_patches: bool = True,
         pictures: str | None = None,
         resume: bool = False,
+        skip_unfit: bool = False,
         loaded: LoadedModel | None = None,
         description: str = "answering",
         **fields,
@@ -120,6 +126,7 @@ class LlavaMustDrop(lmms):
         )
         self.description = description
         self.kept_patches = kept_patches
+        self.skip_unfit = skip_unfit
         self.pictures = None if pictures is None else Path(pictures)
         self.samples = None if samples is None else rank_files(Path(samples))[self._rank]
         self.records: list[dict] = []
@@ -149,32 +156,55 @@ class LlavaMustDrop(lmms):
             else:
                 answers[index] = known["answer"]
                 self.records.append(known)
-        shown = {int(place * len(requests) / PICTURES) for place in range(PICTURES)}
+        shown = {int(number * len(requests) / PICTURES) for number in range(PICTURES)}
         with progress(
             description=self.description, total=len(requests), unit="question", disable=self._rank > 0
         ) as bar:
             bar.update(len(requests) - len(waiting))
 
-            def prepare(batch: list[int]) -> tuple:
-                documents = [self._document(*requests[index].args[3:6]) for index in batch]
-                visuals = [
-                    self._visuals(requests[index].args[2], document)
-                    for index, document in zip(batch, documents, strict=True)
-                ]
-                return batch, documents, visuals, self._prepare([requests[i].args[0] for i in batch], visuals)
+            def prepare(batch: list[int]) -> tuple[list[Question], list[tuple[int, dict]], dict | None]:
+                asked, skipped = self._ask(requests, batch)
+                ready = self._prepare([one.context for one in asked], [one.images for one in asked]) if asked else None
+                return asked, skipped, ready
 
             batches = self._batches(waiting, lambda i: requests[i].args[:2])
-            for batch, documents, visuals, prepared in ahead(prepare, batches):
-                texts, traces = self._generate(prepared, requests[batch[0]].args[1])
-                for index, document, pictures, text, trace in zip(
-                    batch, documents, visuals, texts, traces, strict=True
-                ):
-                    answers[index] = text
-                    self._record(requests[index].args[3:6], document, requests[index].args[0], text, trace)
-                    if index in shown:
-                        self._show(requests[index].args[3:5], pictures)
-                bar.update(len(batch))
+            for asked, skipped, prepared in ahead(prepare, batches):
+                for index, record in skipped:
+                    answers[index] = ""
+                    self._write(record)
+                if asked:
+                    texts = self._answer(asked, prepared, requests[asked[0].index].args[1], shown)
+                    for one, text in zip(asked, texts, strict=True):
+                        answers[one.index] = text
+                bar.update(len(asked) + len(skipped))
         return answers
+
+    def _answer(self, asked: Sequence[Question], prepared: dict, settings: dict, shown: Container[int]) -> list[str]:
+        """Answers to a prepared batch, recorded; the images of the questions in `shown` are kept."""
+        with naming([one.where for one in asked]):
+            texts, traces = self._generate(prepared, settings)
+        for one, text, trace in zip(asked, texts, traces, strict=True):
+            self._record(one.where, one.document, one.context, text, trace)
+            if one.index in shown:
+                self._show(one.where[:2], one.images)
+        return texts
+
+    def _ask(self, requests: Sequence[Instance], batch: Sequence[int]) -> tuple[list[Question], list[tuple[int, dict]]]:
+        """The questions of a batch, and by their numbers the lines of those that are left out."""
+        asked, skipped = [], []
+        for index in batch:
+            context, _, doc_to_visual, *where = requests[index].args
+            try:
+                document = self._document(*where)
+                asked.append(
+                    Question(index, tuple(where), context, document, self._visuals(doc_to_visual, document, where))
+                )
+            except UnfitQuestion as error:
+                if not self.skip_unfit:
+                    raise
+                facts = {"question_id": str(where[0]), "question": context, "answer": "", "skipped": str(error)}
+                skipped.append((index, {**place(where), **facts}))
+        return asked, skipped
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """Answer until the task's ``doc_to_text`` says it is enough; returns every request's answers, round by round.
@@ -187,7 +217,8 @@ class LlavaMustDrop(lmms):
         contexts = [request.args[0] for request in requests]
         documents = [self._document(*request.args[4:7]) for request in requests]
         visuals = [
-            self._visuals(request.args[2], document) for request, document in zip(requests, documents, strict=True)
+            self._visuals(request.args[2], document, request.args[4:7])
+            for request, document in zip(requests, documents, strict=True)
         ]
         active, number = list(range(len(requests))), 0
         while active:
@@ -239,11 +270,12 @@ class LlavaMustDrop(lmms):
                     document = self._document(*where)
                     if callable(continuation):
                         continuation = continuation(document)
-                    pictures = self._visuals(doc_to_visual, document)
-                    prompt = self.loaded.prompt(context, len(pictures))
-                    whole = self.loaded.encode(self.loaded.prompt(context, len(pictures), str(continuation).strip()))
+                    pictures = self._visuals(doc_to_visual, document, where)
+                    images = len(pictures)
+                    prompt = self.loaded.prompt(context, images)
+                    whole = self.loaded.encode(self.loaded.prompt(context, images, str(continuation).strip()), images)
                     prompts.append(prompt)
-                    forced.append(whole[len(self.loaded.encode(prompt)) :].tolist())
+                    forced.append(whole[len(self.loaded.encode(prompt, images)) :].tolist())
                     visuals.append(pictures)
                 for index, result in zip(batch, self._score(prompts, visuals, forced), strict=True):
                     results[index] = result
@@ -260,13 +292,13 @@ class LlavaMustDrop(lmms):
     def _generate(self, prepared: dict, settings: dict) -> tuple[list[str], list[Trace]]:
         """Answers to a prepared batch, each cut where ``until`` says, and their traces."""
         with self.reducer.on(self.loaded.model, timing=True) as run:
-            texts = self.loaded.answer_prepared(prepared, **_generation(settings))
-        return [_cut(text, settings.get("until")) for text in texts], run.traces
+            texts = self.loaded.answer_prepared(prepared, **for_transformers(settings))
+        return [cut(text, settings.get("until")) for text in texts], run.traces
 
     @torch.inference_mode()
     def _score(self, prompts, visuals, forced: list[list[int]]) -> list[tuple[float, bool]]:
         """Mean loss and greedy agreement of forced continuations (lists of ids) after a batch of prompts."""
-        teacher = _Teacher(forced, self.loaded.pad_token_id)
+        teacher = Teacher(forced, self.loaded.pad_token_id)
         with self.reducer.on(self.loaded.model):
             self.loaded.model.generate(
                 **self.loaded.inputs(prompts, visuals),
@@ -292,24 +324,23 @@ class LlavaMustDrop(lmms):
                 yield group[start : start + self.batch_size]
 
     def _document(self, doc_id: int, task: str, split: str) -> dict:
-        """A document of a task; its pictures are decoded here, so that it is asked for once."""
-        return self.task_dict[task][split][doc_id]
+        """A document of a task; its images are decoded here, so that it is asked for once."""
+        with naming([(doc_id, task, split)]):
+            return self.task_dict[task][split][doc_id]
 
-    def _visuals(self, doc_to_visual: Callable, document: dict) -> list[Image.Image]:
-        """The pictures of a document."""
-        visuals = [visual for visual in doc_to_visual(document) or [] if visual is not None]
-        for visual in visuals:
-            if not isinstance(visual, Image.Image):
-                raise ValueError(f"a document brings a {type(visual).__name__}, only pictures are supported")
-        return visuals
+    def _visuals(self, doc_to_visual: Callable, document: dict, where: Sequence) -> list[Image.Image]:
+        """The images of a document, RGB and upright."""
+        with naming([where]):
+            visuals = [visual for visual in doc_to_visual(document) or [] if visual is not None]
+            for visual in visuals:
+                if not isinstance(visual, Image.Image):
+                    raise ValueError(f"it brings a {type(visual).__name__}, only images are supported")
+            return [load_image(visual) for visual in visuals]
 
     def _record(self, where: Sequence, document: dict, context: str, answer: str, trace: Trace, **more) -> None:
-        doc_id, task, split = where
         record = {
-            "task": task,
-            "split": split,
-            "doc_id": doc_id,
-            **names(document, doc_id),
+            **place(where),
+            **names(document, where[0]),
             **more,
             "question": context,
             "answer": answer,
@@ -319,6 +350,9 @@ class LlavaMustDrop(lmms):
             record["flops"] = flops(record, self.shape, self.reducer)
         if self.kept_patches:
             record["kept"] = pack_stages(trace.kept, sum(image["patches"] for image in trace.images))
+        self._write(record)
+
+    def _write(self, record: dict) -> None:
         self.records.append(record)
         if self.samples is not None:
             with self.samples.open("a", encoding="utf-8") as file:
@@ -334,52 +368,9 @@ class LlavaMustDrop(lmms):
         seen.save(folder / f"{doc_id}.jpg", quality=88)
 
     def _open_samples(self, resume: bool) -> None:
-        known = read_lines(self.samples) if resume and self.samples.is_file() else []
+        known = [line for line in read_answers(self.samples) if "skipped" not in line] if resume else []
         self._answered = {_key((line["doc_id"], line["task"], line["split"])): line for line in known}
         write_lines(self.samples, known)
-
-
-class _Teacher(LogitsProcessor):
-    """Makes ``generate`` emit given ids, and adds up what the model itself would have thought of them."""
-
-    def __init__(self, forced: list[list[int]], pad: int):
-        self.forced, self.pad, self.step = forced, pad, 0
-        self.losses, self.greedy = [0.0] * len(forced), [True] * len(forced)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """``scores`` are the logits ``[batch, vocabulary]`` of the next id; returns zero for it and -inf elsewhere."""
-        wanted = [ids[self.step] if self.step < len(ids) else self.pad for ids in self.forced]
-        losses = torch.nn.functional.cross_entropy(
-            scores.float(), torch.tensor(wanted, device=scores.device), reduction="none"
-        ).tolist()
-        best = scores.argmax(-1).tolist()
-        for row, ids in enumerate(self.forced):
-            if self.step < len(ids):
-                self.losses[row] += losses[row]
-                self.greedy[row] &= best[row] == wanted[row]
-        self.step += 1
-        only = torch.full_like(scores, float("-inf"))
-        only[torch.arange(len(wanted)), wanted] = 0
-        return only
-
-
-def _generation(settings: dict) -> dict:
-    """lmms-eval's generation settings as transformers takes them."""
-    kept = {name: value for name, value in settings.items() if name not in NOT_FOR_GENERATE and value is not None}
-    kept.setdefault("max_new_tokens", 1024)
-    kept["do_sample"] = bool(kept.get("do_sample", kept.get("temperature", 0) > 0)) and kept.get("temperature", 1) > 0
-    if not kept["do_sample"]:
-        for name in SAMPLING_ONLY:
-            kept.pop(name, None)
-    return kept
-
-
-def _cut(text: str, until: str | list[str] | None) -> str:
-    """A text up to the first of the given strings."""
-    for stop in [until] if isinstance(until, str) else until or []:
-        if stop:
-            text = text.split(stop)[0]
-    return text
 
 
 def _key(document: Sequence) -> tuple[str, str, str]:

@@ -22,6 +22,7 @@ from matplotlib.ticker import ScalarFormatter
 from eval import published
 from eval.collect import VANILLA, Result, collect, label, merge_seeds, prompt_ms, timing
 from eval.published import AVERAGE
+from eval.records import file_name
 from eval.settings import check_out
 from mustdrop.command import Parser, command, path
 
@@ -184,7 +185,7 @@ def figures(results: Iterable[Result]) -> dict[str, Figure]:
     for model in models:
         mine = [row for row in rows if row["model"] == model]
         tasks = list(dict.fromkeys(row["task"] for row in mine))
-        prefix = f"{model}-" if len(models) > 1 else ""
+        prefix = f"{file_name(model)}-" if len(models) > 1 else ""
         for quantity, (x_title, _) in QUANTITIES.items():
             if quantity == "time":
                 x_title += f"\n{timing(result for result in results if result.row['model'] == model)}"
@@ -215,9 +216,7 @@ def encode(figure: Figure, kind: str) -> bytes:
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
-    new = Parser(
-        prog="python -m eval.plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    new = Parser(prog="python -m eval.plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     new.add_argument("results", type=path, nargs="+", help="results folders")
     new.add_argument("--out", type=path, help="folder for the pictures (default: plots in the first results folder)")
     args = new.parse_args(argv)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from markupsafe import Markup
 from eval import drawing, plots, published, significance, table
 from eval.collect import VANILLA, Result, collect, label, merge_seeds, ordered
 from eval.layout import Layout, lines
+from eval.records import BadRecord, read_json
 from eval.settings import check_out
 from mustdrop.command import Parser, command, path
 
@@ -94,11 +96,14 @@ def task_tables(results: Iterable[Result]) -> list[dict]:
 
 def significance_tables(results: Sequence[Result]) -> dict:
     """All comparisons with the untouched model and between methods at one budget, corrected together."""
+    results, notes = significance.comparable(results)
     pairs = significance.default_pairs(results)
     try:
         rows = significance.table_rows(pairs)
     except ValueError as error:
         return {"note": f"not computed: {error}", "tables": []}
+    if not rows and notes:
+        return {"note": f"not computed: {'; '.join(notes)}", "tables": []}
     parts = {
         "Against the untouched model": [row for row in rows if row[2].startswith(VANILLA)],
         "Between methods at the same budget": [row for row in rows if not row[2].startswith(VANILLA)],
@@ -107,7 +112,9 @@ def significance_tables(results: Sequence[Result]) -> dict:
         {"title": title, "headers": significance.HEADERS, "rows": part} for title, part in parts.items() if part
     ]  # fmt: skip
     return {
-        "note": f"{len(rows)} comparisons; * marks p < {significance.LEVEL} after Holm's correction",
+        "note": "; ".join(
+            [f"{len(rows)} comparisons; * marks p < {significance.LEVEL} after Holm's correction", *notes]
+        ),
         "tables": tables,
     }
 
@@ -234,12 +241,19 @@ def _column(row: dict) -> str:
 def _sweep(folder: Path) -> dict:
     """What the sweep runner wrote about all cells, if this was a sweep."""
     file = folder / "sweep.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         return {}
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"results: {str(file)!r} is not valid JSON ({error})") from None
+        content = read_json(file)
+    except BadRecord as error:
+        raise ValueError(f"results: {str(file)!r} is not valid JSON ({error}); remove it to do without") from None
+    texts = ("task", "label", "model", "state")
+    cells = content.get("cells", [])
+    if not isinstance(cells, list) or not all(
+        isinstance(cell, dict) and all(isinstance(cell.get(name), str) for name in texts) for cell in cells
+    ):
+        raise ValueError(f"results: {str(file)!r} has cells that are none; remove it to do without")
+    return content
 
 
 def _unique(values: Iterable[str]) -> list[str]:

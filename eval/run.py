@@ -12,12 +12,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from eval import settings, summary
 from eval.cell import Cell
 from eval.methods import CONFIGS
+from eval.sweep.control import lock
 from mustdrop.command import Parser, command, path, text
 
 
@@ -85,6 +88,12 @@ def parser() -> argparse.ArgumentParser:
     new.add_argument("--attn-implementation", default="sdpa", help="sdpa, eager or flash_attention_2 (%(default)s)")
     new.add_argument("--conv-template", default="vicuna_v1", help="conversation template (%(default)s)")
     new.add_argument("--seed", default=0, help="of everything random (%(default)s)")
+    new.add_argument(
+        "--skip-unfit",
+        action="store_true",
+        help="skip and count questions that cannot be asked, such as one whose image cannot be read; their answers are "
+        "empty and count as wrong (default: the first one ends the run)",
+    )
     new.add_argument("--force", action="store_true", help="compute finished rows again")
     new.add_argument("--verbose", action="store_true", help="show what lmms-eval logs")
     return new
@@ -95,25 +104,36 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    try:
-        cells = settings.cells(args)
-        out = settings.check_out(Path(args.out) if args.out else default_out(cells))
-        check_reach(cells)
-        note_borrowed(cells, args.configs)
-        _say(f"{cells[0].model}: {len(cells)} rows, results in {out}")
-        for cell in cells:
-            if cell.finished(out) and not args.force:
-                _say(f"{cell.task} {cell.label}: finished earlier")
-        _evaluate(cells, out, argv, args.force, args.verbose)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        _say("\ninterrupted; the same command goes on from here")
-        return 130
-    if _rank() == 0:
-        print(summary.write(out, [(cell, cell.file(out)) for cell in cells]))
+    cells = [replace(cell, skip_unfit=args.skip_unfit) for cell in settings.cells(args)]
+    out = settings.check_out(Path(args.out) if args.out else default_out(cells))
+    check_reach(cells)
+    left = [cell for cell in cells if args.force or not cell.finished(out)]
+    for cell in left:
+        cell.check_place(out)
+    check_data(cell.task for cell in left)
+    with ExitStack() as stack:
+        if _rank() == 0:
+            lock(out, stack)
+        _tell(cells, left, out, args)
+        try:
+            _evaluate(cells if left else [], out, argv, args.force, args.verbose)
+        except KeyboardInterrupt:
+            _say("\ninterrupted; the same command goes on from here")
+            return 130
+        if _rank() == 0:
+            print(summary.write(out, [(cell, cell.file(out)) for cell in cells]))
     return 0
+
+
+def _tell(cells: Sequence[Cell], left: Sequence[Cell], out: Path, args: argparse.Namespace) -> None:
+    """What is about to be done, and what of it is there."""
+    note_borrowed(cells, args.configs)
+    _say(f"{cells[0].model}: {len(cells)} rows, results in {out}")
+    for cell in cells:
+        if cell not in left:
+            _say(f"{cell.task} {cell.label}: finished earlier")
+        elif not args.force and (defect := cell.defect(out)):
+            _say(f"note: {defect}; it is computed again")
 
 
 def default_out(cells: Sequence[Cell]) -> Path:
@@ -130,6 +150,17 @@ def check_reach(cells: Sequence[Cell]) -> None:
     for cell in {cell.label: cell for cell in cells if cell.settings}.values():
         if reason := out_of_reach(Method(cell.method, cell.retain, cell.settings), cell.model):
             raise ValueError(f"RETAIN: {reason}")
+
+
+def check_data(tasks: Iterable[str]) -> None:
+    """Raise ValueError if a task's data cannot be had, before a model is loaded."""
+    from eval.tasks import is_local
+
+    for task in dict.fromkeys(tasks):
+        if not is_local(task):
+            from eval.tasks import stock
+
+            stock.check(task)
 
 
 def note_borrowed(cells: Sequence[Cell], configs: Path) -> None:
@@ -149,7 +180,7 @@ def note_borrowed(cells: Sequence[Cell], configs: Path) -> None:
 
 def _evaluate(cells: Sequence[Cell], out: Path, argv: Sequence[str], force: bool, verbose: bool) -> None:
     """Compute what is not finished; the summary on disk follows along."""
-    if all(cell.finished(out) for cell in cells) and not force:
+    if not cells:
         return
     from eval.runner import evaluate
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from eval import provenance, rows
 from eval.cell import Cell, write_json
 from eval.progress import hide_bars, quiet
-from eval.samples import read_lines, write_lines
+from eval.records import read_answers
+from eval.samples import write_lines
 
 
 def evaluate(
@@ -50,12 +51,13 @@ def evaluate(
         if cell.finished(out) and not force:
             yield cell, cell.read(out)
             continue
+        cell.check_place(out)
         if not verbose:
             quiet()
         start = time.perf_counter()
-        model = loaded.get(cell)
         if cell.task not in tasks:
             tasks[cell.task] = _task_manager(cell.task)
+        model = loaded.get(cell)
         row = _evaluate(cell, out, model, tasks[cell.task], force, verbose)
         if row is None:
             continue
@@ -93,15 +95,21 @@ class _Loaded:
 
 
 def _task_manager(task: str):
-    """lmms-eval's index of tasks, with the local data ready; only what is needed, for the whole index takes seconds."""
+    """lmms-eval's index of tasks, with the data ready; of ours only what is needed, for the whole index takes seconds.
+
+    Raises
+    ------
+    ValueError
+        If the data cannot be had.
+    """
     from lmms_eval.tasks import TaskManager
 
-    from eval.tasks import is_local, prepare
+    from eval.tasks import is_local, prepare, stock
 
-    local = is_local(task)
-    return TaskManager(
-        verbosity="WARNING", include_path=str(prepare(task)) if local else None, include_defaults=not local
-    )
+    if is_local(task):
+        return TaskManager(verbosity="WARNING", include_path=str(prepare(task)), include_defaults=False)
+    stock.load(task)
+    return stock.manager()
 
 
 def _evaluate(cell: Cell, out: Path, loaded, manager, force: bool, verbose: bool) -> dict | None:
@@ -111,7 +119,7 @@ def _evaluate(cell: Cell, out: Path, loaded, manager, force: bool, verbose: bool
     from lmms_eval.models import get_model
 
     from eval.lmms import rank_files
-    from eval.tasks import is_local
+    from eval.tasks import is_local, stock
 
     if not verbose:
         hide_bars(evaluator, tasks)
@@ -124,28 +132,38 @@ def _evaluate(cell: Cell, out: Path, loaded, manager, force: bool, verbose: bool
         samples=str(samples),
         pictures=str(out / "pictures"),
         resume=not force,
+        skip_unfit=cell.skip_unfit,
         description=f"{cell.task} {cell.label}",
     )
-    results = evaluator.simple_evaluate(
-        model=model,
-        tasks=[cell.task],
-        task_manager=manager,
-        limit=cell.limit,
-        batch_size=cell.batch_size,
-        bootstrap_iters=0,
-        random_seed=cell.seed,
-        numpy_random_seed=cell.seed,
-        torch_random_seed=cell.seed,
-        fewshot_random_seed=cell.seed,
-        verbosity="INFO" if verbose else "WARNING",
-        # where some tasks leave files for a server to score; ours score without decoding every picture again
-        cli_args=Namespace(output_path=str(out), process_with_media=not is_local(cell.task)),
-    )
+    with stock.in_one_line(cell.task):
+        results = evaluator.simple_evaluate(
+            model=model,
+            tasks=[cell.task],
+            task_manager=manager,
+            limit=cell.limit,
+            batch_size=cell.batch_size,
+            bootstrap_iters=0,
+            random_seed=cell.seed,
+            numpy_random_seed=cell.seed,
+            torch_random_seed=cell.seed,
+            fewshot_random_seed=cell.seed,
+            verbosity="INFO" if verbose else "WARNING",
+            # where some tasks leave files for a server to score; ours score without decoding every image again, and
+            # others do where an image may be one that cannot be decoded
+            cli_args=Namespace(
+                output_path=str(out), process_with_media=not is_local(cell.task) and not cell.skip_unfit
+            ),
+        )
     if results is None:
         return None
     scored = results["samples"][cell.task]
     files = rank_files(samples)
-    lines = list({line["doc_id"]: line for file in files for line in read_lines(file)}.values())
+    lines = list({line["doc_id"]: line for file in files for line in read_answers(file)}.values())
+    asked = [line for line in lines if "skipped" not in line]
+    if not asked:
+        raise ValueError(
+            f"{cell.task} {cell.label}: no question could be asked; {lines[0]['skipped'] if lines else ''}"
+        )
     write_lines(samples, _with_scores(lines, cell.task, scored))
     for file in set(files) - {samples}:
         file.unlink()
@@ -158,11 +176,18 @@ def _evaluate(cell: Cell, out: Path, loaded, manager, force: bool, verbose: bool
         "seed": cell.seed,
         "limit": cell.limit,
         **_scores(cell.task, results["results"][cell.task], scored),
-        **rows.measured(lines),
+        **rows.measured(asked),
+        "skipped": len(lines) - len(asked),
+        "beyond_context": sum(_prompt_tokens(line) > loaded.context_len for line in asked),
     }
     if cell.retain is None:
         row["retain"] = round(row["mean_tokens"])
     return row
+
+
+def _prompt_tokens(line: Mapping) -> int:
+    """Tokens that enter the language model: text, and what the vision encoder left of the images."""
+    return line["text_tokens"] + max(line["vision_tokens"], default=0)
 
 
 def _scores(task: str, results: Mapping, scored: Sequence[Mapping]) -> dict:

@@ -8,28 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
+from eval.provenance import replace_file
+
 QUESTION_IDS = ("question_id", "questionId", "index", "id")
 PICTURE_IDS = ("scene", "image_id", "imageId", "image_source")
 """Where benchmarks keep a question's own name, and its picture's."""
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The lines of a JSONL file; one that a killed run left half written ends it."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
 def write_lines(path: Path, lines: Iterable[Mapping]) -> None:
     """Write a JSONL file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def names(document: Mapping, doc_id: int) -> dict[str, str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -20,13 +20,12 @@ import numpy as np
 from scipy.stats import binomtest, ttest_rel
 from tabulate import tabulate
 
-from eval.collect import VANILLA, Result, collect
+from eval.collect import VANILLA, Result, collect, same_questions
 from eval.rows import bootstrap_interval
 from mustdrop.checks import shown
 from mustdrop.command import Parser, command, path
 
 LEVEL = 0.05
-USED = ("task", "question_id", "doc_id", "picture", "score")
 HEADERS = ("task", "a", "b", "n", "a %", "b %", "a - b", "95 % interval", "only a", "only b", "p", "p (Holm)", "")
 
 
@@ -128,7 +127,7 @@ def default_pairs(results: Sequence[Result]) -> list[tuple[Result, Result]]:
     """
     groups: dict[tuple, list[Result]] = {}
     for result in results:
-        groups.setdefault(tuple(result.row[name] for name in ("model", "task", "seed")), []).append(result)
+        groups.setdefault(same_questions(result), []).append(result)
     pairs = []
     for group in groups.values():
         plain = [one for one in group if one.row["method"] == VANILLA]
@@ -150,16 +149,27 @@ def named_pairs(results: Sequence[Result], a: str, b: str) -> list[tuple[Result,
     for flag, name in (("--a", a), ("--b", b)):
         if name not in known:
             raise ValueError(f"{flag}: got {shown(name)}, expected one of {', '.join(known)}")
-    same = ("model", "task", "seed")
     pairs = [
         (one, two)
         for one in results
         for two in results
-        if (one.label, two.label) == (a, b) and all(one.row[name] == two.row[name] for name in same)
+        if (one.label, two.label) == (a, b) and same_questions(one) == same_questions(two)
     ]
     if not pairs:
         raise ValueError(f"--a, --b: {a} and {b} have no task in common")
     return pairs
+
+
+def comparable(results: Iterable[Result]) -> tuple[list[Result], list[str]]:
+    """The results whose per-sample lines can be read, and a line for every other."""
+    found, notes = [], []
+    for result in results:
+        try:
+            _ = result.scored
+            found.append(result)
+        except ValueError as error:
+            notes.append(f"{error}; it is left out")
+    return found, notes
 
 
 def table_rows(pairs: Sequence[tuple[Result, Result]]) -> list[list[str]]:
@@ -170,11 +180,10 @@ def table_rows(pairs: Sequence[tuple[Result, Result]]) -> list[list[str]]:
     ValueError
         If a cell's lines are missing or cannot be paired.
     """
-    lines = {one.samples: lines_of(one) for pair in pairs for one in pair}
     compared = []
     for one, two in pairs:
         try:
-            compared.append(compare(lines[one.samples], lines[two.samples]))
+            compared.append(compare(one.scored, two.scored))
         except ValueError as error:
             raise ValueError(f"{one.row['task']}, {one.label} and {two.label}: {error}") from None
     corrected = holm([found.p for found in compared])
@@ -210,12 +219,16 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--b: needs --a as well")
     if args.against is not None and args.a is not None:
         raise ValueError("--against: compares all methods; leave out --a and --b")
-    results, _ = collect(args.results)
+    results, notes = collect(args.results)
     tasks = sorted({result.row["task"] for result in results})
     for task in args.task or []:
         if task not in tasks:
             raise ValueError(f"--task: got {shown(task)}, expected some of {', '.join(tasks)}")
-    results = [result for result in results if result.row["task"] in (args.task or tasks)]
+    results, unreadable = comparable(result for result in results if result.row["task"] in (args.task or tasks))
+    for note in notes + unreadable:
+        print(f"note: {note}", file=sys.stderr)
+    if not results:
+        raise ValueError("results: none has per-sample lines that can be compared")
     if args.against is not None:
         print(_against(results, args.against, args.format))
         return 0
@@ -248,11 +261,6 @@ def _question(line: Mapping) -> tuple:
 
 def _name(result: Result) -> str:
     return f"{result.label}-seed{result.row['seed']}" if result.row["seed"] else result.label
-
-
-def lines_of(result: Result) -> list[dict]:
-    """What comparing needs of a cell's lines."""
-    return [{name: line[name] for name in USED if name in line} for line in result.lines()]
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isclose
 from pathlib import Path
 
 from tabulate import tabulate
 
 from eval.cell import Cell, write_json
+from eval.records import read_record
 
 CI95 = (
     "accuracy: Wilson score interval over questions (scipy.stats.binomtest) where every score is 0 or 1; else, and for "
@@ -22,8 +22,10 @@ def write(out: Path, cells: Sequence[tuple[Cell, Path]]) -> str:
     from eval.rows import FLOPS_CONVENTION, REPORTED_CONVENTIONS
     from mustdrop.cost import CONVENTIONS
 
-    results = [json.loads(file.read_text(encoding="utf-8")) for _, file in cells]
-    rows = with_shares([result["row"] for result in results])
+    results = [read_record(file) for _, file in cells]
+    rows = with_shares(
+        [{**result["row"], "model": cell.model_name} for (cell, _), result in zip(cells, results, strict=True)]
+    )
     last, cell = results[-1], cells[-1][0]
     facts = {
         **last["provenance"],
@@ -47,6 +49,7 @@ def text(rows: Sequence[dict], facts: dict, style: str) -> str:
         synthetic = ", synthetic" if own[0]["synthetic"] else ""
         heading = f"{task}, {model}: {own[0]['n']} questions{synthetic}"
         parts += [f"# {heading}" if style == "github" else f"\n{heading}", table(own, style), table_by_type(own, style)]
+        parts += remarks(own)
     parts.append(
         f"{facts['device']}, {facts['dtype']}, batch {facts['config']['batch_size']}, {facts['date'][:10]}, "
         f"commit {(facts['git_commit'] or 'none')[:12]}.\n"
@@ -56,6 +59,16 @@ def text(rows: Sequence[dict], facts: dict, style: str) -> str:
         f"ms: {facts['times']}."
     )
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def remarks(rows: Sequence[Mapping]) -> list[str]:
+    """What readers of scores must know about questions that were not asked, or not as a whole."""
+    skipped = [f"{row['method']} {row['skipped']}" for row in rows if row.get("skipped")]
+    beyond = [f"{row['method']} {row['beyond_context']}" for row in rows if row.get("beyond_context")]
+    return [
+        *([f"Questions skipped, which count as wrong: {', '.join(skipped)}."] if skipped else []),
+        *([f"Questions longer than the model's context: {', '.join(beyond)}."] if beyond else []),
+    ]
 
 
 def with_shares(rows: Sequence[dict]) -> list[dict]:

@@ -32,6 +32,7 @@ from eval.layout import (
 )
 from eval.published import AVERAGE
 from eval.settings import check_out
+from eval.significance import comparable
 from mustdrop.command import Parser, command, path
 
 STYLES = {"terminal": "simple", "markdown": "github", "latex": "latex_booktabs"}
@@ -57,7 +58,11 @@ def main(argv: list[str] | None = None) -> int:
     found = lines(layout, results)
     notes = [*layout.notes, *notes, *origins(found, results)]
     styles = list(SUFFIXES) if args.format == "all" else [args.format]
-    bold = leading(layout, found, results) if "markdown" in styles and layout.methods is None else set()
+    bold = set()
+    if "markdown" in styles and layout.methods is None:
+        whole, unreadable = comparable(results)
+        bold = set() if unreadable else leading(layout, found, whole)
+        notes += [f"{note}, so nothing is bold" for note in unreadable]
     if out is not None:
         write(out, args.table.stem, {style: render(layout, found, style, notes, bold) for style in styles})
     print(render(layout, found, styles[0], notes, bold), end="")
@@ -66,9 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    new = Parser(
-        prog="python -m eval.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    new = Parser(prog="python -m eval.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     new.add_argument("table", type=path, help="YAML file, such as configs/tables/table1.yaml")
     new.add_argument(
         "--results",

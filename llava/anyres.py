@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava.images import load_image
+
 
 def select_best_resolution(
     original_size: tuple[int, int], possible_resolutions: Sequence[Sequence[int]]
@@ -59,6 +61,7 @@ def resize_and_pad_image(image: Image.Image, target_resolution: tuple[int, int])
     PIL.Image.Image
         An RGB canvas with the picture in its middle and black borders.
     """
+    image = load_image(image)
     width, height = image.size
     target_width, target_height = target_resolution
     if target_width / width < target_height / height:
@@ -67,7 +70,7 @@ def resize_and_pad_image(image: Image.Image, target_resolution: tuple[int, int])
         size = (min(math.ceil(width * (target_height / height)), target_width), target_height)
     canvas = Image.new("RGB", (target_width, target_height), (0, 0, 0))
     canvas.paste(
-        image.convert("RGB").resize(size, Image.Resampling.BICUBIC),
+        image.resize(size, Image.Resampling.BICUBIC),
         ((target_width - size[0]) // 2, (target_height - size[1]) // 2),
     )
     return canvas
@@ -143,7 +146,7 @@ def process_anyres_image(
     ValueError
         If ``grid_pinpoints`` is no list of sizes.
     """
-    image = image.convert("RGB")
+    image = load_image(image)
     canvas_size = select_best_resolution(image.size, _parse_grid_pinpoints(grid_pinpoints))
     tiles = divide_to_patches(resize_and_pad_image(image, canvas_size), processor.crop_size["height"])
     side = processor.size["shortest_edge"]

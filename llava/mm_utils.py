@@ -1,13 +1,7 @@
-"""From pictures to pixel tensors and from prompts with images in them to token ids."""
+"""From images to pixel tensors and from prompts with images in them to token ids."""
 
-import base64
-import binascii
 import os
 from collections.abc import Sequence
-from http.client import HTTPException
-from io import BytesIO
-from urllib.error import URLError
-from urllib.request import Request, urlopen
 
 import torch
 from PIL import Image
@@ -22,6 +16,7 @@ from llava.anyres import (
     select_best_resolution,
 )
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.images import MAX_PIXELS, load_image, load_image_from_base64
 
 __all__ = [
     "KeywordsStoppingCriteria",
@@ -42,7 +37,14 @@ __all__ = [
 CROPPED_ASPECT_RATIOS = (None, "square", "original")
 """Settings under which LLaVA leaves the shape to the image processor: shortest edge resized, centre cropped."""
 
-DOWNLOAD_TIMEOUT_SECONDS = 30
+LARGEST_SQUARE = 2048
+"""Side in pixels of the largest square that is padded before it is shrunk; larger ones are never built."""
+
+STRIP = 256
+"""Rows of an image that are shrunk at a time."""
+
+LONGEST_RATIO = 64
+"""Of an image longer than so many times its short side, only the middle counts where the centre is cropped anyway."""
 
 
 def load_image_processor(path: str | os.PathLike) -> CLIPImageProcessorPil:
@@ -64,109 +66,85 @@ def load_image_processor(path: str | os.PathLike) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil.from_pretrained(path)
 
 
-def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
-    """Open a picture.
-
-    Parameters
-    ----------
-    source : str, os.PathLike or PIL.Image.Image
-        A file, an ``http(s)://`` address, or a picture that is open already.
-
-    Returns
-    -------
-    PIL.Image.Image
-        The picture as RGB. Transparency is dropped, as LLaVA does.
-
-    Raises
-    ------
-    ValueError
-        If the picture is missing, cannot be fetched, or is no picture.
-    """
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    if not isinstance(source, str | os.PathLike):
-        raise ValueError(f"image: got {type(source).__name__}, expected a path, an http(s) address or a PIL image")
-    try:
-        return _decode_image(_fetch(source) if str(source).startswith(("http://", "https://")) else source)
-    except FileNotFoundError:
-        reason = "there is no such file"
-    except IsADirectoryError:
-        reason = "it is a folder"
-    except URLError as error:
-        reason = f"it cannot be fetched: {error.reason}"
-    except HTTPException as error:
-        reason = f"it cannot be fetched: {type(error).__name__} {error}"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = f"it cannot be read as a picture: {error}"
-    raise ValueError(f"image {str(source)!r}: {reason}; expected a readable picture file such as PNG or JPEG")
-
-
-def load_image_from_base64(image: str | bytes) -> Image.Image:
-    """Open a picture that arrives as base64 text.
-
-    Parameters
-    ----------
-    image : str or bytes
-        An encoded picture file, with or without a ``data:image/...;base64,`` prefix.
-
-    Returns
-    -------
-    PIL.Image.Image
-        The picture, in the mode it was saved in.
-
-    Raises
-    ------
-    ValueError
-        If the text is not base64 or what it encodes is no picture.
-    """
-    text = image.decode("ascii", errors="replace") if isinstance(image, bytes) else image
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    try:
-        return Image.open(BytesIO(base64.b64decode(text)))
-    except (OSError, binascii.Error, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image: base64 text of {len(text)} characters is no readable picture ({error})") from error
-
-
 def expand2square(image: Image.Image, background_color: Sequence[int]) -> Image.Image:
-    """Pad a picture to a square, itself in the middle.
+    """Pad an image to a square, itself in the middle.
 
     Parameters
     ----------
     image : PIL.Image.Image
-        A picture of any mode, size ``(width, height)`` in pixels.
+        An image of any mode, size ``(width, height)`` in pixels.
     background_color : sequence of int
         Red, green and blue of the border, 0 to 255.
 
     Returns
     -------
     PIL.Image.Image
-        An RGB picture as wide and high as the longer side of ``image``. An odd border is one pixel wider at the right
+        An RGB image as wide and high as the longer side of ``image``. An odd border is one pixel wider at the right
         or bottom.
+
+    Raises
+    ------
+    ValueError
+        If the square would have more than ``llava.images.MAX_PIXELS``.
     """
-    image = image.convert("RGB")
+    image = load_image(image)
     width, height = image.size
     if width == height:
         return image
     side = max(width, height)
+    if side * side > MAX_PIXELS:
+        raise ValueError(
+            f"image: a square around {width} x {height} pixels has more than {MAX_PIXELS}, shrink it first"
+        )
     square = Image.new("RGB", (side, side), tuple(background_color))
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
 
 
+def shrink_padded(
+    image: Image.Image, background_color: Sequence[int], side: int, resample: Image.Resampling
+) -> Image.Image:
+    """Pad to a square and resize that, as ``expand2square`` and ``resize`` do to the bit, in little memory.
+
+    Pillow resizes rows first and then columns, with 8-bit samples in between; so rows can be padded and shrunk a strip
+    at a time, and the rows above and below the image need not be shrunk at all: they are of one colour.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        An RGB image of any size.
+    background_color : sequence of int
+        Red, green and blue of the border, 0 to 255.
+    side : int
+        Width and height of the result in pixels.
+    resample : PIL.Image.Resampling
+        The filter.
+    """
+    width, height = image.size
+    longer, color = max(width, height), tuple(background_color)
+    left, top = (longer - width) // 2, (longer - height) // 2
+    narrow = Image.new("RGB", (side, longer), color)
+    for start in range(0, height, STRIP):
+        rows = min(STRIP, height - start)
+        strip = Image.new("RGB", (longer, rows), color)
+        strip.paste(image.crop((0, start, width, start + rows)), (left, 0))
+        narrow.paste(strip.resize((side, rows), resample), (0, top + start))
+    return narrow.resize((side, side), resample)
+
+
 def process_images(
     images: Sequence[Image.Image], image_processor: CLIPImageProcessorPil, model_cfg: object
 ) -> torch.Tensor | list[torch.Tensor]:
-    """Turn pictures into what the vision tower takes.
+    """Turn images into what the vision tower takes.
 
     Parameters
     ----------
     images : sequence of PIL.Image.Image
-        Pictures of any mode and size; each is read as RGB. Whatever else :func:`load_image` opens will do too.
+        Images of any mode and size; each is read as :func:`load_image` does. Whatever else that opens will do too.
     image_processor : CLIPImageProcessorPil
         The vision tower's image processor.
     model_cfg : object
-        Has ``image_aspect_ratio``: ``"pad"`` pads to a square in the processor's mean colour, ``"anyres"`` cuts tiles
+        Has ``image_aspect_ratio``: ``"pad"`` pads to a square in the processor's mean color, ``"anyres"`` cuts tiles
         and also needs ``image_grid_pinpoints``; ``"square"``, ``"original"``, None or no such attribute crop the
         centre.
 
@@ -174,15 +152,15 @@ def process_images(
     -------
     torch.Tensor or list of torch.Tensor
         ``[images, 3, height, width]`` float32, normalised; for anyres ``[images, 1 + tiles, 3, height, width]``, or a
-        list of ``[1 + tiles, 3, height, width]`` where the pictures have different numbers of tiles.
+        list of ``[1 + tiles, 3, height, width]`` where the images have different numbers of tiles.
 
     Raises
     ------
     ValueError
-        If there is no picture, one cannot be opened, or ``image_aspect_ratio`` is unknown.
+        If there is no image, one cannot be opened, or ``image_aspect_ratio`` is unknown.
     """
     if len(images) == 0:
-        raise ValueError("images: got none, expected at least one picture")
+        raise ValueError("images: got none, expected at least one image")
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
     images = [load_image(image) for image in images]
     if aspect_ratio == "anyres":
@@ -190,10 +168,30 @@ def process_images(
         return torch.stack(tiled) if len({len(tiles) for tiles in tiled}) == 1 else tiled
     if aspect_ratio == "pad":
         mean_color = [int(channel * 255) for channel in image_processor.image_mean]
-        images = [expand2square(image, mean_color) for image in images]
-    elif aspect_ratio not in CROPPED_ASPECT_RATIOS:
+        images = [_padded(image, mean_color, image_processor) for image in images]
+    elif aspect_ratio in CROPPED_ASPECT_RATIOS:
+        images = [_without_ends(image) for image in images]
+    else:
         raise ValueError(f"image_aspect_ratio: got {aspect_ratio!r}, expected pad, anyres, square, original or None")
     return image_processor(images, return_tensors="pt")["pixel_values"]
+
+
+def _padded(image: Image.Image, color: Sequence[int], processor: CLIPImageProcessorPil) -> Image.Image:
+    """The image in a square, which is already as small as the processor would make it if it is large."""
+    side = processor.size.get("shortest_edge") or processor.size["height"]
+    if max(image.size) <= LARGEST_SQUARE or not processor.do_resize:
+        return expand2square(image, color)
+    return shrink_padded(image, color, side, Image.Resampling(processor.resample))
+
+
+def _without_ends(image: Image.Image) -> Image.Image:
+    """The middle of a very long image: the processor would first enlarge all of it, then crop the middle."""
+    width, height = image.size
+    short, long = sorted(image.size)
+    if long <= LONGEST_RATIO * short:
+        return image
+    cut = (long - LONGEST_RATIO * short) // 2  # the same at both ends
+    return image.crop((cut, 0, width - cut, height) if width > height else (0, cut, width, height - cut))
 
 
 def tokenizer_image_token(
@@ -201,8 +199,9 @@ def tokenizer_image_token(
     tokenizer: PreTrainedTokenizerBase,
     image_token_index: int = IMAGE_TOKEN_INDEX,
     return_tensors: str | None = None,
+    images: int | None = None,
 ) -> list[int] | torch.Tensor:
-    """Tokenize a prompt, one id for each ``<image>`` in it.
+    """Tokenize a prompt, one id for each ``<image>`` in it that stands for an image.
 
     The text between images is tokenized piece by piece, as LLaVA was trained: every piece has its own leading space,
     only the first has a beginning-of-sequence token.
@@ -217,6 +216,8 @@ def tokenizer_image_token(
         The id that stands for an image.
     return_tensors : str, optional
         ``"pt"`` for a tensor.
+    images : int, optional
+        How many ``<image>`` stand for images, the first ones; the others are text. By default all do.
 
     Returns
     -------
@@ -231,7 +232,7 @@ def tokenizer_image_token(
     if return_tensors not in (None, "pt"):
         raise ValueError(f"return_tensors: got {return_tensors!r}, expected 'pt' or None")
     ids = []
-    for index, text in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN)):
+    for index, text in enumerate(prompt.split(DEFAULT_IMAGE_TOKEN, -1 if images is None else images)):
         piece = tokenizer(text).input_ids
         if index > 0:
             ids.append(image_token_index)
@@ -323,14 +324,3 @@ class KeywordsStoppingCriteria(StoppingCriteria):
     def _contains_keyword(self, ids: list[int]) -> bool:
         text = self.tokenizer.decode(ids)
         return any(keyword in text for keyword in self.keywords)
-
-
-def _fetch(address: str) -> BytesIO:
-    request = Request(address, headers={"User-Agent": "Mozilla/5.0 (llava)"})
-    with urlopen(request, timeout=DOWNLOAD_TIMEOUT_SECONDS) as response:
-        return BytesIO(response.read())
-
-
-def _decode_image(file: str | os.PathLike | BytesIO) -> Image.Image:
-    with Image.open(file) as image:
-        return image.convert("RGB")

@@ -208,7 +208,7 @@ class TestLoading:
             path.write_bytes(buffer.getvalue()[:200])
         elif content is not None:
             path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"image\.png'.*expected a readable picture file") as error:
+        with pytest.raises(ValueError, match=r"image\.png'.*expected a readable image file") as error:
             load_image(path)
         assert "\n" not in str(error.value)
 

@@ -451,7 +451,7 @@ def test_only_one_sweep_works_on_a_folder(write, workers, tmp_path, monkeypatch,
         control.lock(tmp_path / "out", stack)
         assert cli.main([str(write()), "--out", str(tmp_path / "out")]) == 2
         message = capsys.readouterr().err
-        assert message.startswith("error: OUT: another sweep is at work") and "process" in message
+        assert message.startswith("error: OUT: another sweep or run is at work") and "process" in message
     assert not used.jobs
     assert cli.main([str(write()), "--out", str(tmp_path / "out")]) == 0
 

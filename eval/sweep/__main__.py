@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,8 +24,9 @@ from tabulate import tabulate
 
 from eval import provenance, summary
 from eval.progress import progress
+from eval.run import check_data
 from eval.settings import check_out, is_embedded
-from eval.sweep.jobs import FOLDER, chunks, running_jobs
+from eval.sweep.jobs import chunks, running_jobs
 from eval.sweep.launch import PLACES, Launch, cpu_cores
 from eval.sweep.plan import Plan, read
 from eval.sweep.status import Board
@@ -73,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave finished results as they are that differ from what is wanted in the code's version alone",
     )
+    new.add_argument(
+        "--skip-unfit", action="store_true", help="skip and count questions that cannot be asked; see eval.run"
+    )
     new.add_argument("--force", action="store_true", help="throw finished results away and compute them again")
     return new
 
@@ -85,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.any_commit and args.force:
         raise ValueError("--any-commit: not with --force, which computes everything again")
     plan = read(args.file, args.limit, args.where, online=not args.dry_run, model=args.model)
+    if args.skip_unfit:
+        plan = replace(plan, cells=tuple(replace(cell, skip_unfit=True) for cell in plan.cells))
     out = check_out(Path(args.out or Path("results") / plan.name))
     launch = _launch(plan, args)
     if args.dry_run:
@@ -122,6 +127,7 @@ def _sweep(
     try:
         control.take_up()
         waiting = {entry.cell.task for entry in board.entries.values() if entry.state == "waiting"}
+        check_data(sorted(waiting))
         _make_data([task for task in sorted(waiting) if is_local(task)])
         taken_up = f", {len(control.jobs)} taken up from SLURM's queue" if control.jobs else ""
         with board:
@@ -131,8 +137,9 @@ def _sweep(
             )
             for left_out in plan.left_out:
                 board.say(str(left_out))
-            control.submit()
+            board.tell_defects()
             if args.detach:
+                control.submit_all()
                 board.say("SLURM has the jobs; the same command without --detach shows what has become of them")
                 return 0
             control.run()
@@ -189,8 +196,8 @@ def _report(board: Board, name: str) -> int:
 def _listing(plan: Plan, out: Path, launch: Launch, any_commit: bool) -> str:
     """The cells as a table, what is left out, and how many jobs there would be."""
     in_queue: dict[str, str] = {}
-    if shutil.which("squeue") and (out / FOLDER).is_dir():
-        in_queue = {key: job.id for job in running_jobs(out) for key in job.task.keys}
+    with suppress(ValueError):  # where SLURM does not answer, nobody can say what it is at
+        in_queue = {key: job.id for job in running_jobs(out, tries=1) for key in job.task.keys}
     states = [
         "finished"
         if cell.finished(out) or (any_commit and cell.made_by_other_code(out))

@@ -19,14 +19,15 @@ from eval.sweep.jobs import (
     LOCK,
     CellsJob,
     Job,
+    cancel_orphans,
     chunks,
     job_name,
     running_jobs,
-    slurm_queue,
     submit,
     without_interrupts,
 )
 from eval.sweep.launch import Launch
+from eval.sweep.slurm import PAUSE, TRIES, Busy, slurm_queue
 from eval.sweep.status import Board, Entry
 
 ATTEMPTS = 2
@@ -42,7 +43,7 @@ ORPHANS = 5.0
 
 
 def lock(out: Path, stack: ExitStack) -> Path:
-    """Keep other sweeps out of a folder until the stack is closed or the process ends, however it ends.
+    """Keep other sweeps and runs out of a folder until the stack is closed or the process ends, however it ends.
 
     Returns
     -------
@@ -52,7 +53,7 @@ def lock(out: Path, stack: ExitStack) -> Path:
     Raises
     ------
     ValueError
-        If another sweep has the folder.
+        If another sweep or run has the folder.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / LOCK
@@ -64,9 +65,9 @@ def lock(out: Path, stack: ExitStack) -> Path:
             break
         except BlockingIOError:
             if time.monotonic() > until:
-                owner = path.read_text(encoding="utf-8").strip()
+                owner = path.read_text(encoding="utf-8", errors="replace").strip()[:100]
                 raise ValueError(
-                    f"OUT: another sweep is at work in {str(out)!r} ({owner}); wait for it, or choose another OUT"
+                    f"OUT: another sweep or run is at work in {str(out)!r} ({owner}); wait, or choose another OUT"
                 ) from None
             time.sleep(0.2)
         except OSError:  # a file system without locks: unguarded is better than not at all
@@ -100,9 +101,11 @@ class Control:
         self.waiting: deque[tuple[list[Cell], int]] = deque()
         self._ended: dict[str, float] = {}
         self._changed = time.monotonic()
+        self._unheard = 0
 
     def take_up(self) -> None:
         """Take up the jobs that SLURM still has from an earlier sweep, and share out what is in none of them."""
+        cancel_orphans(self.out)
         for job in running_jobs(self.out):
             if any(entry.state != "finished" for entry in self._entries(job)):
                 self.jobs.append(job)
@@ -111,7 +114,15 @@ class Control:
         self.waiting.extend((own, 1) for own in chunks(cells, self.launch))
 
     def submit(self) -> None:
-        """Submit what can be submitted now: everything on SLURM, here as many jobs as there are free places."""
+        """Submit what can be submitted now: everything on SLURM, here as many jobs as there are free places.
+
+        Where SLURM's controller is too slow to answer, the jobs stay in line for the next time.
+        """
+        if self._unheard:
+            try:
+                cancel_orphans(self.out, tries=1)
+            except ValueError:
+                return self._not_heard("launch: SLURM does not answer")
         while self.waiting:
             slots = set(range(self.launch.parallel or 0)) - {job.slot for job in self.jobs if job.where == "local"}
             if self.launch.where == "local" and not slots:
@@ -120,13 +131,34 @@ class Control:
             batch = [self.waiting.popleft()[0]]
             while self.launch.where == "slurm" and self.waiting and self.waiting[0][1] == attempt:
                 batch.append(self.waiting.popleft()[0])
-            with without_interrupts():
-                jobs = submit(
-                    [self._task(cells) for cells in batch], self.launch, self.folder, attempt, min(slots, default=0)
-                )
-                self.jobs += jobs
+            try:
+                with without_interrupts():
+                    jobs = submit(
+                        [self._task(cells) for cells in batch], self.launch, self.folder, attempt, min(slots, default=0)
+                    )
+                    self.jobs += jobs
+            except Busy as error:
+                self.waiting.extendleft((cells, attempt) for cells in reversed(batch))
+                return self._not_heard(str(error))
+            self._unheard = 0
             for job in jobs:
                 self._given(job)
+        return None
+
+    def submit_all(self) -> None:
+        """Submit everything, however long it takes SLURM to answer."""
+        self.submit()
+        while self.waiting:
+            time.sleep(PAUSE)
+            self.submit()
+
+    def _not_heard(self, reason: str) -> None:
+        """Try again later, but not for ever."""
+        self._unheard += 1
+        if self._unheard > TRIES:
+            raise ValueError(reason)
+        if self._unheard == 1:
+            self.board.say(f"{reason}; trying again")
 
     def run(self) -> None:
         """Until every cell is finished or has failed for good; ValueError if SLURM refuses jobs or the code changes."""
@@ -214,5 +246,7 @@ class Control:
     def _pause(self) -> float:
         if any(job.where == "local" for job in self.jobs):
             return LOCAL_PAUSE
+        if self._unheard:
+            return PAUSE
         shortest, longest = SLURM_PAUSES
         return min(longest, max(shortest, (time.monotonic() - self._changed) / 10))

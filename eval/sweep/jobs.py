@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import math
 import os
 import signal
-import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,10 +17,15 @@ from pathlib import Path
 
 from eval.cell import Cell, write_json
 from eval.provenance import digest
+from eval.records import BadRecord, read_json
+from eval.sweep import slurm
 from eval.sweep.launch import Launch, visible_gpus
 
 FOLDER = "jobs"
 LOCK = "sweep.lock"
+LIST = "_cells.json"
+"""What the list of a SLURM job's cells is called, after its id."""
+
 CHANGED = "the code, the model, the task or a package has changed since the sweep began; start it again"
 
 
@@ -117,9 +121,11 @@ class Notes:
     def read(log: Path) -> dict:
         """The latest notes, empty if there are none yet."""
         try:
-            return json.loads(log.with_suffix(".json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            return {"running": None, "failed": {}}
+            notes = read_json(log.with_suffix(".json"))
+        except BadRecord:
+            notes = {}
+        failed = notes.get("failed") if isinstance(notes.get("failed"), dict) else {}
+        return {"running": notes.get("running"), "failed": {key: str(reason) for key, reason in failed.items()}}
 
 
 def run_cells(cells: dict[str, Cell], out: Path, command: Sequence[str], notes: Notes) -> None:
@@ -184,8 +190,8 @@ class Job:
 
     Attributes
     ----------
-    task : CellsJob
-        What it runs.
+    task : CellsJob or Listed
+        What it runs, by its ``keys``.
     where : {"local", "slurm"}
     attempt : int
         1, or 2 where its cells had failed before; 0 if it does not count.
@@ -195,7 +201,7 @@ class Job:
         As last seen.
     """
 
-    def __init__(self, handle, task: CellsJob, where: str, attempt: int = 1, slot: int = 0):
+    def __init__(self, handle, task: CellsJob | Listed, where: str, attempt: int = 1, slot: int = 0):
         self.handle, self.task, self.where, self.attempt, self.slot = handle, task, where, attempt, slot
         self.id = handle.job_id
         self.state = "queued" if where == "slurm" else "running"
@@ -228,7 +234,8 @@ class Job:
     def cancel(self) -> None:
         """Ask it to end."""
         if self.where == "slurm":
-            subprocess.run(["scancel", self.id], capture_output=True)
+            if not slurm.scancel(self.id):
+                print(f"SLURM job {self.id} could not be cancelled; scancel {self.id}", file=sys.stderr)
         elif not self.handle.done():
             os.kill(int(self.id), signal.SIGTERM)
 
@@ -241,28 +248,37 @@ class Job:
         return next((line.strip() for line in reversed(lines) if line.strip()), "the job ended with an empty log")
 
 
-def slurm_queue(name: str) -> dict[str, str] | None:
-    """States of the SLURM jobs of a name that have not ended, by id; None if SLURM does not answer."""
-    command = ["squeue", "--array", "--noheader", "--format", "%i %T", "--name", name]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return dict(line.split() for line in done.stdout.splitlines()) if done.returncode == 0 else None
+def running_jobs(out: Path, tries: int | None = None) -> list[Job]:
+    """Jobs of an earlier sweep into the same folder that SLURM has not finished.
 
-
-def running_jobs(out: Path) -> list[Job]:
-    """Jobs of an earlier sweep into the same folder that SLURM has not finished."""
+    Only the queue and our own lists of cells are asked: what else lies in the folder is not trusted.
+    """
+    if not any((out / FOLDER).glob("*/*submission*.sh")):
+        return []  # no job of this folder was ever given to SLURM
     from submitit import SlurmJob
-    from submitit.helpers import DelayedSubmission
 
     found = []
-    for number, state in (slurm_queue(job_name(out)) or {}).items():
-        for pickle in (out / FOLDER).glob(f"*/{number}_submitted.pkl"):
-            attempt = 0 if state == "COMPLETING" else 1  # that one was cancelled: it does not count
-            task = DelayedSubmission.load(pickle).function
-            found.append(Job(SlurmJob(pickle.parent, number), task, "slurm", attempt))
+    for number, state in slurm.queue_at_last(job_name(out), tries).items():
+        file = next((out / FOLDER).glob(f"*/{number}{LIST}"), None) if slurm.JOB_ID.fullmatch(number) else None
+        attempt = 0 if state == "COMPLETING" else 1  # that one was cancelled: it does not count
+        handle = SlurmJob(out / FOLDER if file is None else file.parent, number)
+        found.append(Job(handle, Listed(_listed(file)), "slurm", attempt))
     return found
+
+
+@dataclass
+class Listed:
+    """What is known of a job of an earlier sweep: the keys of its cells; none if the sweep ended before it said so."""
+
+    keys: list[str]
+
+
+def _listed(file: Path | None) -> list[str]:
+    try:
+        keys = read_json(file).get("keys") if file else []
+    except BadRecord:
+        keys = []
+    return [key for key in keys if isinstance(key, str)] if isinstance(keys, list) else []
 
 
 def gpus_of(slot: int, each: int, gpus: Sequence[str]) -> list[str]:
@@ -309,8 +325,38 @@ def submit(tasks: Sequence[CellsJob], launch: Launch, folder: Path, attempt: int
     else:
         for task in tasks:
             task.environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus_of(slot, launch.gpus, visible_gpus()))
+    handles = _to_slurm(executor, tasks) if launch.where == "slurm" else executor.submit_array(tasks)
+    return [Job(handle, task, launch.where, attempt, slot) for handle, task in zip(handles, tasks, strict=True)]
+
+
+def _to_slurm(executor, tasks: Sequence[CellsJob]) -> list:
+    """Give jobs to SLURM and write down which cells each has, for whoever takes them up.
+
+    Raises
+    ------
+    eval.sweep.slurm.Busy
+        If the controller was too slow to say whether it has them. Those it has are in no list: see `cancel_orphans`.
+    ValueError
+        If it does not take them.
+    """
+    from submitit.core.utils import FailedJobError
+
     try:
         handles = executor.submit_array(tasks)
-    except submitit.core.utils.FailedJobError as error:
-        raise ValueError(f"launch: SLURM refuses the jobs: {' '.join(str(error).split())}") from None
-    return [Job(handle, task, launch.where, attempt, slot) for handle, task in zip(handles, tasks, strict=True)]
+    except FailedJobError as error:
+        reason = " ".join(str(error).split())
+        kind = slurm.Busy if any(sign in reason.lower() for sign in slurm.BUSY) else ValueError
+        raise kind(f"launch: SLURM refuses the jobs: {reason}") from None
+    for handle, task in zip(handles, tasks, strict=True):
+        write_json(handle.paths.folder / f"{handle.job_id}{LIST}", {"keys": task.keys})
+    return handles
+
+
+def cancel_orphans(out: Path, tries: int | None = None) -> None:
+    """Cancel jobs of which nobody has written down the cells: they were given to SLURM, and nobody heard of it.
+
+    Such a job would wait for its cells in vain. ValueError if SLURM does not answer.
+    """
+    for job in running_jobs(out, tries):
+        if not job.task.keys:
+            job.cancel()

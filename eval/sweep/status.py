@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import Counter
@@ -12,6 +11,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 from eval.cell import Cell, write_json
+from eval.records import read_record
 
 STATES = ("failed", "running", "queued", "waiting", "finished")
 """In the order in which they are shown."""
@@ -35,7 +35,7 @@ class Answers:
                 while block := file.read(1 << 20):
                     self.count += block.count(b"\n")
                     self.read += len(block)
-        except FileNotFoundError:
+        except OSError:
             self.count = self.read = 0
         return self.count
 
@@ -56,8 +56,8 @@ class Entry:
     """
 
     def __init__(self, cell: Cell, out: Path, any_commit: bool = False):
-        self.cell, self.key, self.file = cell, cell.key, cell.file(out)
-        if any_commit and not self.file.is_file():
+        self.cell, self.key, self.out, self.file = cell, cell.key, out, cell.file(out)
+        if any_commit and not cell.finished(out):
             self.file = cell.made_by_other_code(out) or self.file
         self.state, self.job, self.log, self.reason, self.row = "waiting", None, None, "", None
         self.answers = Answers(self.file.with_suffix(".jsonl"))
@@ -68,10 +68,14 @@ class Entry:
         return f"{self.cell.model_name} {self.cell.task} {self.cell.label}"
 
     def finished(self) -> bool:
-        """Look for the result; nothing else tells that a cell is finished."""
-        if self.row is None and self.file.is_file():
-            self.row = json.loads(self.file.read_text(encoding="utf-8"))["row"]
+        """Look for the result; nothing else tells that a cell is finished. What is no complete result is none."""
+        if self.row is None and self.file.is_file() and self.defect() is None:
+            self.row = {**read_record(self.file)["row"], "model": self.cell.model_name}
         return self.row is not None
+
+    def defect(self) -> str | None:
+        """What is wrong with what lies in the result's place."""
+        return self.cell.defect(self.out) if self.file == self.cell.file(self.out) else None
 
 
 class Board:
@@ -95,6 +99,8 @@ class Board:
         for entry in self.entries.values():
             if entry.finished():
                 entry.state = "finished"
+            else:
+                entry.cell.check_place(out)
         self.earlier = self.counts["finished"]
         self.start = time.monotonic()
         self._console = None
@@ -114,6 +120,12 @@ class Board:
     def __exit__(self, *error) -> None:
         self._stack.close()
         self._console = None
+
+    def tell_defects(self) -> None:
+        """One line for everything that lies in a result's place and is none."""
+        for entry in self.entries.values():
+            if entry.state != "finished" and (defect := entry.defect()):
+                self.say(f"note: {defect}; it is computed again")
 
     @property
     def counts(self) -> Counter:

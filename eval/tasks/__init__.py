@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from string import Template
 
+from eval.provenance import cache_folder, replace_file
 from eval.tasks.registry import BENCHMARKS, TASKS, Benchmark, Task, mirrored
 from eval.tasks.scores import headline, question_scores, statistic
 
@@ -41,12 +41,6 @@ GENERATOR = ROOT.parents[1] / "llava" / "train" / "mini"
 SUITE = tuple(name for name, task in TASKS.items() if task.synthetic)
 GROUP = "mini"
 """lmms-eval's name for all of `SUITE` at once."""
-
-
-def cache_folder() -> Path:
-    """Where generated data are kept: ``$MUSTDROP_CACHE``, or ``mustdrop`` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mustdrop"
-    return Path(os.environ.get("MUSTDROP_CACHE") or default).expanduser().absolute()
 
 
 def is_local(task: str) -> bool:
@@ -87,9 +81,9 @@ def prepare(task: str) -> Path:
         data = _data(member)
         template = Template((ROOT / member / f"{member}.yaml").read_text(encoding="utf-8"))
         filled = template.substitute(lmms_eval=_stock_tasks(), data=data, cache=data.parent / "datasets")
-        _replace(folder / f"{member}.yaml", filled.encode())
+        replace_file(folder / f"{member}.yaml", filled.encode())
     if task == GROUP:
-        _replace(folder / f"{GROUP}.yaml", f"group: {GROUP}\ntask: [{', '.join(SUITE)}]\n".encode())
+        replace_file(folder / f"{GROUP}.yaml", f"group: {GROUP}\ntask: [{', '.join(SUITE)}]\n".encode())
     return folder
 
 
@@ -143,12 +137,4 @@ def _write_parquet(documents, path: Path, description: str) -> None:
     buffer = arrow.BufferOutputStream()
     # One dictionary large enough for every picture: repeated pictures become references to it.
     parquet.write_table(table, buffer, use_dictionary=True, dictionary_pagesize_limit=1 << 30, compression="none")
-    _replace(path, buffer.getvalue().to_pybytes())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file in one step, so that runs side by side never see half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    replace_file(path, buffer.getvalue().to_pybytes())
