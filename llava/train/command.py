@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 
 from transformers import HfArgumentParser
@@ -18,7 +19,7 @@ class Parser(HfArgumentParser):
 
     def error(self, message: str) -> None:
         """Instead of the usage, which fills a screen."""
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, f"error: {re.sub(r'^argument --([^/:]*)[^:]*: ', r'\1: ', message)}\n")
 
     def read(self, argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
         """The arguments; those of transformers are checked as they are made."""

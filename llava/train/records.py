@@ -164,6 +164,4 @@ def _check_images(record: Record, folder: Path) -> None:
 def _check_caption(record: Record, version: str) -> None:
     images, turns = len(images_of(record)), len(answered_turns(record["conversations"]))
     if images > 1 or turns != 2:
-        raise ValueError(
-            f"version: {version!r} is for captions, expected one image and two turns, got {images}, {turns}"
-        )
+        raise ValueError(f"version: {version!r} takes one image and two turns, got {images} images and {turns} turns")
