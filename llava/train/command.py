@@ -19,7 +19,8 @@ class Parser(HfArgumentParser):
 
     def error(self, message: str) -> None:
         """Instead of the usage, which fills a screen."""
-        self.exit(2, f"error: {re.sub(r'^argument --([^/:]*)[^:]*: ', r'\1: ', message)}\n")
+        plain = re.sub(r"^argument --([^/:]*)[^:]*: ", r"\1: ", message)
+        self.exit(2, f"error: {plain}\n")
 
     def read(self, argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
         """The arguments; those of transformers are checked as they are made."""
