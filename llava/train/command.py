@@ -38,8 +38,8 @@ class Parser(HfArgumentParser):
             return f"arguments: got {unknown[0]!r}, which belongs to no option"
         name = option.split("=")[0].replace("-", "_").replace("__", "--", 1)
         options = [word for word in self._option_string_actions if word.startswith("--") and "-" not in word[2:]]
-        close = difflib.get_close_matches(name, options, n=1)
-        return f"{option}: no such argument" + (f", did you mean {close[0]}?" if close else "; see --help")
+        close = difflib.get_close_matches(name, options)
+        return f"{option}: no such argument" + (f", did you mean {' or '.join(close)}?" if close else "; see --help")
 
 
 def one_line(error: BaseException) -> str:

@@ -111,7 +111,7 @@ def weight_settings(training: TrainingArguments) -> dict[str, Any]:
         settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=training.bits == 4,
             load_in_8bit=training.bits == 8,
-            llm_int8_skip_modules=["mm_projector", "vision_tower", "lm_head"],
+            llm_int8_skip_modules=["model.mm_projector", "model.vision_tower", "lm_head"],
             bnb_4bit_compute_dtype=torch.bfloat16 if training.bf16 else dtype,
             bnb_4bit_use_double_quant=training.double_quant,
             bnb_4bit_quant_type=training.quant_type,
