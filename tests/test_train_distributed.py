@@ -38,9 +38,12 @@ def outputs(tmp_path_factory, base):
     adam = json.loads(stages["zero3"].read_text())
     adam["optimizer"] = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True}}
     (folder / "adam.json").write_text(json.dumps(adam))
-    records = [{"image": "red.png", "conversations": turns("<image>\nWhich color?", "red")}] * 2
+    cut_up = json.loads(stages["zero3"].read_text())
+    cut_up["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # small weights, too
+    (folder / "cut_up.json").write_text(json.dumps(cut_up))
+    records = [{"image": "red.png", "conversations": turns("<image>\nWhich color?", "red")}]
     write_records(folder)
-    mixed = write_records(folder, records + [{"conversations": turns("What is red?", "a color")}] * 2)
+    mixed = write_records(folder, records + [{"conversations": turns("What is red?", "a color")}] * 3)
     text = {"mini_scenes": 0, "data_path": mixed, "image_folder": folder, "per_device_train_batch_size": 1}
     runs = {"pair": (2, text | {"max_steps": 4, "save_steps": 4})}
     if DEEPSPEED:
@@ -51,7 +54,7 @@ def outputs(tmp_path_factory, base):
             "zero3-lora-again": (1, LORA | {"deepspeed": stages["zero3"], "bf16": True, "max_steps": 3}),
             "zero3-projector": (1, {"deepspeed": stages["zero3"], "tune_mm_mlp_adapter": True}),
             "zero3-adam": (1, LORA | {"deepspeed": folder / "adam.json", "mm_projector_lr": 1e-9, "max_steps": 1}),
-            "zero3-pair": (2, text | {"deepspeed": stages["zero3"], "max_steps": 4, "save_steps": 4}),
+            "zero3-pair": (2, text | {"deepspeed": folder / "cut_up.json", "max_steps": 4, "save_steps": 4}),
         }
     places = {name: folder / name.removesuffix("-again") for name in runs}
     own = {"model_name_or_path": base}
