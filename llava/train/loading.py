@@ -53,7 +53,10 @@ def load_model(args: ModelArguments, training: TrainingArguments) -> Loaded:
             tokenizer, model, processor = _load_llava(args, training)
         else:
             tokenizer, model, processor = _load_parts(args, training)
+        before = model.config.vocab_size
         add_image_tokens(tokenizer, model, args)
+        if training.lora_enable and model.config.vocab_size > before:
+            raise ValueError("mm_use_im_start_end: got True with lora_enable, expected a base that has these tokens")
         if args.pretrain_mm_mlp_adapter:
             load_projector(model, args.pretrain_mm_mlp_adapter)
     prepare_tokenizer(tokenizer, training.model_max_length, args.version)
@@ -170,14 +173,16 @@ def _load_parts(args: ModelArguments, training: TrainingArguments) -> Loaded:
 
 
 def load_projector(model: LlavaLlamaForCausalLM, file: str) -> None:
-    """Load `mm_projector.bin` of the alignment stage, with what it holds of embeddings of image tokens."""
+    """Load `mm_projector.bin` of the alignment stage."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a pickle that is cut or foreign fails in many ways
         reason = str(error).splitlines()[0]
         raise ValueError(f"pretrain_mm_mlp_adapter: {file} cannot be read ({reason})") from None
     mark = "mm_projector."
-    own = {key[key.index(mark) + len(mark) :]: value for key, value in state.items() if mark in key}
+    if others := [key for key in state if mark not in key]:
+        raise ValueError(f"pretrain_mm_mlp_adapter: {file} holds {others[0]}, expected a projector alone")
+    own = {key[key.index(mark) + len(mark) :]: value for key, value in state.items()}
     projector = model.get_model().mm_projector
     shapes = {key: tuple(value.shape) for key, value in projector.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in own.items()}
