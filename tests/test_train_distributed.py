@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not DEEPSPEED, reason="needs deepspeed")
 COMMON = {
-    "mini_scenes": 4, "max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 1, "use_cpu": True,
+    "max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 1, "use_cpu": True,
     "disable_tqdm": True, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "model_max_length": 256,
 }  # fmt: skip
 LORA = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "mm_projector_lr": 1e-2, "gradient_checkpointing": True}
@@ -28,6 +29,12 @@ LORA = {"lora_enable": True, "lora_r": 4, "lora_alpha": 8, "mm_projector_lr": 1e
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, checkpoint):
     return llava_base(tmp_path_factory.mktemp("base") / "llava", checkpoint)
+
+
+def readme_command() -> list[str]:
+    """Arguments of the README's training command."""
+    words = (ROOT / "README.md").read_text(encoding="utf-8").split("-m llava.train.train", 1)[1].split("```")[0]
+    return shlex.split(words.replace("\\\n", " "))
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +64,15 @@ def outputs(tmp_path_factory, base):
             "zero3-pair": (2, text | {"deepspeed": folder / "cut_up.json", "max_steps": 4, "save_steps": 4}),
         }
     places = {name: folder / name.removesuffix("-again") for name in runs}
-    own = {"model_name_or_path": base}
+    own = {"model_name_or_path": base}  # later words win over those of the README
     listed = [
-        {"processes": count, "arguments": flags(**own | COMMON | settings, output_dir=places[name])}
+        {"processes": count, "arguments": readme_command() + flags(**own | COMMON | settings, output_dir=places[name])}
         for name, (count, settings) in runs.items()
     ]
     (folder / "runs.json").write_text(json.dumps(listed))
     command = [sys.executable, "tests/train_runs.py", str(folder / "runs.json")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
-    )
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return places
 
