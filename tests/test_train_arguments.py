@@ -9,13 +9,13 @@ from llava.train import train as trainer_module
 from llava.train.arguments import TrainingArguments
 from llava.train.command import Parser, one_line
 
-# What LLaVA's scripts of the same names pass, but for paths, --bf16 and --report_to wandb, which is not installed here.
+# What LLaVA's scripts of the same names pass, but for paths and --report_to wandb, which is not installed here.
 COMMON = """
     --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False
     --mm_use_im_patch_token False --num_train_epochs 1 --per_device_eval_batch_size 4 --evaluation_strategy "no"
     --save_strategy "steps" --save_total_limit 1 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type "cosine"
     --logging_steps 1 --tf32 True --model_max_length 2048 --gradient_checkpointing True --dataloader_num_workers 4
-    --lazy_preprocess True --report_to none --use_cpu True
+    --lazy_preprocess True --bf16 True --report_to none
 """
 TUNING = "--image_aspect_ratio pad --group_by_modality_length True --save_steps 50000 --gradient_accumulation_steps 1"
 LORA = "--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5"
@@ -25,7 +25,7 @@ SCRIPTS = {
     "finetune_lora.sh": f"--version v1 --learning_rate 2e-4 {LORA} {TUNING}",
     "finetune_qlora.sh": f"--version v1 --lora_enable True --bits 4 --learning_rate 2e-5 {TUNING}",
 }
-BASE = {"model_name_or_path": "base", "mini_scenes": 2, "use_cpu": True}
+BASE = {"model_name_or_path": "base", "mini_scenes": 2}
 
 
 def read(tmp_path, words=(), **settings):

@@ -165,6 +165,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.tf32 and not torch.cuda.is_available():
             log.warning("tf32: left out, there is no CUDA device")
             self.tf32 = None
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else transformers refuses bfloat16, which CPUs can do
         _check_deepspeed_file(self.deepspeed)
         super().__post_init__()
 

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import transformers
 from torch import nn
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -169,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train(*arguments)
     except (OSError, ValueError) as error:
         log.debug("training ended early", exc_info=True)
-        sys.stderr.write(f"error: {one_line(error)}\n")
+        tqdm.write(f"error: {one_line(error)}", file=sys.stderr)  # on a line of its own below a progress bar
         return 2
     return 0
 
