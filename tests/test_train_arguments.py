@@ -68,6 +68,11 @@ def test_arguments_of_llavas_scripts(script, tmp_path):
         ({"deepspeed": "./scripts/zero2.json"}, "deepspeed: there is no file './scripts/zero2.json'"),
         ({"deepspeed": "README.md"}, "deepspeed: README.md is no valid JSON"),
         ({"evaluation_strategy": "steps"}, "eval_strategy: got 'steps', expected 'no'"),
+        ({"do_eval": True}, "do_eval: got True, expected False"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: got 0.1, expected 0.0"),
+        ({"output_dir": "README.md"}, "output_dir: got 'README.md'"),
+        ({"output_dir": "README.md/below"}, "output_dir: got 'README.md/below'"),
+        ({"resume_from_checkpoint": "none"}, "resume_from_checkpoint: none is no complete checkpoint (no such folder)"),
         ({"warmup_ratio": 3}, "warmup_ratio: got 3.0"),
         ({"cache_dir": "there"}, "cache_dir: got 'there'"),
         ({"mpt_attn_impl": "triton"}, "mpt_attn_impl: got 'triton'"),
@@ -104,6 +109,13 @@ def test_arguments_of_llavas_scripts(script, tmp_path):
 def test_one_line_before_anything_is_loaded(settings, message, tmp_path, capsys):
     assert message in refused(capsys, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_process_takes_one_gpu(tmp_path, monkeypatch):
+    model, _, training = read(tmp_path)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match="one process got 2 GPUs"):
+        training.check(model)
 
 
 def test_words_that_belong_to_no_option(tmp_path, capsys):

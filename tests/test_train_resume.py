@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import pytest
 from training import arguments, write_records
@@ -137,15 +138,28 @@ def test_finished_run_says_so_without_a_model(run, model, data, caplog, monkeypa
 def test_another_run_is_refused(change, message, run, model, data, tmp_path):
     files = DataArguments(data.data_path, data.image_folder, change.pop("image_aspect_ratio", "pad"))
     if change.pop("data", None):
-        file = shutil.copy(data.data_path, tmp_path)
-        renamed = json.loads((run / "llava_run.json").read_text())
-        renamed["run"]["data_path"] = str((tmp_path / "data.json").resolve())
-        (run / "llava_run.json").write_text(json.dumps(renamed))
-        (tmp_path / "data.json").write_text((tmp_path / "data.json").read_text().replace("red", "pink"))
-        files = DataArguments(file, data.image_folder)
+        file = tmp_path / "data.json"
+        file.write_text(Path(data.data_path).read_text().replace('"value": "red"', '"value": "pink"'))
+        files = DataArguments(str(file), data.image_folder)
     own = {name: change.pop(name) for name in list(change) if hasattr(model, name)}
     with pytest.raises(ValueError, match=message):
         train(ModelArguments(**vars(model) | own), files, arguments(run, **change))
+
+
+def test_data_may_move(run, model, data, tmp_path):
+    copy = shutil.copytree(data.image_folder, tmp_path / "moved")
+    moved = DataArguments(str(copy / "data.json"), str(copy))
+    assert train(model, moved, arguments(run)) == run
+
+
+def test_a_named_checkpoint_is_taken(run, model, data, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    named = str(run / "checkpoint-1")
+    train(model, data, arguments(tmp_path / "new", resume_from_checkpoint=named))
+    assert f"goes on from {named}" in caplog.text
+    (run / "checkpoint-1" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="resume_from_checkpoint: .* is no complete checkpoint .no optimizer.pt."):
+        train(model, data, arguments(tmp_path / "other", resume_from_checkpoint=named))
 
 
 def test_another_pace_is_said(run, model, data, caplog):

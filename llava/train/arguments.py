@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,14 +177,29 @@ class TrainingArguments(transformers.TrainingArguments):
         self._check_lora(model)
         self._check_libraries()
         self._check_deepspeed(whole=not (self.lora_enable or model.tune_mm_mlp_adapter))
-        if self.eval_strategy != "no":
-            raise ValueError(f"eval_strategy: got {self.eval_strategy.value!r}, expected 'no': nothing is held out")
+        self._check_unread()
         if self.cache_dir is not None:
             raise ValueError(f"cache_dir: got {self.cache_dir!r}, expected the variable HF_HUB_CACHE instead")
         if self.mpt_attn_impl is not None:
             raise ValueError(f"mpt_attn_impl: got {self.mpt_attn_impl!r}, expected a LLaMA model: MPT is not supported")
         if self.fsdp:
             raise ValueError(f"fsdp: got {self.fsdp!r}, expected --deepspeed configs/deepspeed/zero3.json instead")
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"torchrun: one process got {self.n_gpu} GPUs, expected one each: use torchrun"
+            )
+        output = Path(self.output_dir).absolute()
+        there = next(folder for folder in (output, *output.parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"output_dir: got {self.output_dir!r}, expected a folder that can be written")
+
+    def _check_unread(self) -> None:
+        """Refuse what transformers offers and this trainer would pass over or get wrong."""
+        if self.eval_strategy != "no":
+            raise ValueError(f"eval_strategy: got {self.eval_strategy.value!r}, expected 'no': nothing is held out")
+        for name in ("do_eval", "do_predict", "eval_on_start", "label_smoothing_factor"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected {type(getattr(self, name))()} here")
 
     def _check_numbers(self) -> None:
         for name in (entry.name for entry in dataclasses.fields(self)):

@@ -50,7 +50,7 @@ def load_model(args: ModelArguments, training: TrainingArguments) -> Loaded:
     facts = _read_config(args.model_name_or_path)
     with _whole_weights():
         if "vision_config" in facts or facts.get("mm_vision_tower") or facts.get("mm_vision_config"):
-            tokenizer, model, processor = _load_llava(args, training)
+            tokenizer, model, processor = _load_llava(args, training, facts)
         else:
             tokenizer, model, processor = _load_parts(args, training)
         before = model.config.vocab_size
@@ -122,12 +122,12 @@ def weight_settings(training: TrainingArguments) -> dict[str, Any]:
     return settings | {"dtype": dtype}
 
 
-def _load_llava(args: ModelArguments, training: TrainingArguments) -> Loaded:
+def _load_llava(args: ModelArguments, training: TrainingArguments, facts: dict[str, Any]) -> Loaded:
     """A LLaVA checkpoint, with its own projector and settings; `vision_tower` may say where its tower lies now."""
     settings = weight_settings(training)
-    own = LlavaConfig.from_pretrained(args.model_name_or_path) if args.vision_tower else None
-    if own is not None and own.mm_vision_tower and not own.mm_vision_config:
-        own.mm_vision_tower = args.vision_tower
+    if args.vision_tower and facts.get("mm_vision_tower") and not facts.get("mm_vision_config"):
+        moved = {"model_type": LlavaConfig.model_type, "mm_vision_tower": args.vision_tower}
+        own = LlavaConfig.from_dict(facts | moved)
         tokenizer = load_tokenizer(args.model_name_or_path)
         model = LlavaLlamaForCausalLM.from_pretrained(args.model_name_or_path, config=own, **settings)
         processor = load_image_processor(args.vision_tower)

@@ -22,6 +22,7 @@ STATE_FILE = "trainer_state.json"
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.*", "mm_projector.bin")
 TRAINING_FIELDS = ("lora_enable", "model_max_length", "group_by_modality_length", "seed", "bits")
 LORA_FIELDS = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias", "lora_weight_path")
+UNTOLD_FIELDS = ("data_path", "image_folder", "lazy_preprocess", "is_multimodal")  # data are known by their contents
 PACE_FIELDS = (
     "learning_rate",
     "mm_projector_lr",
@@ -30,6 +31,17 @@ PACE_FIELDS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
 )
+
+
+def chosen_checkpoint(training: TrainingArguments) -> Path | None:
+    """The checkpoint that `resume_from_checkpoint` names, else the newest complete one of the output folder."""
+    if training.resume_from_checkpoint is None:
+        return newest_checkpoint(Path(training.output_dir))
+    folder = Path(training.resume_from_checkpoint)
+    if not folder.is_dir() or (fault := what_is_missing(folder)):
+        fault = fault if folder.is_dir() else "no such folder"
+        raise ValueError(f"resume_from_checkpoint: {folder} is no complete checkpoint ({fault})")
+    return folder
 
 
 def newest_checkpoint(output: Path) -> Path | None:
@@ -55,7 +67,7 @@ def what_is_missing(folder: Path) -> str | None:
     """
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        if state["global_step"] != _step(folder):
+        if re.fullmatch(r"checkpoint-\d+", folder.name) and state["global_step"] != _step(folder):
             return f"{STATE_FILE} is of step {state['global_step']}"
     except FileNotFoundError:
         return f"no {STATE_FILE}"
@@ -110,12 +122,13 @@ def _is_damaged(file: Path) -> bool:
 def describe_run(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> dict[str, Any]:
     """What a run learns from and how: runs that differ in more than their pace do not go on from each other."""
     facts = dataclasses.asdict(model) | dataclasses.asdict(data)
-    for name in ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "data_path", "image_folder"):
+    facts = {name: value for name, value in facts.items() if name not in UNTOLD_FIELDS}
+    for name in ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter"):
         if facts[name] and Path(facts[name]).exists():
             facts[name] = str(Path(facts[name]).resolve())
     if data.data_path is not None:
         with open(data.data_path, "rb") as file:
-            facts["contents of data_path"] = hashlib.file_digest(file, "sha256").hexdigest()
+            facts["contents of data_path"] = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     names = TRAINING_FIELDS + LORA_FIELDS * training.lora_enable + PACE_FIELDS
     return facts | {name: getattr(training, name) for name in names}
 

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -37,10 +38,10 @@ from llava.train.lora import add_lora, load_lora
 from llava.train.records import Record, images_of, look_over, read_records
 from llava.train.resume import (
     check_same_run,
+    chosen_checkpoint,
     describe_run,
     is_finished,
     length_of_run,
-    newest_checkpoint,
     write_run,
 )
 from llava.train.trainer import LlavaTrainer
@@ -115,7 +116,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
     training_args.check(model_args)
     output = Path(training_args.output_dir)
     run = describe_run(model_args, data_args, training_args)
-    checkpoint = newest_checkpoint(output)
+    checkpoint = chosen_checkpoint(training_args)
     if checkpoint is not None or is_finished(output, training_args):
         check_same_run(output, run)
     if is_finished(output, training_args):
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = Parser().read(argv)
     try:
         train(*arguments)
-    except (OSError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         log.debug("training ended early", exc_info=True)
         tqdm.write(f"error: {one_line(error)}", file=sys.stderr)  # on a line of its own below a progress bar
         return 2

@@ -72,7 +72,8 @@ class LlavaTrainer(Trainer):
         if not self.args.group_by_modality_length or dataset is None:
             return super()._get_train_sampler(train_dataset)
         megabatch = self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps
-        return ModalityLengthSampler(dataset.modality_lengths, megabatch, self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ModalityLengthSampler(dataset.modality_lengths, megabatch, seed)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
         """As the base class, but never zero: a step without anything to learn has no loss instead of NaN."""
