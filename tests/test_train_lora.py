@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_goes_on_from_a_checkpoint(trained, base, data, tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_begins_with_given_adapters_or_names_what_does_not_fit(trained, base):
+def test_begins_with_given_adapters_or_names_what_does_not_fit(trained, base, tmp_path):
     output, model = trained
     _, plain, *_ = load_pretrained_model(str(base))
     assert adapted_names(plain) == LINEAR
@@ -108,6 +109,10 @@ def test_begins_with_given_adapters_or_names_what_does_not_fit(trained, base):
         load_lora(add_lora(plain, arguments(output, **LORA | {"lora_r": 2})), output)
     with pytest.raises(ValueError, match="LoRA weights: "):
         load_lora(wrapped, base)
+    kept = wrapped.state_dict()["base_model.model.model.mm_projector.0.weight"].clone()
+    bare = shutil.copytree(output, tmp_path / "bare", ignore=shutil.ignore_patterns(NON_LORA_FILE, "checkpoint-*"))
+    load_lora(wrapped, bare)  # a plain PEFT adapter leaves the projector as it is
+    torch.testing.assert_close(wrapped.state_dict()["base_model.model.model.mm_projector.0.weight"], kept)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -36,6 +36,7 @@ GOOD = turns("<image>\nWhat is it?", "a sign")
         ({"conversations": [{"from": "human"}]}, r"conversations\[0\].value: got None"),
         ({"conversations": turns("what?") + [{"from": "gpt", "value": 3}]}, r"conversations\[1\].value: got 3"),
         ({"conversations": [{"from": "user", "value": "hi"}]}, r"conversations\[0\].from: got 'user'"),
+        ({"conversations": turns("what?", "\ud800")}, "half a surrogate pair"),
         ({"conversations": turns("what?")}, "hold an answer"),
         ({"conversations": turns("hello", first="gpt")}, "hold an answer"),
         ({"conversations": turns("a", "b") + turns("c", "d", first="gpt")}, "should alternate"),

@@ -192,6 +192,22 @@ def test_half_precision_and_groups(base, tmp_path):
     assert {value.dtype for value in trainer.model.parameters()} == {torch.float32}
 
 
+def test_accumulated_batches_weigh_every_label_alike(base, data, tmp_path):
+    """Two batches of one example give the step of one batch of two, though their answers differ in length."""
+    records = sample_records(tmp_path)[:1]
+    records.append({"image": "blue.png", "conversations": turns("<image>\nWhich?", "a dark and cold blue sea")})
+    files = DataArguments(data_path=str(write_records(tmp_path, records)), image_folder=str(tmp_path))
+    settings = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1, "save_strategy": "no"}
+    weights = []
+    for batch in (1, 2):
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 2 // batch}
+        trainer = trainer_of(base, files, tmp_path / "out", **settings, **sizes)
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], atol=1e-6, rtol=1e-5)
+
+
 def test_labels_skip_images_in_answers(base):
     tokenizer, *_ = load_pretrained_model(str(base))
     ids, labels = encode_conversation(turns("Show one", "<image>\nhere"), "v1", tokenizer, 1)

@@ -88,13 +88,14 @@ def load_lora(model: PeftModel, folder: str | Path) -> None:
 
     try:
         adapters = load_peft_weights(str(folder), device="cpu")
-        rest = torch.load(Path(folder) / NON_LORA_FILE, map_location="cpu", weights_only=True)
+        file = Path(folder) / NON_LORA_FILE
+        rest = torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
         found = set_peft_model_state_dict(model, adapters)
         unknown = [*found.unexpected_keys, *model.load_state_dict(rest, strict=False).unexpected_keys]
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"LoRA weights: {folder} does not fit ({' '.join(str(error).split())[:300]})") from None
     wanted = {name for name, value in model.named_parameters() if value.requires_grad}
-    given = {name.replace(".default.", ".") for name in wanted}
-    missing = given - set(adapters) - set(rest)
+    needed = {name.replace(".default.", ".") for name in wanted if rest or "lora_" in name}
+    missing = needed - set(adapters) - set(rest)
     if unknown or missing:
         raise ValueError(f"LoRA weights: {folder} lacks {sorted(missing)[:3]} and has unknown {sorted(unknown)[:3]}")

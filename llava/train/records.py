@@ -63,7 +63,7 @@ def _read_lines(text: str) -> list[Record]:
 def name_record(records: Sequence[Record], index: int) -> str:
     """How messages name a record: ``record 3 of 10 (index 2, id 'x')``."""
     record = records[index]
-    identity = f", id {record['id']!r}" if isinstance(record, dict) and "id" in record else ""
+    identity = f", id {record['id']!r:.60}" if isinstance(record, dict) and "id" in record else ""
     return f"record {index + 1} of {len(records)} (index {index}{identity})"
 
 
@@ -91,7 +91,7 @@ def check_record(record: Record, version: str, image_folder: Path) -> None:
     if not isinstance(record, dict):
         raise ValueError(f"got a {type(record).__name__}, expected a dict with 'conversations'")
     if record.get("video"):
-        raise ValueError(f"video: got {record['video']!r}, videos cannot be trained on; expected an image or text")
+        raise ValueError(f"video: got {record['video']!r:.60}, videos cannot be trained on; expected an image or text")
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
         found = "nothing" if "conversations" not in record else repr(turns)[:60]
@@ -110,9 +110,11 @@ def _check_turn(place: int, turn: Turn) -> None:
     if not isinstance(turn, dict):
         raise ValueError(f"conversations[{place}]: got a {type(turn).__name__}, expected a dict with 'from', 'value'")
     if turn.get("from") not in ROLES:
-        raise ValueError(f"conversations[{place}].from: got {turn.get('from')!r}, expected 'human' or 'gpt'")
+        raise ValueError(f"conversations[{place}].from: got {turn.get('from')!r:.60}, expected 'human' or 'gpt'")
     if not isinstance(turn.get("value"), str):
-        raise ValueError(f"conversations[{place}].value: got {turn.get('value')!r}, expected a string")
+        raise ValueError(f"conversations[{place}].value: got {turn.get('value')!r:.60}, expected a string")
+    if not turn["value"].isascii() and any("\ud800" <= letter <= "\udfff" for letter in turn["value"]):
+        raise ValueError(f"conversations[{place}].value: holds half a surrogate pair, expected valid text")
 
 
 def _alternate(turns: Sequence[Turn]) -> bool:
@@ -155,7 +157,7 @@ def _check_images(record: Record, folder: Path) -> None:
         raise ValueError(f"image: got {len(images)} images and {marks} <image> marks in the text, expected as many")
     for image in images:
         if not isinstance(image, str) or not image:
-            raise ValueError(f"image: got {image!r}, expected the name of a file or a list of names")
+            raise ValueError(f"image: got {image!r:.60}, expected the name of a file or a list of names")
         if not os.path.isfile(folder / image):
             reason = "is a folder" if os.path.isdir(folder / image) else "does not exist"
             raise ValueError(f"image: {str(folder / image)!r} {reason}, expected an image file below image_folder")
