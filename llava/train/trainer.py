@@ -36,8 +36,6 @@ class LlavaTrainer(Trainer):
 
     def __init__(self, *args, projector_only: bool = False, **kwargs):
         super().__init__(*args, **kwargs)
-        # Our forward divides by the labels of all accumulated batches; the base class would guess from a signature.
-        self.model_accepts_loss_kwargs = True
         self.projector_only = projector_only
         self.unlearned = 0
 
