@@ -143,13 +143,17 @@ class LlavaMetaForCausalLM:
         stacks = _image_stacks(images)
         assigned = _assign_images(len(stacks), [len(row) - 1 for row in chunks])
         distinct, first_tile = _distinct(stacks, [i for own in assigned for i in own])
-        encoded = self.encode_images(torch.cat(distinct), call) if distinct else None
+        # In training a batch without images encodes one, so that all processes gather and reduce the same parameters.
+        dummies = stacks[:1] if labels is not None and not distinct else []
+        encoded = self.encode_images(torch.cat(distinct or dummies), call) if distinct or dummies else None
         embedding = self.get_input_embeddings()
         ids = torch.tensor([i for row in chunks for chunk in row for i in chunk], device=embedding.weight.device)
         text = embedding(ids.long())
+        if dummies:
+            text = torch.cat([text, encoded.hidden[:0].flatten(0, 1).to(text)])
         call.tiles.extend([first_tile[i] + tile for i in own for tile in range(len(stacks[i]))] for own in assigned)
         places = call.tiles
-        if encoded is not None and call.does("on_question"):
+        if distinct and call.does("on_question"):
             encoded, places = self._ask(encoded, text, chunks, call)
         counts = [] if encoded is None else encoded.known_lengths
         sequences = [_Sequence(self.reducer.positions == "renumber") for _ in rows]

@@ -1,127 +1,180 @@
-"""LLaVA's two training stages on transformers' Trainer: projector alignment and full tuning.
+"""LLaVA's training stages on transformers' Trainer: projector alignment, full tuning and LoRA.
 
 Alignment (projector alone, captions)::
 
     python -m llava.train.train --model_name_or_path vicuna-7b --vision_tower openai/clip-vit-large-patch14-336 \
         --version plain --tune_mm_mlp_adapter True --data_path captions.json --image_folder images --output_dir out
 
-Full tuning (projector and language model, dialogues)::
+Full tuning (projector and language model, dialogues), or LoRA with ``--lora_enable True``::
 
     python -m llava.train.train --model_name_or_path vicuna-7b --vision_tower openai/clip-vit-large-patch14-336 \
         --pretrain_mm_mlp_adapter out/mm_projector.bin --version v1 --data_path mix.json --image_folder images \
         --output_dir llava
 
-``torchrun`` and ``--deepspeed configs/deepspeed/zero2.json`` work unchanged; a run that was cut off goes on from its
-last checkpoint when the same command is given again. ``--mini_scenes N`` trains on synthetic scenes instead of JSON.
+What LLaVA's own ``pretrain.sh``, ``finetune.sh`` and ``finetune_lora.sh`` pass is understood. ``torchrun`` and
+``--deepspeed configs/deepspeed/zero2.json`` work unchanged; a run that was cut off goes on from its newest complete
+checkpoint when the same command is given again. ``--mini_scenes N`` trains on synthetic scenes instead of JSON.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import transformers
-from transformers import HfArgumentParser, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from llava.mm_utils import load_image_processor
-from llava.model.builder import load_pretrained_model
-from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.tokenizer import load_tokenizer
+from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava.train.command import Parser, one_line
 from llava.train.dataset import Collator, ConversationDataset, SceneRecords
+from llava.train.loading import load_model
+from llava.train.lora import add_lora, load_lora
+from llava.train.records import Record, images_of, look_over, read_records
+from llava.train.resume import (
+    check_same_run,
+    chosen_checkpoint,
+    describe_run,
+    is_finished,
+    length_of_run,
+    write_run,
+)
 from llava.train.trainer import LlavaTrainer
 
 log = logging.getLogger(__name__)
 
 
-def load_model(
-    args: ModelArguments, dtype: torch.dtype
-) -> tuple[PreTrainedTokenizerBase, LlavaLlamaForCausalLM, object]:
-    """Tokenizer, model and image processor: of a LLaVA checkpoint, or of a language model and a vision tower."""
-    if args.vision_tower is None:
-        tokenizer, model, processor, _ = load_pretrained_model(
-            args.model_name_or_path, torch_dtype=dtype, device_map=None
-        )
-        if model.get_vision_tower() is None:
-            raise ValueError(f"vision_tower: {args.model_name_or_path} has none, name a CLIP folder or hub id")
+def choose_trainable(model: LlavaLlamaForCausalLM, args: ModelArguments, training: TrainingArguments) -> nn.Module:
+    """Freeze what shall stay as it is, and add adapters for LoRA; the vision tower always stays, as in LLaVA."""
+    wrapped: nn.Module = model
+    if training.lora_enable:
+        wrapped = add_lora(model, training)
+        model.get_model().mm_projector.float()  # bfloat16 would round small steps away; DeepSpeed casts it itself
     else:
-        config = LlavaConfig.from_pretrained(args.model_name_or_path)
-        for name in ("vision_tower", "projector_type", "vision_select_layer", "vision_select_feature"):
-            value = getattr(args, name if name == "vision_tower" else f"mm_{name}")
-            setattr(config, f"mm_{name}", value)
-        tokenizer = load_tokenizer(args.model_name_or_path)
-        processor = load_image_processor(args.vision_tower)
-        model = LlavaLlamaForCausalLM.from_pretrained(args.model_name_or_path, config=config, dtype=dtype)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token
-    if args.pretrain_mm_mlp_adapter:
-        state = torch.load(args.pretrain_mm_mlp_adapter, map_location="cpu", weights_only=True)
-        own = {key[key.index("mm_projector.") + len("mm_projector.") :]: value for key, value in state.items()}
-        model.get_model().mm_projector.load_state_dict(own)
-    return tokenizer, model, processor
-
-
-def choose_trainable(model: LlavaLlamaForCausalLM, args: ModelArguments) -> None:
-    """Freeze what shall stay as it is; the vision tower always does, as in LLaVA."""
-    model.requires_grad_(not (args.freeze_backbone or args.tune_mm_mlp_adapter))
+        model.requires_grad_(not (args.freeze_backbone or args.tune_mm_mlp_adapter))
     model.get_vision_tower().requires_grad_(False)
     model.get_model().mm_projector.requires_grad_(not args.freeze_mm_mlp_adapter)
+    if training.lora_weight_path:
+        load_lora(wrapped, training.lora_weight_path)
+    if training.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return wrapped
+
+
+def make_records(data: DataArguments, model: ModelArguments, seed: int) -> Sequence[Record]:
+    """What is learned from; ``ValueError`` names the first record that cannot be."""
+    if data.mini_scenes:
+        return SceneRecords(data.mini_scenes, seed)
+    records = read_records(data.data_path)
+    look_over(records, model.version, data.image_folder)
+    return records
 
 
 def make_dataset(
-    data: DataArguments, model: ModelArguments, tokenizer: PreTrainedTokenizerBase, image_processor: object, seed: int
+    records: Sequence[Record],
+    data: DataArguments,
+    version: str,
+    limit: int,
+    tokenizer: PreTrainedTokenizerBase,
+    image_processor: object,
+    model: LlavaLlamaForCausalLM,
 ) -> ConversationDataset:
-    """The training examples."""
-    settings = {
-        "version": model.version,
-        "image_folder": data.image_folder,
-        "image_aspect_ratio": data.image_aspect_ratio,
-    }
-    if data.mini_scenes:
-        return ConversationDataset(SceneRecords(data.mini_scenes, seed), tokenizer, image_processor, **settings)
-    return ConversationDataset.from_json(data.data_path, tokenizer, image_processor, **settings)
+    """The training examples, cut to `limit` positions."""
+    tower = model.get_vision_tower()
+    tile_tokens = tower.num_patches + (tower.select_feature == "cls_patch")
+    if tile_tokens >= limit and any(images_of(record) for record in records):
+        raise ValueError(f"model_max_length: got {limit}, expected more than the {tile_tokens} tokens of an image")
+    return ConversationDataset(
+        records,
+        tokenizer,
+        image_processor,
+        version,
+        data.image_folder,
+        data.image_aspect_ratio,
+        data.pinpoints(),
+        start_end=model.config.mm_use_im_start_end,
+        limit=limit,
+        tile_tokens=tile_tokens,
+    )
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Path:
-    """Run one stage; returns the folder it wrote."""
+    """Run one stage; returns the folder it wrote.
+
+    Raises
+    ------
+    ValueError
+        With one line for what cannot work; all that can be known then is checked before the model is loaded.
+    """
     model_args.check()
     data_args.check()
-    transformers.set_seed(training_args.seed)
-    # Without DeepSpeed's own float32 copy, the weights themselves stay float32 and bf16 is autocast.
-    dtype = torch.bfloat16 if training_args.bf16 and training_args.deepspeed else torch.float32
-    tokenizer, model, image_processor = load_model(model_args, dtype)
-    choose_trainable(model, model_args)
-    model.config.use_cache = False
-    model.config.image_aspect_ratio = data_args.image_aspect_ratio
-    if training_args.gradient_checkpointing:
-        model.enable_input_require_grads()
-    trainer = LlavaTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=make_dataset(data_args, model_args, tokenizer, image_processor, training_args.seed),
-        data_collator=Collator(
-            tokenizer.pad_token_id, training_args.model_max_length, model.get_vision_tower().config.image_size
-        ),
-        processing_class=tokenizer,
-        projector_only=model_args.tune_mm_mlp_adapter,
-    )
+    training_args.check(model_args)
     output = Path(training_args.output_dir)
-    trainer.train(resume_from_checkpoint=any(output.glob("checkpoint-*")))
-    model.config.use_cache = True
+    run = describe_run(model_args, data_args, training_args)
+    checkpoint = chosen_checkpoint(training_args)
+    if checkpoint is not None or is_finished(output, training_args):
+        check_same_run(output, run)
+    if is_finished(output, training_args):
+        log.info("%s holds the finished run, nothing is left to train", output)
+        return output
+    records = make_records(data_args, model_args, training_args.seed)
+    trainer = make_trainer(model_args, data_args, training_args, records)
+    if training_args.should_save:
+        write_run(output, {"run": run})
+    log.info("training goes on from %s" if checkpoint else "training begins%s", checkpoint or "")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.unlearned:
+        log.warning("%d examples had no answer within model_max_length and taught nothing", trainer.unlearned)
+    trainer.model.config.use_cache = True
     trainer.save_model()
     trainer.save_state()
     if training_args.should_save:
-        image_processor.save_pretrained(output)
+        write_run(output, {"run": run, "finished": length_of_run(training_args)})
     return output
 
 
-def main() -> None:
-    """Command line."""
+def make_trainer(
+    model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, records: Sequence[Record]
+) -> LlavaTrainer:
+    """Load the model and put everything together."""
+    transformers.set_seed(training_args.seed)
+    tokenizer, model, image_processor = load_model(model_args, training_args)
+    limit = training_args.model_max_length
+    dataset = make_dataset(records, data_args, model_args.version, limit, tokenizer, image_processor, model)
+    model.config.use_cache = False
+    model.config.image_aspect_ratio = data_args.image_aspect_ratio
+    if data_args.pinpoints():
+        model.config.image_grid_pinpoints = data_args.pinpoints()
+    image_size = model.get_vision_tower().config.image_size
+    if training_args.should_save:
+        image_processor.save_pretrained(training_args.output_dir)
+    return LlavaTrainer(
+        model=choose_trainable(model, model_args, training_args),
+        args=training_args,
+        train_dataset=dataset,
+        data_collator=Collator(tokenizer.pad_token_id, image_size),
+        processing_class=tokenizer,
+        projector_only=model_args.tune_mm_mlp_adapter,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; what is wrong is said in one line."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments))
-    train(*parser.parse_args_into_dataclasses())
+    arguments = Parser().read(argv)
+    try:
+        train(*arguments)
+    except (OSError, SafetensorError, ValueError) as error:
+        log.debug("training ended early", exc_info=True)
+        tqdm.write(f"error: {one_line(error)}", file=sys.stderr)  # on a line of its own below a progress bar
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
