@@ -438,6 +438,7 @@ ARGUMENTS = [
     ({"device": "cuda:99"}, ValueError, "device: got 'cuda:99', but there are"),
     ({"device_map": "everywhere"}, ValueError, "device_map: got 'everywhere'"),
     ({"device_map": {"": "cuda:99"}}, ValueError, "device_map: got 'cuda:99'"),
+    ({"quantization_config": {"load_in_4bit": True}}, ValueError, "quantization_config: got dict"),
     ({"attn_implementation": "fast"}, ValueError, "attn_implementation: got 'fast'"),
 ]
 

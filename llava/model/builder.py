@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from typing import Any
 
@@ -18,8 +17,6 @@ from llava.model.language_model.compiled import compile_model
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.processor import load_processor
 from llava.model.tokenizer import load_tokenizer, tokenizer_folder
-
-logger = logging.getLogger(__name__)
 
 
 def load_pretrained_model(
@@ -73,7 +70,6 @@ def load_pretrained_model(
     """
     settings = LoadSettings.of(load_8bit, load_4bit, device_map, device, kwargs)
     checkpoint = describe_checkpoint(model_path, LlavaConfig, model_base, **settings.hub)
-    settings.check_quantised(checkpoint)
     check_weights(LlavaLlamaForCausalLM, checkpoint)
     tokenizer = load_tokenizer(tokenizer_folder(checkpoint.folders))
     rows = _check_tokenizer(tokenizer, checkpoint)

@@ -72,7 +72,7 @@ def merge_adapter(model: torch.nn.Module, folder: Path, matrices: dict[str, torc
         wrapped = get_peft_model(model, config)
         named = {f"base_model.model.{name}": value for name, value in matrices.items()}
         result = set_peft_model_state_dict(wrapped, named)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"{folder}: the adapter does not fit the model ({first_line(error)})") from None
     lacking = [name for name in result.missing_keys if "lora_" in name]
     if lacking or result.unexpected_keys:

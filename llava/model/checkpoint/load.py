@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,11 +14,7 @@ from llava.model.checkpoint.adapter import merge_adapter
 from llava.model.checkpoint.describe import Checkpoint
 from llava.model.checkpoint.files import first_line
 from llava.model.checkpoint.names import listed
-
-logger = logging.getLogger(__name__)
-
-PLAIN = ("lm_head", "model.mm_projector", "model.vision_tower")
-"""Modules that quantisation leaves alone."""
+from llava.model.checkpoint.quantised import resolve_quantisation
 
 
 def check_weights(model_class: type[PreTrainedModel], checkpoint: Checkpoint) -> None:
@@ -60,35 +55,19 @@ def load_weights(model_class: type[PreTrainedModel], checkpoint: Checkpoint, **k
     dtype = kwargs.pop("dtype", None) or dtype or "auto"
     kwargs["dtype"] = _stored_dtype(checkpoint) if dtype == "auto" else dtype
     wants_info = kwargs.pop("output_loading_info", False)
-    quantise = kwargs.pop("quantization_config", None)
-    if quantise is not None or checkpoint.quantised:
-        _say_once("bitsandbytes.autograd._functions")
-    if quantise is not None and checkpoint.quantised:
-        quantise = None  # asked for once more; `load_pretrained_model` has compared the two
+    quantise = resolve_quantisation(checkpoint, kwargs.pop("quantization_config", None))
     if checkpoint.adapter and quantise is not None:
         _merge_before_packing(model_class, checkpoint, **kwargs)
-    model, info = _load(model_class, checkpoint, **({} if quantise is None else _packed(quantise)), **kwargs)
+    model, info = _load(model_class, checkpoint, quantization_config=quantise, **kwargs)
     if checkpoint.adapter:
         model = merge_adapter(model, checkpoint.adapter_folder, checkpoint.adapter)
     model.name_or_path = model.config._name_or_path = checkpoint.path
     return (model, info) if wants_info else model
 
 
-def _say_once(name: str) -> None:
-    """Let a logger give every message once: bitsandbytes says for every layer and token that 8 bits cast to float16."""
-    said: set[str] = set()
-    logging.getLogger(name).addFilter(lambda record: record.msg not in said and not said.add(record.msg))
-
-
 def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     stated = getattr(checkpoint.config, "dtype", None)
     return stated if isinstance(stated, torch.dtype) and stated.is_floating_point else checkpoint.dtype
-
-
-def _packed(quantise: Any) -> dict:
-    """Arguments for quantisation on the way in, which leaves tower, projector and head alone."""
-    quantise.llm_int8_skip_modules = sorted({*PLAIN, *(quantise.llm_int8_skip_modules or [])})
-    return {"quantization_config": quantise}
 
 
 def _load(model_class: type[PreTrainedModel], checkpoint: Checkpoint, **kwargs: Any) -> tuple[PreTrainedModel, dict]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
 
-from llava.model.checkpoint.describe import Checkpoint
+from llava.model.checkpoint.quantised import need_bitsandbytes
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 _HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -46,7 +45,8 @@ class LoadSettings:
             raise TypeError(
                 f"load_pretrained_model() got an unexpected keyword argument {unknown[0]!r}, known: {known}"
             )
-        accelerated = torch.cuda.is_available() and (device is None or _device("device", device).type != "cpu")
+        on_cpu = str(device_map if device is None else device) in ("cpu", "{'': 'cpu'}")
+        accelerated = torch.cuda.is_available() and not on_cpu
         dtype = kwargs.get("torch_dtype") or kwargs.get("dtype") or (torch.float16 if accelerated else torch.float32)
         arguments = {name: kwargs[name] for name in _TRANSFORMERS if kwargs.get(name) is not None}
         arguments["dtype"] = _dtype(dtype)
@@ -58,27 +58,9 @@ class LoadSettings:
             arguments["quantization_config"] = _quantisation(load_8bit, load_4bit, arguments["dtype"])
         return cls(arguments, {name: kwargs[name] for name in _HUB if name in kwargs})
 
-    def check_quantised(self, checkpoint: Checkpoint) -> None:
-        """ValueError if weights that are stored packed are asked for in another packing."""
-        asked, stored = self.arguments.get("quantization_config"), getattr(checkpoint.config, "quantization_config", {})
-        if not stored:
-            return
-        _need_bitsandbytes("quantization_config")
-        bits = {name: bool(stored.get(name)) for name in ("load_in_8bit", "load_in_4bit")}
-        if asked is not None and any(getattr(asked, name, False) != value for name, value in bits.items()):
-            held = " and ".join(name for name, value in bits.items() if value)
-            raise ValueError(
-                f"load_8bit, load_4bit: {checkpoint.path} is quantised already ({held}), it cannot be otherwise"
-            )
-
-
-def _need_bitsandbytes(field: str) -> None:
-    if find_spec("bitsandbytes") is None:
-        raise ValueError(f"{field}: quantised weights need bitsandbytes; pip install bitsandbytes")
-
 
 def _quantisation(load_8bit: bool, load_4bit: bool, dtype: Any) -> BitsAndBytesConfig:
-    _need_bitsandbytes("load_8bit" if load_8bit else "load_4bit")
+    need_bitsandbytes("load_8bit" if load_8bit else "load_4bit")
     compute = dtype if isinstance(dtype, torch.dtype) else torch.float16
     return BitsAndBytesConfig(
         load_in_8bit=load_8bit, load_in_4bit=load_4bit, bnb_4bit_compute_dtype=compute, bnb_4bit_quant_type="nf4"
