@@ -419,8 +419,9 @@ def _check_reach(rows: list[Contestant], shape) -> None:
     """Ask every reducer whether it can do what is wanted on a model of this shape."""
     for settings in (one.settings for one in rows if one.settings is not None):
         retain = settings.get("retain")
-        if isinstance(retain, int) and retain > shape.vision_tokens:
-            raise ValueError(f"RETAIN: got {retain}, but {shape.name} has {shape.vision_tokens} vision tokens per image")
+        most = shape.vision_tokens
+        if isinstance(retain, int) and retain > most:
+            raise ValueError(f"RETAIN: got {retain}, but {shape.name} has only {most} vision tokens per picture")
         try:
             check_shape(load_reducer(settings), shape)
         except ValueError as error:

@@ -79,7 +79,7 @@ def as_yaml(settings: dict, target: int, point: Point, notes: list[str]) -> str:
         "counts with the tokens it computes on.",
         *notes,
     ]
-    return "".join(f"# {line}\n" for line in lines) + yaml.safe_dump(settings, sort_keys=False)
+    return "".join(f"# {' '.join(line.split())}\n" for line in lines) + yaml.safe_dump(settings, sort_keys=False)
 
 
 def add_measuring_options(new: argparse.ArgumentParser) -> None:

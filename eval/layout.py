@@ -13,6 +13,7 @@ from eval import published
 from eval.collect import VANILLA, Result, merge_seeds, prompt_ms
 from eval.methods import CONFIGS
 from eval.published import AVERAGE
+from eval.settings import is_embedded
 from mustdrop.checks import LONGEST, hint, shown
 from mustdrop.command import LARGEST
 from mustdrop.read import read_yaml
@@ -141,6 +142,9 @@ def complete(layout: Layout, results: Sequence[Result]) -> Layout:
         raise ValueError(f"model: the table leaves it out, and the results are of {' and '.join(models) or 'none'}")
     model = layout.model or models[0]
     mine = [row for row in rows if _same_model(row["model"], model)]
+    if rows and not mine and published.canonical(model) is None and not is_embedded(model):
+        known = ", ".join(dict.fromkeys([*models, *published.models()]))
+        raise ValueError(f"model: got {shown(model)}, without results or published figures, expected {known}")
     tasks = sorted({row["task"] if row["synthetic"] else row["benchmark"] for row in mine})
     budgets = sorted({row["retain"] for row in mine if row["method"] != VANILLA}, reverse=True)
     return replace(

@@ -13,6 +13,16 @@ def test_yaml_and_dict_give_the_same(tmp_path):
     assert load_reducer(path).parts[2].global_threshold == 0.002
 
 
+def test_a_composition_that_holds_itself_has_an_end(tmp_path):
+    path = tmp_path / "method.yaml"
+    path.write_text(f"method: compose\nparts: [{path}]\n")
+    itself: dict = {"method": "compose"}
+    itself["parts"] = [itself]
+    for source in (path, itself):
+        with pytest.raises(ValueError, match="a file may not name itself"):
+            load_reducer(source)
+
+
 def test_vanilla_does_nothing():
     assert type(load_reducer({"method": "vanilla"})) is Reducer
     assert {"vanilla", "mustdrop"} <= set(available_methods())
@@ -33,6 +43,26 @@ def test_vanilla_does_nothing():
         ({"method": "mustdrop", "filter_layers": 2}, r"must be of type list of integer or number or none"),
         ({"method": "mustdrop", "key_rate": 3}, r"key_rate is 3: it must be between 0 and 1"),
         ({"method": "vanilla", "window": 3}, r"window is no field of vanilla; its fields are: none"),
+        ({"method": ["mustdrop"]}, r"method is \['mustdrop'\]: it must be one of"),
+        ({"method": None}, r"method is None: it must be one of"),
+        ({"method": "mustdrop", 7: 1}, r"7 is no field of mustdrop"),
+        ({"method": "mustdrop", "retain": "64"}, r"retain is '64': it must be of type integer or none"),
+        ({"method": "mustdrop", "retain": 64.5}, r"retain is 64.5: it must be of type integer or none"),
+        ({"method": "mustdrop", "retain": True}, r"retain is True: it must be of type integer or none"),
+        ({"method": "mustdrop", "retain": 10**30}, r"retain is 10{30}: it must be of type integer or none"),
+        ({"method": "mustdrop", "retain": -1}, r"retain is -1: it must be 1 or more"),
+        ({"method": "mustdrop", "global_threshold": float("nan")}, r"global_threshold is nan: it must be of type"),
+        ({"method": "mustdrop", "global_threshold": float("inf")}, r"global_threshold is inf: it must be of type"),
+        ({"method": "mustdrop", "filter_layers": [2, True]}, r"filter_layers is \[2, True\]: it must be of type list"),
+        ({"method": "mustdrop", "filter_layers": [2, [3]]}, r"filter_layers is \[2, \[3\]\]: it must be of type list"),
+        ({"method": "prumerge", "plus": "yes"}, r"plus is 'yes': it must be of type true or false"),
+        ({"method": "yopo", "heads": "x" * 999}, r"heads: 'x{76}\.\.\. cannot be read"),
+        ({"method": "compose"}, r"parts is None: compose has one field, parts"),
+        ({"method": "compose", "parts": []}, r"parts is \[\]: compose has one field, parts"),
+        ({"method": "compose", "parts": [1]}, r"parts: got 1: it must be a mapping .* or the path of its file"),
+        ({"method": "compose", "parts": [["mustdrop"]]}, r"parts: got \['mustdrop'\]: it must be a mapping"),
+        ({"method": "compose", "parts": [{"method": "compose", "parts": [{}]}]}, r"parts: parts: method is None"),
+        ({"method": "compose", "parts": [{"method": "vanilla"}], "retain": 9}, r"retain is 9: compose has one field"),
     ],
 )
 def test_mistakes_are_one_clear_line(settings, message):

@@ -15,7 +15,7 @@ from eval.cell import Cell
 from eval.methods import VANILLA, check_shape, has_files, method_at, own_file, read_method
 from eval.sweep.launch import Launch
 from eval.tasks import BENCHMARKS, GROUP, SUITE
-from mustdrop import load_reducer
+from mustdrop import available_methods, load_reducer
 from mustdrop.calibrate import OutOfReach
 from mustdrop.checks import hint, shown
 from mustdrop.command import LARGEST, whole_number
@@ -219,8 +219,11 @@ def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> I
     A name: the model's own file of this name, which has no budget, else every budget. A file: as it is. Fields: every
     budget they leave open or list.
     """
-    if isinstance(entry, str) and Path(entry).suffix in (".yaml", ".yml"):
-        path = next((path for path in (Path(entry), settings.ROOT / entry) if path.is_file()), Path(entry))
+    is_file = isinstance(entry, str) and Path(entry).suffix in (".yaml", ".yml")
+    if isinstance(entry, str) and not is_file and not settings.NAME.fullmatch(entry):
+        raise _wrong(file, "methods", entry, "a method's name or the path of a YAML file")
+    if is_file:
+        path = next((path for path in (Path(entry), settings.ROOT / entry) if os.path.isfile(path)), Path(entry))
         with _naming(file, "methods"):
             own = read_method(str(path))
             load_reducer(own)
@@ -250,8 +253,8 @@ def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> I
             reducer = load_reducer(own)
         if not isinstance(name, str) or not settings.NAME.fullmatch(name):
             raise _wrong(file, "methods: name", name, "a name of letters, digits and any of _ . -")
-        if name == VANILLA and own.get("method") != VANILLA:
-            raise _wrong(file, "methods: name", name, "another name than the untouched model's")
+        if name in available_methods() and own.get("method") != name:
+            raise _wrong(file, "methods: name", name, "another name than that of a method that it is not")
         if budgets == []:
             raise _wrong(file, "methods: retain", budgets, "at least one number")
         if budgets is None and (not retain or "retain" in own or not hasattr(reducer, "retain") or reducer.knobs):
