@@ -1,68 +1,80 @@
-"""Packaging of the reducers (``mustdrop``), LLaVA-1.5 with hook points (``llava``) and the evaluation (``eval``)."""
+"""Packaging of the reducers (``mustdrop``), LLaVA-1.5 with hook points (``llava``) and the evaluation (``eval``).
+
+The ranges below are for people who use the packages as a library; scripts/test_range.sh tests both ends. The
+scripts install what requirements/ locks; scripts/lock.sh renews it.
+"""
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
-
+PYTHON = ">=3.11,<3.14"
 CORE = [
-    "torch>=2.6",
+    "torch>=2.9",
     "transformers>=5.10,<6",
-    "accelerate>=1.0",
-    "safetensors",
-    "sentencepiece",
-    "protobuf",
-    "pillow",
-    "numpy",
-    "einops",
-    "pyyaml",
-    "tabulate",
-    "tqdm",
+    "accelerate>=1.10",
+    "safetensors>=0.5",
+    "sentencepiece>=0.2.1",
+    "protobuf>=4.25",
+    "pillow>=11.0",
+    "numpy>=2.1",
+    "einops>=0.7",
+    "pyyaml>=6.0.2",
+    "tabulate>=0.9",
+    "tqdm>=4.66.3",
 ]
 
 # lmms-eval asks for some forty packages, most of them for tasks and models that are not used here. `eval-light` holds
 # what its evaluator needs; lmms-eval itself is then installed with --no-deps, scripts/setup.sh does both. `eval` is the
 # whole of it.
-TABLES = ["scipy", "matplotlib", "jinja2"]
-SWEEPS = ["submitit", "rich"]
+LMMS_EVAL = "lmms-eval==0.7.3"
+TABLES = ["scipy>=1.14.1", "matplotlib>=3.9.2", "jinja2>=3.1.3"]
+SWEEPS = ["submitit>=1.5.2", "rich>=13.7"]
+TRAIN = ["deepspeed>=0.18; sys_platform == 'linux'", "datasets>=4.0", "peft>=0.18"]
+QUANTISED = ["bitsandbytes>=0.46.1"]
 EVAL_LIGHT = [
-    "datasets",
-    "evaluate",
-    "loguru",
-    "sacrebleu",
-    "pytablewriter",
-    "pytz",
-    "tenacity",
-    "openpyxl",
-    "requests",
-    "av>=12,<16",
+    "datasets>=4.0",
+    "evaluate>=0.4.3",
+    "loguru>=0.7.2",
+    "sacrebleu>=2.4",
+    "pytablewriter>=1.2",
+    "pytz>=2024.1",
+    "tenacity>=8.3",
+    "openpyxl>=3.1.3",
+    "requests>=2.32.2",
+    "av>=14.0,<16",
     *TABLES,
     *SWEEPS,
 ]
 EXTRAS = {
-    "eval": ["lmms-eval==0.7.3", *TABLES, *SWEEPS],
+    "eval": [LMMS_EVAL, *TABLES, *SWEEPS],
     "eval-light": EVAL_LIGHT,
-    "train": ["deepspeed>=0.16", "datasets", "peft"],
+    "train": TRAIN,
+    "quantised": QUANTISED,
     "flash": ["flash-attn"],
+    "lock": ["uv"],
     "cluster": SWEEPS,
-    "demo": ["gradio"],
-    "test": ["pytest", "ruff"],
+    "demo": ["gradio>=5"],
+    "test": ["pytest>=8", "ruff>=0.9", *TRAIN, *QUANTISED],
 }
-EXTRAS["dev"] = sorted({need for name in ("eval-light", "train", "cluster", "demo", "test") for need in EXTRAS[name]})
+EXTRAS["dev"] = sorted({need for name in ("eval-light", "cluster", "demo", "test") for need in EXTRAS[name]})
 
-setup(
-    name="mustdrop",
-    version="0.1.0",
-    description="Multi-stage vision token dropping for LLaVA: reproduce, measure and extend",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    python_requires=">=3.10",
-    packages=find_packages(include=["llava", "llava.*", "mustdrop", "mustdrop.*", "eval", "eval.*"]),
-    package_data={"eval": ["**/*.yaml", "**/*.j2"]},
-    install_requires=CORE,
-    extras_require=EXTRAS,
-    entry_points={
-        "console_scripts": ["mustdrop = eval.cli:main"],
-        "lmms_eval.models": ["llava_mustdrop = eval:manifest"],
-    },
-)
+if __name__ == "__main__":  # scripts and tests read the ranges without setuptools
+    from setuptools import find_packages, setup
+
+    setup(
+        name="mustdrop",
+        version="0.1.0",
+        description="Multi-stage vision token dropping for LLaVA: reproduce, measure and extend",
+        long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+        long_description_content_type="text/markdown",
+        license="Apache-2.0",
+        python_requires=PYTHON,
+        packages=find_packages(include=["llava", "llava.*", "mustdrop", "mustdrop.*", "eval", "eval.*"]),
+        py_modules=["mustdrop_command"],
+        package_data={"eval": ["**/*.yaml", "**/*.j2"]},
+        install_requires=CORE,
+        extras_require=EXTRAS,
+        entry_points={
+            "console_scripts": ["mustdrop = mustdrop_command:main"],
+            "lmms_eval.models": ["llava_mustdrop = mustdrop_command:manifest"],
+        },
+    )

@@ -5,6 +5,10 @@
 ``eval.calibrate`` finds thresholds for a wanted number of tokens.
 """
 
+from eval.home import ours_first
+
+ours_first()
+
 
 def manifest():
     """What lmms-eval's entry point ``lmms_eval.models`` calls to learn about our model.

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from eval.bench_model import Inputs
+from llava.model.language_model.cache import CACHE_NAME
+from llava.model.language_model.projections import whole_layer
 from llava.model.masks import attention_mask
 from mustdrop import Reducer
 from mustdrop.trace import Trace
@@ -123,7 +125,7 @@ def run_ours(model, reducer: Reducer, inputs: Inputs, new_tokens: int, timing: b
         output = model(inputs_embeds=prompt.embeds, prompt=prompt, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1:].argmax(-1)
         clock.mark("first")
-        cache = output.past_key_values
+        cache = output[CACHE_NAME]
         cached = cache_bytes(cache)
         lengths.decoder, lengths.projector = [record.image.shape[1] for record in prompt.call.entered], features[0]
         decode(model, token, cache, new_tokens - 1, clock)
@@ -146,7 +148,7 @@ def run_hugging_face(model, ids: Tensor, inputs: Inputs, new_tokens: int) -> Pas
             output = model(input_ids=ids, pixel_values=inputs.pixels, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1:].argmax(-1)
         clock.mark("first")
-        cache = output.past_key_values
+        cache = output[CACHE_NAME]
         cached = cache_bytes(cache)
         decode(model, token, cache, new_tokens - 1, clock)
     return Pass(clock.parts(), cached, peak.bytes)
@@ -156,7 +158,7 @@ def decode(model, token: Tensor, cache: DynamicCache, steps: int, clock: Clock) 
     """So many greedy steps from a token `[batch, 1]`, between the marks "decoding" and "end"."""
     clock.mark("decoding")
     for _ in range(steps):
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=token, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache}).logits
         token = logits[:, -1:].argmax(-1)
     clock.mark("end")
 
@@ -181,7 +183,7 @@ def floor_pass(model, inputs: Inputs, lengths: Lengths) -> Callable[[], Pass]:
         for length, hidden in prompts.items():
             position = torch.arange(length, device=device).expand(batch, -1)
             mask = attention_mask(decoder.config, hidden, valid=None, keys=length, causal=True)
-            contexts[length] = {"attention_mask": mask, "position_embeddings": decoder.rotary_emb(hidden, position)}
+            contexts[length] = mask, decoder.rotary_emb(hidden, position)
 
     def run() -> Pass:
         clock = Clock(device)
@@ -197,7 +199,7 @@ def floor_pass(model, inputs: Inputs, lengths: Lengths) -> Callable[[], Pass]:
             hidden, cache = prompts[lengths.decoder[0]], DynamicCache(config=decoder.config)
             for layer, length in zip(decoder.layers, lengths.decoder, strict=True):
                 hidden = hidden if hidden.shape[1] == length else prompts[length]
-                hidden = layer(hidden, past_key_values=cache, **contexts[length])
+                hidden, _ = whole_layer(layer, hidden, *contexts[length], cache)
             model.lm_head(decoder.norm(hidden)[:, -1:]).argmax(-1)
             clock.mark("first")
         return Pass(clock.parts())

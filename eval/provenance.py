@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
@@ -199,7 +199,7 @@ def provenance(command: Sequence[str], **more) -> dict:
         "versions": versions(),
         "machine": machine(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -26,6 +26,7 @@ from eval.progress import progress, quiet
 from eval.settings import EMBEDDED, LARGEST_BATCH, check_loading, check_model, retained_tokens
 from eval.tasks import GROUP, SUITE
 from llava.model.language_model.packed import packed_layer
+from llava.model.language_model.projections import whole_layer
 from llava.model.masks import attention_mask
 from mustdrop import load_reducer
 from mustdrop.checks import shown
@@ -155,11 +156,11 @@ def padded_run(decoder, group: list[list[int]]) -> Callable[[], None]:
         valid = column >= longest - torch.tensor(lengths, device=weight.device)[:, None]
         valid = None if min(lengths) == longest else valid
         mask = attention_mask(decoder.config, hidden, valid=valid, keys=longest, causal=True)
-        inputs.append((hidden, {"attention_mask": mask, "position_embeddings": decoder.rotary_emb(hidden, column)}))
+        inputs.append((hidden, mask, decoder.rotary_emb(hidden, column)))
 
     def run() -> None:
-        for layer, (hidden, context) in zip(decoder.layers, inputs, strict=True):
-            layer(hidden, **context)
+        for layer, given in zip(decoder.layers, inputs, strict=True):
+            whole_layer(layer, *given)
 
     return run
 

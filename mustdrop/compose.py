@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from mustdrop.hooks import CacheStep, DecoderStep, Keep, LayerPlan, Reducer, Tokens, VisionStep, VisionTokens
-from mustdrop.reach import Tower, acts_in_decoder, check_counts, check_steps, square
+from mustdrop.reach import Tower, check_counts, check_steps, square
 from mustdrop.stages.decode import are_in
 
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 class Compose(Reducer):
     """Several reducers at work in one pass, in the given order.
 
-    In the vision encoder each sees what the one before it left, and those that drop tokens in the decoder see what all
-    others leave before it. In the decoder all of them see the same layer, and a
+    In the vision encoder each sees what the one before it left. In the decoder all of them see the same layer, and a
     token goes on only if all of them keep it. Each has a notebook of its own.
 
     Parameters
@@ -38,13 +37,9 @@ class Compose(Reducer):
         self.positions = positions
         self.decode_positions = decode_positions
 
-    def flat(self, counting: bool = False) -> list[Reducer]:
-        """The parts, and in place of compositions their parts; `counting`: as they are asked about projected features.
-
-        Those that act in the decoder are asked last then.
-        """
-        parts = sorted(self.parts, key=acts_in_decoder) if counting else self.parts
-        return [one for part in parts for one in (part.flat(counting) if isinstance(part, Compose) else [part])]
+    def flat(self) -> list[Reducer]:
+        """The parts, and in place of compositions their parts."""
+        return [one for part in self.parts for one in (part.flat() if isinstance(part, Compose) else [part])]
 
     def check(self, layers: int, blocks: int) -> None:
         for part in self.parts:
@@ -62,7 +57,7 @@ class Compose(Reducer):
         check_steps(self.flat(), tower)
 
     def check_tokens(self, layers: int, tokens: int) -> None:
-        check_counts(self.flat(), self.flat(counting=True), layers, square(tokens), tokens)
+        check_counts(self.flat(), layers, square(tokens), tokens)
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         return sum(part.selector_macs(shape, work) for part in self.parts)
@@ -96,7 +91,7 @@ class Compose(Reducer):
         return tokens
 
     def on_projected_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
-        for number, part in sorted(self._at("on_projected_features"), key=lambda item: acts_in_decoder(item[1])):
+        for number, part in self._at("on_projected_features"):
             tokens = part.on_projected_features(tokens, state.setdefault(number, {})) or tokens
         return tokens
 
@@ -109,14 +104,13 @@ class Compose(Reducer):
         plans = [plan for plan in self._ask("before_decoder_layer", step) if plan is not None]
         return reduce(LayerPlan.__and__, plans) if plans else None
 
-    def after_decoder_layer(self, step: DecoderStep) -> Tensor | Keep | None:
+    def after_decoder_layer(self, step: DecoderStep) -> Keep | None:
         answers = [answer for answer in self._ask("after_decoder_layer", step) if answer is not None]
-        if len(answers) > 1 and any(isinstance(answer, Keep) and answer.into is not None for answer in answers):
+        if len(answers) < 2:
+            return answers[0] if answers else None
+        if any(answer.merge_into is not None for answer in answers):
             raise ValueError("parts: after a decoder layer in which one reducer merges tokens no other may drop any")
-        keep = _all(answers, step.tokens)
-        others = len(self._at("after_decoder_layer")) > 1 or self.does("on_question")
-        unknown = others and isinstance(keep, Keep)  # a part cannot know what was there before it
-        return replace(keep, dropped=None) if unknown else keep
+        return Keep.where(reduce(Tensor.logical_and, [answer.choose(step.tokens)[0] for answer in answers]))
 
     def after_prefill(self, step: CacheStep) -> list[Tensor | Tokens | None] | None:
         answers = [answer for answer in self._ask("after_prefill", step) if answer is not None]
@@ -135,16 +129,10 @@ class Compose(Reducer):
         return [getattr(part, hook)(replace(step, state=step.state.setdefault(number, {}))) for number, part in parts]
 
 
-def _all(keeps: Sequence, tokens: Tokens) -> Tensor | Keep | Tokens | None:
-    """What every answer keeps; an answer that stands alone is passed on as it is."""
+def _all(keeps: Sequence[Tensor | Tokens | None], tokens: Tokens) -> Tensor | Tokens | None:
+    """What every answer about a cache keeps; an answer that stands alone is passed on as it is."""
     given = [keep for keep in keeps if keep is not None]
     if len(given) < 2:
         return given[0] if given else None
-    return reduce(Tensor.logical_and, [_as_mask(keep, tokens) for keep in given])
-
-
-def _as_mask(keep: Tensor | Keep | Tokens, tokens: Tokens) -> Tensor:
-    """An answer as bool `[batch, length]`."""
-    if isinstance(keep, Tokens):
-        return are_in(keep, tokens)
-    return keep.tokens if isinstance(keep, Keep) else keep
+    masks = (are_in(keep, tokens) if isinstance(keep, Tokens) else keep for keep in given)
+    return reduce(Tensor.logical_and, masks)

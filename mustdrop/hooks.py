@@ -34,9 +34,10 @@ import torch
 from torch import Tensor
 
 from mustdrop.checks import fits_type, require
+from mustdrop.keep import Keep
 from mustdrop.neighbours import SplitRows
 from mustdrop.reach import Fitting
-from mustdrop.tokens import Tokens, VisionTokens, compact, gather
+from mustdrop.tokens import ImageFacts, PromptFacts, Tokens, VisionTokens, compact, gather
 from mustdrop.trace import Trace
 
 if TYPE_CHECKING:
@@ -48,8 +49,10 @@ __all__ = [
     "CacheStep",
     "Call",
     "DecoderStep",
+    "ImageFacts",
     "Keep",
     "LayerPlan",
+    "PromptFacts",
     "Reducer",
     "Run",
     "SplitRows",
@@ -139,32 +142,6 @@ class DecoderStep:
     attention: Attention | None
     next_attention: Attention | None
     state: dict
-
-
-@dataclass
-class Keep:
-    """Which tokens go on after a decoder layer, for methods that do more than drop the others.
-
-    Attributes
-    ----------
-    tokens : bool `[batch, length]`
-        True for tokens that go on; text does in any case.
-    hidden : `[batch, length, width]` or None
-        States that take the place of the layer's output: those of merged tokens are a method's own.
-    into : int64 `[batch, length]` or None
-        Column of the token that each token was merged into, which stands for its patches from now on; its own column
-        for all others.
-    order : int `[batch, length]` or None
-        Sort key of the tokens that go on; by default they keep their order.
-    dropped : int or None
-        Tokens that every prompt of the batch loses, if the host knows it: spares a synchronisation with the device.
-    """
-
-    tokens: Tensor
-    hidden: Tensor | None = None
-    into: Tensor | None = None
-    order: Tensor | None = None
-    dropped: int | None = None
 
 
 @dataclass
@@ -278,8 +255,8 @@ class Reducer(Fitting):
     def before_decoder_layer(self, step: DecoderStep) -> LayerPlan | None:
         """Return what the layer shall compute for vision tokens, or None for everything."""
 
-    def after_decoder_layer(self, step: DecoderStep) -> Tensor | Keep | None:
-        """Return which tokens go on, bool `[batch, length]` or a `Keep`, or None for all."""
+    def after_decoder_layer(self, step: DecoderStep) -> Keep | None:
+        """Return which tokens go on, or None for all."""
 
     def after_prefill(self, step: CacheStep) -> list[Tensor | Tokens | None] | None:
         """Return for each layer which cached entries stay: a mask, bool `[batch, length]`, or None for all.
@@ -297,8 +274,8 @@ class Reducer(Fitting):
         Parameters
         ----------
         model
-            A model with the seam: it has the attributes `reducer`, `run` and `depths`, and may have a vision tower that
-            knows its `num_patches`.
+            A model with the seam, bare or in wrappers, see `hooked_model`. It may have a vision tower that knows its
+            `num_patches`.
         timing : bool
             Also measure `Trace.times_ms` (synchronises with the device; leave off when timing from outside).
         keep : int, optional
@@ -307,12 +284,11 @@ class Reducer(Fitting):
         Raises
         ------
         TypeError
-            If the model has no seam.
+            If there is no model with the seam, or there are several.
         ValueError
             If the settings do not fit the model's depth, or are out of reach for its number of vision tokens.
         """
-        if not hasattr(model, "reducer"):
-            raise TypeError(f"{type(model).__name__} has no hook points: load it with llava.model.builder")
+        model = hooked_model(model)
         tower = getattr(model, "get_vision_tower", lambda: None)()
         sizes = (getattr(tower, "blocks_run", None), tower.num_patches) if tower is not None else ()
         self.check_sizes(*model.depths, *sizes, heads=getattr(model.config, "num_attention_heads", None))
@@ -322,6 +298,31 @@ class Reducer(Fitting):
             yield model.run
         finally:
             model.reducer, model.run = before
+
+
+def hooked_model(model: object) -> object:
+    """The model with the seam that really runs when `model` is called.
+
+    Parameters
+    ----------
+    model
+        Has the attributes `reducer`, `run` and `depths` of its own, or is a module that wraps one that has, at any
+        depth: PEFT, torch.compile, DataParallel, DistributedDataParallel, accelerate, DeepSpeed. A wrapper that hands
+        attributes through would take a new value for itself, and the model inside would never see it.
+
+    Raises
+    ------
+    TypeError
+        If there is none, or several.
+    """
+    inside = model.modules() if isinstance(model, torch.nn.Module) else [model]
+    found = [module for module in inside if "reducer" in getattr(module, "__dict__", ()) and hasattr(module, "depths")]
+    if len(found) == 1:
+        return found[0]
+    kind = type(model).__name__
+    if found:
+        raise TypeError(f"{kind} holds {len(found)} models with hook points, give the one to reduce")
+    raise TypeError(f"{kind} has no hook points: load it with llava.model.builder")
 
 
 @dataclass

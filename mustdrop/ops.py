@@ -183,8 +183,8 @@ def top_per_image(score: Tensor, image: Tensor, wanted: Tensor) -> Tensor:
     return (own & (rank < wanted[..., None])).any(1)
 
 
-def top_count(score: Tensor, count: int) -> Tensor:
-    """Mark the `count` best entries of each row, bool like `score` `[rows, entries]`."""
+def top_count(score: Tensor, count: int | Tensor) -> Tensor:
+    """Mark the `count` best entries of each row, bool like `score` `[rows, entries]`; `[rows, 1]` for each its own."""
     return score.argsort(dim=-1, descending=True, stable=True).argsort(-1) < count
 
 
@@ -194,7 +194,7 @@ def keep_best(tokens: VisionTokens, score: Tensor, count: int) -> VisionTokens:
     An image that has no more than that keeps all.
     """
     if tokens.valid is not None:
-        score = score.masked_fill(~tokens.valid, float("-inf"))
+        score = score.float().masked_fill(~tokens.valid, float("-inf"))
     return tokens.select(top_count(score, count), length=count if tokens.valid is None else None)
 
 

@@ -80,11 +80,6 @@ class Fitting:
         """Tokens of an image that are left before the decoder of so many, None if that depends on the image."""
         return tokens
 
-    @property
-    def needs_counts(self) -> bool:
-        """Whether it can only work where the number of tokens that reach it is the same for all images."""
-        return False
-
     def shrinks(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the patches that are left of an image."""
         return grid
@@ -160,30 +155,21 @@ def check_steps(parts: Sequence[Fitting], tower: Tower) -> None:
             )
 
 
-def acts_in_decoder(part: Fitting) -> bool:
-    """Whether a reducer drops tokens in the decoder, and so wants to know how many enter it."""
-    return part.does("after_decoder_layer")
-
-
-def check_counts(
-    parts: Sequence[Fitting], counting: Sequence[Fitting], layers: int, grid: tuple[int, int], tokens: int
-) -> None:
+def check_counts(parts: Sequence[Fitting], layers: int, grid: tuple[int, int], tokens: int) -> None:
     """Raise ValueError if a reducer's numbers are out of reach for what those before it leave of an image.
 
-    `counting` are the parts in the order in which they are asked about projected features.
-
-    Where that depends on the image, they are taken to leave all, and what is out of reach for some shows later.
+    Where that depends on the image, they are taken to leave all: of fewer tokens nothing is further out of reach.
     """
-    known, drops = True, []
-    ordered = [(hook, counting if hook == "on_projected_features" else parts) for hook in COUNTED]
-    for part in (part for hook, asked in ordered for part in asked if part.counts_at == hook):
-        if part.needs_counts and not known:
-            raise ValueError(f"parts: {type(part).__name__} needs to know how many tokens those before it leave")
+    drops = []
+    in_decoder = [part for part in parts if part.does("after_decoder_layer")]
+    others = [part for part in parts if not part.does("after_decoder_layer")]
+    before = [part for hook in COUNTED for part in others if part.counts_at == hook]
+    for part in (*before, *in_decoder):
         part.check_counts(layers, grid, tokens)
         drops.append((part, part.drops_after(layers, tokens), part.merges_after(layers, tokens)))
         grid = part.shrinks(grid)
         left = part.leaves(grid, tokens)
-        known, tokens = known and left is not None, tokens if left is None else left
+        tokens = tokens if left is None else left
     for part, _, merging in drops:
         if any(merging & dropping for other, dropping, _ in drops if other is not part):
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def compact(
-    keep: Tensor, *, pad: str = "left", order: Tensor | None = None, length: int | None = None
+    keep: Tensor, *, pad: str = "left", order: Tensor | None = None, length: int | Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Turn a keep mask into gather indices: the one compaction behind every drop and merge.
 
@@ -24,9 +24,9 @@ def compact(
         Side on which samples that keep fewer tokens are padded.
     order : int `[batch, tokens]`, optional
         Sort key of the kept tokens; by default they keep their order.
-    length : int, optional
-        Number of tokens that every sample keeps, when the caller knows it: spares the one synchronisation with the
-        host that a data-dependent count needs.
+    length : int or sequence of int, optional
+        Number of tokens that every sample keeps, or each of them, when the caller knows it: spares the one
+        synchronisation with the host that a data-dependent count needs.
 
     Returns
     -------
@@ -40,7 +40,9 @@ def compact(
         order = torch.arange(tokens, device=keep.device).expand_as(keep)
     dropped_last = order + (~keep if pad == "right" else keep) * (order.max() - order.min() + 1)
     ranked = dropped_last.argsort(dim=-1, stable=True)
-    counts = [length] * len(keep) if length is not None else keep.sum(-1).tolist()
+    if length is None:
+        length = keep.sum(-1).tolist()
+    counts = [length] * len(keep) if isinstance(length, int) else list(length)
     kept = max(counts)
     indices = ranked[:, :kept] if pad == "right" else ranked[:, tokens - kept :]
     if min(counts) == kept:
@@ -73,6 +75,9 @@ class VisionTokens:
         False for padding (None: no padding); True for tokens that no later stage may drop (None: none).
     proportional : bool
         Whether attention counts a token as often as it has patches.
+    lengths, keys : tuple of int or None
+        What the host knows: tokens of each image, None where that is all there are; and how many of them are protected,
+        None where none are.
     """
 
     hidden: Tensor
@@ -83,6 +88,8 @@ class VisionTokens:
     valid: Tensor | None = None
     protected: Tensor | None = None
     proportional: bool = False
+    lengths: tuple[int, ...] | None = None
+    keys: tuple[int, ...] | None = None
 
     @classmethod
     def from_patches(cls, hidden: Tensor, grid: tuple[int, int], prefix: int = 1) -> VisionTokens:
@@ -103,6 +110,11 @@ class VisionTokens:
         return torch.full((len(self.anchor),), self.anchor.shape[1], device=self.anchor.device)
 
     @property
+    def known_lengths(self) -> tuple[int, ...]:
+        """The same, for the host."""
+        return self.lengths or (self.anchor.shape[1],) * len(self.anchor)
+
+    @property
     def size(self) -> Tensor:
         """Number of patches each token stands for, int64 `[images, tokens]`."""
         stands = self.owner >= 0
@@ -113,12 +125,21 @@ class VisionTokens:
         """`valid` for all of `hidden`, bool `[images, prefix + tokens]` or None."""
         return None if self.valid is None else F.pad(self.valid, (self.prefix, 0), value=True)
 
-    def rows(self, numbers: Tensor) -> VisionTokens:
-        """The tokens of these images, int64 `[rows]`; an image may come several times."""
+    def rows(self, numbers: Sequence[int]) -> VisionTokens:
+        """The tokens of these images; an image may come several times."""
+        index = torch.tensor(numbers, device=self.hidden.device)
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        known = {
+            name: None if fields[name] is None else tuple(fields[name][number] for number in numbers)
+            for name in ("lengths", "keys")
+        }
         return dataclasses.replace(
-            self, **{name: value[numbers] for name, value in fields.items() if isinstance(value, Tensor)}
+            self, **{name: value[index] for name, value in fields.items() if isinstance(value, Tensor)}, **known
         )
+
+    def with_protected(self, protected: Tensor, keys: Sequence[int]) -> VisionTokens:
+        """The same tokens, some of them protected, bool `[images, tokens]`: so many of each image."""
+        return dataclasses.replace(self, protected=protected, keys=tuple(keys))
 
     def with_hidden(self, hidden: Tensor) -> VisionTokens:
         """The same tokens with other hidden states `[images, prefix + tokens, width]`."""
@@ -133,16 +154,29 @@ class VisionTokens:
         return dataclasses.replace(self, hidden=self.patches, prefix=0)
 
     def select(
-        self, keep: Tensor, *, into: Tensor | None = None, order: Tensor | None = None, length: int | None = None
+        self,
+        keep: Tensor,
+        *,
+        into: Tensor | None = None,
+        order: Tensor | None = None,
+        length: int | None = None,
+        keeps_keys: bool = False,
     ) -> VisionTokens:
         """Keep the tokens of a mask `[images, tokens]`, padded on the right.
 
         `into` `[images, tokens]` names, for a token that is merged away, the column of the token that now stands for
-        its patches (its own column elsewhere). `order` and `length` as in `compact`.
+        its patches (its own column elsewhere). `order` and `length` as in `compact`. `keeps_keys` says that protected
+        tokens are put before all others; else the host asks how many are left.
         """
         if self.valid is not None:
             keep = keep & self.valid
-        indices, valid = compact(keep, pad="right", order=order, length=length)
+        lengths = keep.sum(-1).tolist() if length is None else [length] * len(keep)
+        keys = self.keys
+        if keys is not None and keeps_keys:
+            keys = tuple(min(pair) for pair in zip(keys, lengths, strict=True))
+        elif keys is not None:
+            keys = tuple((self.protected & keep).sum(-1).tolist())
+        indices, valid = compact(keep, pad="right", order=order, length=lengths)
         new_column = torch.full_like(self.anchor, -1).scatter(
             1, indices, torch.arange(indices.shape[1], device=indices.device).expand_as(indices)
         )
@@ -158,7 +192,42 @@ class VisionTokens:
             owner=owner,
             valid=valid,
             protected=None if self.protected is None else self.protected.gather(1, indices),
+            lengths=tuple(lengths),
+            keys=keys,
         )
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the host knows of an image of a prompt.
+
+    `patches` it has, tokens that `entered` the decoder, `tokens` there are now, and `keys`, those of them that may not
+    be dropped.
+    """
+
+    patches: int
+    entered: int
+    tokens: int
+    keys: int = 0
+
+
+@dataclass(frozen=True)
+class PromptFacts:
+    """What the host knows of a prompt: its `text` tokens, `questions` of them after the first image, and its images."""
+
+    text: int
+    questions: int
+    images: tuple[ImageFacts, ...]
+
+    @property
+    def length(self) -> int:
+        """Positions there are now."""
+        return self.text + sum(image.tokens for image in self.images)
+
+    def with_tokens(self, counts: Sequence[int]) -> PromptFacts:
+        """The prompt once every image has so many tokens left; what follows the last image of the prompt is ignored."""
+        images = (dataclasses.replace(image, tokens=n) for image, n in zip(self.images, counts, strict=False))
+        return dataclasses.replace(self, images=tuple(images))
 
 
 @dataclass
@@ -187,6 +256,8 @@ class Tokens:
     row, column : int64 `[batch, length]` or None
         Place of a vision token on the patch grid of its image, that of its anchor patch; -1 for text and for tokens
         off the grid (CLS). None where nobody asks for it.
+    prompts : tuple of PromptFacts or None
+        What the host knows of every prompt, so that nothing has to be read from the device; None where that is lost.
     """
 
     position: Tensor
@@ -200,6 +271,7 @@ class Tokens:
     questions: int = 0
     row: Tensor | None = None
     column: Tensor | None = None
+    prompts: tuple[PromptFacts, ...] | None = None
 
     @property
     def vision(self) -> Tensor:
@@ -233,22 +305,41 @@ class Tokens:
     def repeated(self, batch: int) -> Tokens:
         """The record for `batch` rows, every prompt standing in for equally many neighbouring rows (beams)."""
         times = batch // len(self.image)
-        return self if times == 1 else self.map(lambda value: value.repeat_interleave(times, dim=-2))
+        if times == 1:
+            return self
+        prompts = None if self.prompts is None else tuple(prompt for prompt in self.prompts for _ in range(times))
+        return dataclasses.replace(self.map(lambda value: value.repeat_interleave(times, dim=-2)), prompts=prompts)
 
-    def select(self, keep: Tensor, *, order: Tensor | None = None, length: int | None = None) -> tuple[Tensor, Tokens]:
+    def facts(self) -> tuple[PromptFacts, ...]:
+        """`prompts`, read from the device if the host does not know them."""
+        if self.prompts is not None:
+            return self.prompts
+        own = self.image[:, None] == torch.arange(self.images, device=self.image.device)[:, None]
+        tokens, keys = own.sum(-1).tolist(), (own & self.protected[:, None]).sum(-1).tolist()
+        text, questions = (self.counts - self.vision.sum(-1)).tolist(), self.question.sum(-1).tolist()
+        images = [
+            tuple(ImageFacts(n, n, n, k) for n, k in zip(*prompt, strict=True))
+            for prompt in zip(tokens, keys, strict=True)
+        ]
+        return tuple(map(PromptFacts, text, questions, images))
+
+    def select(
+        self, keep: Tensor, *, order: Tensor | None = None, prompts: tuple[PromptFacts, ...] | None = None
+    ) -> tuple[Tensor, Tokens]:
         """Compact to the kept, valid positions, padded on the left; returns the gather indices and the new record.
 
-        `order` and `length` as in `compact`.
+        `order` as in `compact`; `prompts` says what is then known of every prompt, its length among other things.
         """
         if self.valid is not None:
             keep = keep & self.valid
+        length = None if prompts is None else [prompt.length for prompt in prompts]
         indices, valid = compact(keep, order=order, length=length)
         record = self.map(lambda value: value.gather(-1, indices.expand(*value.shape[:-1], -1)))
         if valid is not None:
             record.image = record.image.masked_fill(~valid, -1)
             record.index = record.index.masked_fill(~valid, -1)
             record.question = record.question & valid
-        record.valid = valid
+        record.valid, record.prompts = valid, prompts
         return indices, record
 
     def to(self, device: torch.device) -> Tokens:

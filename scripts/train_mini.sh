@@ -11,9 +11,8 @@
 #   SCENES=150           held-out pictures of the evaluation, ten plain and five multiple-choice questions each
 #   QUICK=1              a minute through all stages, to see that everything works
 set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-PYTHON=${PYTHON:-python}
 WORK=${WORK:-runs/mini}
 OUTPUT=${OUTPUT:-$WORK/llava-mini}
 SEED=${SEED:-0}
@@ -31,9 +30,9 @@ fi
 stage() {
     local name=$1 processes=$2
     shift 2
-    local launcher=("$PYTHON")
+    local launcher=(python)
     if ((processes > 1)); then
-        launcher=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes")
+        launcher=(python -m torch.distributed.run --standalone --nproc_per_node "$processes")
     fi
     "${launcher[@]}" -m llava.train.mini.run "$name" --work "$WORK" --seed "$SEED" "$@"
 }
@@ -44,5 +43,5 @@ stage align 1 --phases "$ALIGN"
 stage tune "$PROCESSES" --phases "$TUNE" --questions "$QUESTIONS"
 stage choices "$PROCESSES" --phases "$CHOICES" --questions "$QUESTIONS" --lr 1.5e-3
 stage export 1 --output "$OUTPUT"
-"$PYTHON" -m llava.train.mini.evaluate --model_path "$OUTPUT" --n_scenes "$SCENES" --per_scene 10 \
+python -m llava.train.mini.evaluate --model_path "$OUTPUT" --n_scenes "$SCENES" --per_scene 10 \
     --output "$OUTPUT/accuracy.json"

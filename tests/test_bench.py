@@ -99,7 +99,7 @@ def test_the_floor_runs_on_the_counts_of_the_pass(config):
     assert done.times["selector_ms"] > 0 and done.times["ttft_ms"] > done.times["prefill_ms"] > 0
     seen = []
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape)) for layer in model.model.layers
+        layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape)) for layer in model.model.layers
     ]
     floor = floor_pass(model, inputs, done.lengths)()
     for hook in hooks:

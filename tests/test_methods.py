@@ -101,6 +101,28 @@ def test_keeping_everything_equals_plain_llava(reducer):
         assert traces[0].cache_bytes == same_traces[0].cache_bytes
 
 
+MERGING = ("mustdrop", "merge", "smallimage", "avgpool", "tome")  # these need, or leave no, whole grid of patches
+AFTER_MERGING = [name for name in METHODS if not name.startswith(MERGING)]
+
+
+@pytest.mark.parametrize("name", [*AFTER_MERGING, "filter by numbers", "mustdrop by numbers"])
+def test_images_with_different_numbers_of_tokens_do_not_see_each_other(name):
+    """In a batch as in a prompt: counts go by an image's own tokens, here those that merging by threshold leaves."""
+    own = {
+        "filter by numbers": DualAttentionFilter(budget=[0.5, 0.4, 0.2, 0.1]),
+        "mustdrop by numbers": MustDrop(retain=30, stages=["prefill", "decode"]),
+    }
+    reducer = Compose([LocalSpatialMerge(), own.get(name) or METHODS[name][0]])
+    apart = one_by_one(ours(), reducer)
+    ids, logits, traces = run(ours(), reducer, **batch(PROMPTS), images=torch.cat(IMAGES[:2]))
+    merged = {image["blocks"][0][1] for trace in traces for image in trace.images}
+    assert len(merged) == 3
+    for row, (alone_ids, alone_logits, (alone,)) in enumerate(apart):
+        assert traces[row].vision_tokens == alone.vision_tokens and traces[row].kept == alone.kept
+        torch.testing.assert_close(logits[row], alone_logits[0], atol=1e-4, rtol=0)
+        assert torch.equal(ids[row], alone_ids[0])
+
+
 @reducing
 def test_batch_equals_one_by_one(reducer):
     apart = one_by_one(ours(), reducer)

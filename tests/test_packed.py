@@ -7,7 +7,7 @@ import torch
 from tiny import LAYERS, SIDE, batch, ours, pictures, prompt, run
 
 from eval import ragged
-from llava.model.language_model import decoder, layers
+from llava.model.language_model import layers, loop
 from llava.model.language_model.packed import PackedRows
 from mustdrop import MustDrop
 
@@ -17,17 +17,17 @@ def test_packed_rows_give_what_padded_rows_give(kv_heads, monkeypatch):
     model = ours(kv_heads=kv_heads)
     inputs = batch([prompt(3, 5), prompt(6, 2, seed=1), prompt(4, 9, seed=2)])
     reducer = MustDrop(global_threshold=1.1 / SIDE**2, individual_threshold=1.0 / SIDE**2)
-    used, packed_layer = [], layers.run_packed
+    used, packed_layer = [], layers._run_packed
 
     def spy(layer, stream, cache):
         used.append(stream.packed.lengths)
         return packed_layer(layer, stream, cache)
 
-    monkeypatch.setattr(layers, "run_packed", spy)
+    monkeypatch.setattr(layers, "_run_packed", spy)
     with torch.inference_mode():
         packed = run(model, reducer, images=pictures(3), **inputs)
         assert len(used) > 1 and any(len(set(lengths)) > 1 for lengths in used)
-        monkeypatch.setattr(decoder.PackedRows, "of", lambda *_: None)
+        monkeypatch.setattr(loop.PackedRows, "of", lambda *_: None)
         padded = run(model, reducer, images=pictures(3), **inputs)
     assert torch.equal(packed[0], padded[0])
     torch.testing.assert_close(packed[1], padded[1], atol=1e-4, rtol=0)

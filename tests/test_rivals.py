@@ -244,7 +244,10 @@ def test_tome_merges_the_most_alike_and_weighs_by_size():
     assert sorted(patch for patches in trace.tokens for patch in patches) == list(range(PATCHES))
     assert trace.images[0]["blocks"] == [[0, 109], [1, 74], [2, 40]]
     keys = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.1, 1.0], [1.0, 0.1]]])
-    assert match(keys, 1).tolist() == [[3, 1, 2, 3]] and match(keys, 2).tolist() == [[3, 1, 1, 3]]
+    one, two = torch.tensor([1]), torch.tensor([2])
+    assert match(keys, one).tolist() == [[3, 1, 2, 3]] and match(keys, two).tolist() == [[3, 1, 1, 3]]
+    three_are_real = torch.tensor([[True, True, True, False]])
+    assert match(keys, one, three_are_real).tolist() == [[0, 1, 1, 3]]
 
 
 def test_tome_attends_to_a_token_of_two_patches_as_to_both():

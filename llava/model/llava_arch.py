@@ -14,21 +14,28 @@ from transformers import CLIPVisionConfig
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from mustdrop.hooks import Call, Reducer, Run, Tokens, VisionTokens
+from mustdrop.hooks import Call, ImageFacts, PromptFacts, Reducer, Run, Tokens, VisionTokens
 
 
 @dataclass
 class Prompt:
     """A batch of prompts ready for the decoder.
 
-    `embeds` `[batch, length, width]`, the record of every position, `labels` `[batch, length]` or None, and the forward
-    pass they belong to.
+    `embeds` `[batch, length, width]`, the record of every position, `labels` `[batch, length]` or None, the forward
+    pass they belong to, and the number of rotary positions that the longest prompt takes.
     """
 
     embeds: Tensor
     tokens: Tokens
     labels: Tensor | None
     call: Call
+    positions: int = 0
+
+    def begin(self) -> Call:
+        """The forward pass; ValueError if it has been run: what the reducer noted in it belongs to that one."""
+        if self.call.entered:
+            raise ValueError("prompt: it has been through the decoder already, splice the ids and images again")
+        return self.call
 
 
 class LlavaMetaModel:
@@ -91,8 +98,9 @@ class LlavaMetaForCausalLM:
         projector = self.get_model().mm_projector
         with call.timed("vision", images.device):
             tokens = tower.encode(images, call)
-            dtype = next((parameter.dtype for parameter in projector.parameters()), tokens.hidden.dtype)
-            tokens = tokens.with_hidden(projector(tokens.hidden.to(dtype)))
+            # A packed weight's dtype (uint8, int8) says nothing about what its layer computes in.
+            types = (parameter.dtype for parameter in projector.parameters() if parameter.is_floating_point())
+            tokens = tokens.with_hidden(projector(tokens.hidden.to(next(types, tokens.hidden.dtype))))
             if call.does("on_projected_features"):
                 with call.timed("selector", images.device):
                     tokens = call.reducer.on_projected_features(tokens, call.state) or tokens
@@ -143,7 +151,7 @@ class LlavaMetaForCausalLM:
         places = call.tiles
         if encoded is not None and call.does("on_question"):
             encoded, places = self._ask(encoded, text, chunks, call)
-        counts = [] if encoded is None else encoded.counts.tolist()
+        counts = [] if encoded is None else encoded.known_lengths
         sequences = [_Sequence(self.reducer.positions == "renumber") for _ in rows]
         used = 0
         for number, (sequence, own, row) in enumerate(zip(sequences, assigned, chunks, strict=True)):
@@ -171,7 +179,7 @@ class LlavaMetaForCausalLM:
         questions = [part for part, tiles in zip(questions, call.tiles, strict=True) for _ in tiles]
         real = pad_sequence([torch.ones_like(part[:, 0], dtype=torch.bool) for part in questions], batch_first=True)
         with call.timed("vision", text.device), call.timed("selector", text.device):
-            each = encoded.rows(torch.tensor(rows, device=encoded.hidden.device))
+            each = encoded.rows(rows)
             asked = call.reducer.on_question(each, pad_sequence(questions, batch_first=True), real, call.state) or each
         numbers = iter(range(len(rows)))
         return asked, [[next(numbers) for _ in tiles] for tiles in call.tiles]
@@ -211,7 +219,7 @@ def text_prompt(
     position = column if position_ids is None else position_ids.expand(batch, -1)
     call.images.extend([] for _ in range(batch))
     call.tiles.extend([] for _ in range(batch))
-    return Prompt(embeds, Tokens(position, column, none, none, nothing, nothing, valid), labels, call)
+    return Prompt(embeds, Tokens(position, column, none, none, nothing, nothing, valid), labels, call, length)
 
 
 class _Sequence:
@@ -221,12 +229,14 @@ class _Sequence:
         self.renumber = renumber
         self.parts: dict[str, list[Tensor]] = defaultdict(list)
         self.images: list[tuple[int, Tensor]] = []
-        self.position = self.index = self.questions = 0
+        self.facts: list[ImageFacts] = []
+        self.position = self.index = self.text = self.questions = 0
 
     def add_text(self, embeds: Tensor, labels: Tensor | None) -> None:
         """Append text embeddings `[length, width]`."""
         count, device = len(embeds), embeds.device
         question = bool(self.images)
+        self.text += count
         self.questions += count * question
         self._add(
             embeds,
@@ -263,8 +273,14 @@ class _Sequence:
             question=torch.zeros(total, dtype=torch.bool, device=device),
         )
         self.images.append((total, torch.where(owner < 0, owner, owner + encoded.prefix)))
+        keys = 0 if encoded.keys is None else encoded.keys[row]
+        self.facts.append(ImageFacts(len(owner), total, total, keys))
         self.position += total if self.renumber else encoded.prefix + len(owner)
         self.index += total
+
+    def known(self) -> PromptFacts:
+        """What the host knows of the prompt."""
+        return PromptFacts(self.text, self.questions, tuple(self.facts))
 
     def _add(self, embeds: Tensor, labels: Tensor | None, **record: Tensor) -> None:
         for name, value in {"embeds": embeds, "labels": labels, **record}.items():
@@ -281,6 +297,7 @@ def _pad(sequences: list[_Sequence], side: str, limit: int | None, call: Call) -
         for name, parts in sequence.parts.items():
             columns[name].append(torch.cat([part.to(device) for part in parts])[:limit])
     lengths = [len(embeds) for embeds in columns["embeds"]]
+    cut = limit is not None and max(sequence.known().length for sequence in sequences) > limit
     stacked = {
         name: pad_sequence(values, batch_first=True, padding_value=fillers.get(name, 0), padding_side=side)
         for name, values in columns.items()
@@ -296,8 +313,10 @@ def _pad(sequences: list[_Sequence], side: str, limit: int | None, call: Call) -
         valid=valid,
         images=max(len(sequence.images) for sequence in sequences),
         questions=max(sequence.questions for sequence in sequences),
+        prompts=None if cut else tuple(sequence.known() for sequence in sequences),
     )
-    return Prompt(embeds, tokens, labels, call)
+    positions = max(sequence.position for sequence in sequences)
+    return Prompt(embeds, tokens, labels, call, positions if limit is None else min(positions, limit))
 
 
 def _split_at_images(row: list[int]) -> list[list[int]]:

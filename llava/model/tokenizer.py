@@ -8,6 +8,7 @@ sentencepiece ids.
 """
 
 import os
+from pathlib import Path
 from typing import ClassVar
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -119,6 +120,12 @@ class LlamaTokenizer(SentencePieceBackend):
         return text + self.sp_model.decode(stretch)
 
 
+def tokenizer_folder(folders: list[Path]) -> Path:
+    """The first folder that has a tokenizer, else the last, which is the language model's."""
+    files = (VOCABULARY_FILE, "tokenizer.json")
+    return next((folder for folder in folders if any((folder / name).exists() for name in files)), folders[-1])
+
+
 def load_tokenizer(path: str | os.PathLike, **kwargs) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a checkpoint so that its ids are those LLaVA was trained with.
 
@@ -152,7 +159,7 @@ def load_tokenizer(path: str | os.PathLike, **kwargs) -> PreTrainedTokenizerBase
             kwargs.setdefault("legacy", bool(config) if legacy is None else legacy)
             return LlamaTokenizer.from_pretrained(path, **kwargs)
         return AutoTokenizer.from_pretrained(path, use_fast=False, **kwargs)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises bare ones for damaged files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"tokenizer: none can be loaded from {path!r}; expected a folder or Hub name with {VOCABULARY_FILE} "

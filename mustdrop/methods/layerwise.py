@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mustdrop import ops
 from mustdrop.checks import require
-from mustdrop.hooks import Attention, DecoderStep, Keep, Reducer, VisionTokens
+from mustdrop.hooks import Attention, DecoderStep, ImageFacts, Keep, Reducer
 from mustdrop.macs import Workload, filters_macs
 from mustdrop.shape import ModelShape
 
@@ -28,8 +28,7 @@ class LayerwiseDrop(Reducer):
     """Base of methods that rank the vision tokens after some decoder layers and keep the best of every image.
 
     A method says how many tokens of an image stay after which layer (`schedule`) and how good a token is (`score`).
-    Numbers are those of an image with as many tokens as the largest one has; images from which an earlier stage has
-    taken tokens keep the same share.
+    Numbers go by the tokens with which an image itself entered the decoder, whatever its neighbours in the batch have.
     """
 
     retain: int | None = None
@@ -65,31 +64,27 @@ class LayerwiseDrop(Reducer):
         """Vision tokens per decoder layer, a layer counting after its drop (the authors' meter)."""
         return self._mean(self.schedule(layers, tokens), layers, tokens)
 
-    def on_projected_features(self, tokens: VisionTokens, state: dict) -> None:
-        """Note how many tokens an image has: known to the host, so that later nothing waits for the device."""
-        state["tokens"], state["alike"] = tokens.hidden.shape[1], tokens.valid is None
-
     def after_decoder_layer(self, step: DecoderStep) -> Keep | None:
-        state = step.state
-        if "entered" not in state:
-            state["entered"] = ops.tokens_per_image(step.tokens.image, step.tokens.images)
-            state["stages"] = self.stages(self.schedule(step.layers, state["tokens"]), state["tokens"])
-        stage = state["stages"].get(step.layer)
-        if stage is None:
-            return None
-        keep = self.keep(step, stage)
-        if state["alike"] and len(step.hidden) == 1:
-            keep.dropped = (stage.before - stage.after) * step.tokens.images
-        return keep
+        known = step.state.setdefault("stages", {})
 
-    def keep(self, step: DecoderStep, stage: Stage) -> Keep:
-        """What goes on after a layer of the schedule: the best tokens."""
-        return Keep(ops.top_per_image(self.score(step), step.tokens.image, self.wanted(step, stage.kept)))
+        def stage(image: ImageFacts) -> Stage | None:
+            if image.entered not in known:
+                known[image.entered] = self.stages(self.schedule(step.layers, image.entered), image.entered)
+            return known[image.entered].get(step.layer)
 
-    def wanted(self, step: DecoderStep, count: int) -> Tensor:
-        """`count` tokens of an image that entered the decoder whole, as large a share of others: `[batch, images]`."""
-        entered, whole = step.state["entered"].to(step.hidden.device), step.state["tokens"]
-        return (2 * entered * count + whole) // (2 * whole)
+        stages = [[stage(image) for image in prompt.images] for prompt in step.tokens.facts()]
+        return self.keep(step, stages) if any(one for own in stages for one in own) else None
+
+    def keep(self, step: DecoderStep, stages: list[list[Stage | None]]) -> Keep:
+        """What goes on after a layer: the best tokens, as many as the `stages` of the prompts' images say."""
+        return Keep.top(self.score(step), self.wanted(step, stages))
+
+    def wanted(self, step: DecoderStep, stages: list[list[Stage | None]]) -> list[list[int]]:
+        """Tokens of each image that stay as they are; all of an image that has no stage at this layer."""
+        return [
+            [min(image.tokens, stage.kept if stage else image.tokens) for stage, image in zip(own, images, strict=True)]
+            for own, images in zip(stages, (prompt.images for prompt in step.tokens.facts()), strict=True)
+        ]
 
     def stages(self, schedule: dict[int, int], tokens: int) -> dict[int, Stage]:
         """What a schedule means layer by layer."""

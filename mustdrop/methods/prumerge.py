@@ -113,9 +113,12 @@ class PruMerge(Reducer):
         keys = F.normalize(keys.float(), dim=-1)
         own = rows[..., None] == torch.arange(stays.shape[1], device=rows.device)
         likeness = (gather(keys, rows) @ keys.transpose(1, 2)).masked_fill(own, float("-inf"))
+        if tokens.valid is not None:
+            likeness = likeness.masked_fill(~tokens.valid[:, None], float("-inf"))
         nearest = ops.top_count(likeness, self.neighbours) & ~own
-        rest = (score * ~stays)[:, None]
-        return torch.where(stays.gather(1, rows)[..., None], own + nearest * score[:, None], rest)
+        share = score.clamp(min=0)[:, None]  # padding, whose score is -1, adds nothing
+        rest = share * ~stays[:, None]
+        return torch.where(stays.gather(1, rows)[..., None], own + nearest * share, rest)
 
 
 def cls_attention(attention: Attention, tokens: VisionTokens) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mustdrop import ops
 from mustdrop.checks import check_layers, one_of, require
-from mustdrop.hooks import DecoderStep, Keep, gather
+from mustdrop.hooks import DecoderStep, Keep, Tokens, gather
+from mustdrop.keep import each_image, padded
 from mustdrop.macs import Workload, filters_macs
 from mustdrop.methods.layerwise import LayerwiseDrop, Stage
 from mustdrop.methods.sparsevlm_ops import raters, recycle, recycled, rotary_similarity
@@ -151,8 +152,10 @@ class SparseVLM(LayerwiseDrop):
         total = (work.vision_tokens[0] + rows) * rows * shape.hidden + filters_macs(shape, work, rows, list(stages))
         if self.version == 2 and self.compat == "official":
             total += sum(rows * (work.vision_tokens[layer] + rows) * shape.head_dim for layer in stages)
-        for stage in stages.values() if self.version == 1 else ():
-            joining, clusters = recycled(tokens if self.rank_scale is not None else stage.before - stage.kept)
+        for layer, stage in stages.items() if self.version == 1 else ():
+            by_rank = self.rank_scale is not None  # room for all that an image has: the host does not know the rank
+            dropped = work.vision_tokens[layer] // len(work.image_tokens) if by_rank else stage.before - stage.kept
+            joining, clusters = recycled(dropped)
             total += len(work.image_tokens) * joining * clusters * shape.hidden
         return total
 
@@ -164,29 +167,53 @@ class SparseVLM(LayerwiseDrop):
             step.state["raters"] = raters(step.hidden, tokens.vision, rows, real, self.compat == "official")
 
     def after_decoder_layer(self, step: DecoderStep) -> Keep | None:
-        keep = super().after_decoder_layer(step) if "raters" in step.state else None
-        if keep is not None and self.rank_scale is not None:
-            keep.dropped = None
-        return keep
+        return super().after_decoder_layer(step) if "raters" in step.state else None
 
-    def keep(self, step: DecoderStep, stage: Stage) -> Keep:
-        tokens, wanted = step.tokens, self.wanted(step, stage.kept)
-        rating = step.state["raters"].to(step.hidden.device)
-        now = ops.tokens_per_image(tokens.image, tokens.images)
+    def keep(self, step: DecoderStep, stages: list[list[Stage | None]]) -> Keep:
+        tokens, rating = step.tokens, step.state["raters"].to(step.hidden.device)
         score, rated = self._score(step, rating)
+        score = score.masked_fill(tokens.protected, float("inf"))
+        now = each_image(tokens, lambda image: image.tokens)
         if self.rank_scale is not None:
-            own = tokens.image[:, None] == torch.arange(tokens.images, device=tokens.image.device)[:, None]
-            rank = torch.linalg.matrix_rank((rated[:, None] * own[:, :, None]).float(), rtol=RANK_TOLERANCE)
-            wanted = (rank * self.rank_scale + self.rank_bias).long().clamp(min=1)
-        wanted = torch.where(rating.any(-1, keepdim=True), torch.minimum(wanted, now), now)
-        exact = step.state["alike"] and self.rank_scale is None
-        most = stage.before - stage.kept if exact else step.state["tokens"]
+            counts, stays = None, self._by_rank(tokens, rating, rated)
+            most = max(number for own in now for number in own)
+        else:
+            counts = self._counts(step, stages)
+            stays = padded(counts, tokens.images, score.device)
+            pairs = zip(now, counts, strict=True)
+            most = max(before - after for pair in pairs for before, after in zip(*pair, strict=True))
         if self.version == 2 or not most:
-            return Keep(ops.top_per_image(score, tokens.image, wanted))
-        if self.compat == "default":
-            return recycle(step.hidden, tokens, score, wanted, most)
-        noise = step.state.setdefault("noise", torch.Generator().manual_seed(0))
-        return recycle(step.hidden, tokens, score, wanted, most, last=True, noise=noise)
+            return Keep.top(score, counts)
+        official = self.compat == "official"
+        noise = self._noise(step, now, counts or [[0] * len(own) for own in now], most) if official else None
+        return recycle(step.hidden, tokens, score, stays, most, counts, last=official, noise=noise)
+
+    def _noise(self, step: DecoderStep, now: list[list[int]], counts: list[list[int]], most: int) -> Tensor:
+        """Random numbers for the recycled tokens of each image, as if it were alone, `[batch, images, tokens]`."""
+        noise = torch.zeros(len(now), step.tokens.images, recycled(most)[0])
+        generators = step.state.setdefault("noise", {})
+        for row, (before, after) in enumerate(zip(now, counts, strict=True)):
+            for image, (tokens, stay) in enumerate(zip(before, after, strict=True)):
+                generator = generators.setdefault((row, image), torch.Generator().manual_seed(0))
+                joining = recycled(tokens - stay)[0]
+                noise[row, image, :joining] = torch.rand(joining, generator=generator)
+        return noise.to(step.hidden.device)
+
+    def _counts(self, step: DecoderStep, stages: list[list[Stage | None]]) -> list[list[int]]:
+        """Tokens of each image that stay as they are; all where no text after the image could choose."""
+        return [
+            [max(number, image.keys) if prompt.questions else image.tokens for number, image in pairs]
+            for prompt, own in zip(step.tokens.facts(), self.wanted(step, stages), strict=True)
+            for pairs in [zip(own, prompt.images, strict=True)]
+        ]
+
+    def _by_rank(self, tokens: Tokens, rating: Tensor, rated: Tensor) -> Tensor:
+        """The same where the rank of the raters' attention decides, int64 `[batch, images]`."""
+        now = ops.tokens_per_image(tokens.image, tokens.images)
+        own = tokens.image[:, None] == torch.arange(tokens.images, device=tokens.image.device)[:, None]
+        rank = torch.linalg.matrix_rank((rated[:, None] * own[:, :, None]).float(), rtol=RANK_TOLERANCE)
+        wanted = (rank * self.rank_scale + self.rank_bias).long().clamp(min=1)
+        return torch.where(rating.any(-1, keepdim=True), torch.minimum(wanted, now), now)
 
     def _score(self, step: DecoderStep, rating: Tensor) -> tuple[Tensor, Tensor]:
         """Mean attention of the raters `[batch, length]`; in version 1 also of each, `[batch, questions, length]`."""

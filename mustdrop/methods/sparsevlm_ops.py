@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mustdrop import ops
 from mustdrop.hooks import Keep, Tokens, gather
+from mustdrop.keep import each_image
 
 
 def recycled(dropped: int) -> tuple[int, int]:
@@ -22,8 +23,9 @@ def recycle(
     score: Tensor,
     keep: Tensor,
     most: int,
+    counts: list[list[int]] | None = None,
     last: bool = False,
-    noise: torch.Generator | None = None,
+    noise: Tensor | None = None,
 ) -> Keep:
     """Keep the best tokens of every image and merge the next best into clusters.
 
@@ -36,11 +38,14 @@ def recycle(
         Tokens of each image that stay as they are.
     most : int
         No image drops more than this.
+    counts : list of list of int, optional
+        `keep` as the host knows it.
     last : bool
         Whether merged tokens follow the image's others, those of the largest score first, instead of taking the place
         of the token in their cluster's centre.
-    noise : torch.Generator, optional
-        Breaks ties between densities as the authors do: by up to 1e-6, which also decides between near ties.
+    noise : `[batch, images, recycled]`, optional
+        Random numbers that break ties between densities as the authors do: by up to 1e-6, which also decides between
+        near ties.
     """
     own = tokens.image[:, None] == torch.arange(keep.shape[1], device=keep.device)[:, None]
     ranked = score[:, None].masked_fill(~own, float("-inf")).argsort(dim=-1, descending=True, stable=True)
@@ -73,11 +78,19 @@ def recycle(
         end = (own * everywhere[:, None, :spare]).amax(-1)
         behind = end[..., None] * step + 1 + torch.arange(size[1], device=keep.device)
         order = (everywhere * step).scatter(1, targets.flatten(1), behind.flatten(1))[:, :spare]
-    return Keep(stays[:, :spare], merged[:, :spare], into[:, :spare], order)
+    stays, more = stays[:, :spare], {"states": merged[:, :spare], "merge_into": into[:, :spare], "order": order}
+    if counts is None:
+        return Keep.where(stays, **more)
+    now = each_image(tokens, lambda image: image.tokens)
+    after = [
+        [number + recycled(before - number)[1] for before, number in zip(*pair, strict=True)]
+        for pair in zip(now, counts, strict=True)
+    ]
+    return Keep.top(stays.float(), after, **more)
 
 
 def density_peaks(
-    points: Tensor, real: Tensor, clusters: Tensor, most: int, noise: torch.Generator | None = None
+    points: Tensor, real: Tensor, clusters: Tensor, most: int, noise: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cluster points: centres are dense and far from anything denser, all others join the nearest centre.
 
@@ -90,8 +103,8 @@ def density_peaks(
         False for padding.
     clusters : int64 `[...]`
         Wanted clusters, no more than `most` and than there are real points.
-    noise : torch.Generator, optional
-        As in `recycle`; the same for all sets of points.
+    noise : `[..., points]`, optional
+        As in `recycle`.
 
     Returns
     -------
@@ -108,7 +121,7 @@ def density_peaks(
     counted = torch.arange(most, device=points.device) < clusters[..., None, None]
     density = (-(nearest.masked_fill(~counted, 0) ** 2).sum(-1) / clusters[..., None].clamp(min=1)).exp()
     if noise is not None:
-        density = density + 1e-6 * torch.rand(points.shape[-2], generator=noise).to(density.device)
+        density = density + 1e-6 * noise
     density = density.masked_fill(~real, -1)
     rank = density.argsort(dim=-1, descending=True, stable=True).argsort(-1)
     denser = (rank[..., None, :] < rank[..., None]) & pair

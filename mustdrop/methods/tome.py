@@ -58,12 +58,12 @@ class ToMe(Reducer):
 
     def inside_vision_block(self, step: VisionStep) -> VisionTokens | None:
         tokens = step.tokens
-        count = tokens.anchor.shape[1]
         left = schedule(tokens.owner.shape[1], self.retain, step.run)[step.block]
-        if left >= count:
+        pairs = [max(0, min(length - left, length // 2)) for length in tokens.known_lengths]
+        if not any(pairs):
             return None
         keys = step.attention.keys().mean(1)[:, tokens.prefix :]
-        into = match(keys, count - left)
+        into = match(keys, torch.tensor(pairs, device=keys.device), tokens.valid)
         total = torch.zeros_like(tokens.size).scatter_add(1, into, tokens.size)
         return replace(ops.merge(tokens, into, left, tokens.size / total.gather(1, into)), proportional=True)
 
@@ -93,14 +93,16 @@ def schedule(tokens: int, retain: int, blocks: int) -> list[int]:
     raise ValueError(f"retain is {retain}: it must be {right}")
 
 
-def match(keys: Tensor, pairs: int) -> Tensor:
+def match(keys: Tensor, pairs: Tensor, valid: Tensor | None = None) -> Tensor:
     """Bipartite soft matching (ToMe, section 3): who merges with whom.
 
     Parameters
     ----------
     keys : `[images, tokens, width]`
-    pairs : int
-        Number of tokens that go, half of all at most.
+    pairs : int64 `[images]`
+        Number of tokens that go, half of an image's at most.
+    valid : bool `[images, tokens]`, optional
+        False for padding, which matches nothing.
 
     Returns
     -------
@@ -108,7 +110,11 @@ def match(keys: Tensor, pairs: int) -> Tensor:
         Column of the token that each goes into, its own if it stays.
     """
     units = F.normalize(keys.float(), dim=-1)
-    likeness, partner = (units[:, ::2] @ units[:, 1::2].transpose(1, 2)).max(-1)
+    likeness = units[:, ::2] @ units[:, 1::2].transpose(1, 2)
+    if valid is not None:
+        pair = valid[:, ::2, None] & valid[:, None, 1::2]
+        likeness = likeness.masked_fill(~pair, float("-inf"))
+    likeness, partner = likeness.max(-1)
     into = torch.arange(keys.shape[1], device=keys.device).repeat(len(keys), 1)
-    into[:, ::2] = torch.where(ops.top_count(likeness, pairs), 2 * partner + 1, into[:, ::2])
+    into[:, ::2] = torch.where(ops.top_count(likeness, pairs[:, None]), 2 * partner + 1, into[:, ::2])
     return into

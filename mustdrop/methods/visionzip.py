@@ -86,17 +86,19 @@ class VisionZip(Reducer):
             return None
         official = self.compat == "official" and tokens.prefix == 1
         stays = ops.top_count(self._score(step), dominant - official)
-        rest = tokens.anchor.shape[1] - dominant + official
-        others, real = compact(~stays, pad="right", length=rest)[0], tokens.valid
-        targets = others[:, :: max(1, rest // contextual)][:, :contextual]
+        real = torch.ones_like(stays) if tokens.valid is None else tokens.valid
+        rest = [max(0, length - dominant + official) for length in tokens.known_lengths]
+        others, _ = compact(~stays & real, pad="right", length=rest)
+        stride = torch.tensor([max(1, number // contextual) for number in rest], device=stays.device)
+        place = torch.arange(contextual, device=stays.device) * stride[:, None]
+        targets = others.gather(1, place.clamp(max=others.shape[1] - 1))
 
         keys = F.normalize(step.attention.keys().mean(1)[:, tokens.prefix :].float(), dim=-1)
         nearest = (keys @ gather(keys, targets).transpose(1, 2)).argmax(-1)
         column = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
         is_target = torch.zeros_like(stays).scatter(1, targets, True)
-        into = torch.where(stays | is_target, column, targets.gather(1, nearest))
-        if real is not None:
-            into = torch.where(real, into, column)
+        few = torch.tensor([length <= dominant + contextual for length in tokens.known_lengths], device=stays.device)
+        into = torch.where(stays | is_target | ~real | few[:, None], column, targets.gather(1, nearest))
         return self._official(tokens, into, is_target) if official else ops.merge(tokens, into, dominant + contextual)
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
@@ -130,5 +132,6 @@ class VisionZip(Reducer):
             owner=merged.owner + (merged.owner >= 0),
             valid=merged.valid_with_prefix,
             protected=None if merged.protected is None else F.pad(merged.protected, (1, 0)),
+            lengths=tuple(length + 1 for length in merged.known_lengths),
             prefix=0,
         )

@@ -66,8 +66,9 @@ def filter_schedule(
     budget: tuple[int | float, ...] | None = None,
     retain: int | None = None,
     taper: float = TAPER,
+    strict: bool = False,
 ) -> dict[int, int]:
-    """Decoder layer -> vision tokens of an image that go on after it.
+    """Decoder layer -> vision tokens of an image that go on after it, as near to what is asked as can be.
 
     Parameters
     ----------
@@ -82,21 +83,17 @@ def filter_schedule(
     taper : float
         With `retain`: the share that the last filter leaves of what the first left, those between in equal steps on a
         logarithmic scale; key tokens stay in any case.
-
-    Raises
-    ------
-    ValueError
-        If these numbers are out of reach.
+    strict : bool
+        Raise ValueError if these numbers are out of reach.
     """
     if budget is not None:
         counts = [as_count(number, patches) for number in budget]
         for number, count in zip(budget, counts, strict=True):
             right = f"from {keys} (key tokens are never dropped) to {entering} (tokens that enter the decoder)"
-            require(keys <= count <= entering, "budget", number, right)
-        return dict(zip(after, counts, strict=True))
+            require(not strict or keys <= count <= entering, "budget", number, right)
+        return {layer: min(entering, max(keys, count)) for layer, count in zip(after, counts, strict=True)}
     right = f"at most {entering}, the tokens that enter the decoder, or all {patches}; a larger merge_to raises that"
-    require(retain <= entering or retain >= patches, "retain", retain, right)
-
+    require(not strict or retain <= entering or retain >= patches, "retain", retain, right)
     if retain >= entering:
         return {}
     shares = [taper ** (number / max(1, len(after) - 1)) for number in range(len(after))]
@@ -113,7 +110,8 @@ def filter_schedule(
         return total / layers
 
     right = f"at least {math.ceil(mean(0))}: key tokens stay, and the first layers see all {entering} that enter"
-    require(retain >= mean(0), "retain", retain, right + "; a smaller merge_to, diverse or key_rate lowers that")
+    right += "; a smaller merge_to, diverse or key_rate lowers that"
+    require(not strict or retain >= mean(0), "retain", retain, right)
     above = bisect_left(range(math.ceil(entering / shares[-1])), retain, key=mean)
     return schedule(min((above, max(above - 1, 0)), key=lambda first: abs(mean(first) - retain)))
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mustdrop import ops
 from mustdrop.checks import check_layers, one_of, require
-from mustdrop.hooks import DecoderStep, Keep, Reducer, VisionTokens
+from mustdrop.hooks import DecoderStep, ImageFacts, Keep, Reducer
+from mustdrop.keep import each_image
 from mustdrop.macs import Workload, filters_macs
 from mustdrop.shape import ModelShape
 from mustdrop.stages.budget import TAPER, check_budget, filter_schedule, key_count
@@ -29,8 +30,8 @@ class DualAttentionFilter(Reducer):
 
     With `budget` or `retain` the same two numbers rank the tokens instead, each relative to its threshold, and a token
     is as good as the better of them. The thresholds would keep the same tokens if both were multiplied by one factor
-    chosen for that image and layer. Counts are then the same for all images and known beforehand, so that nothing
-    waits for the device; a prompt with no text after its image is judged by its last token.
+    chosen for that image and layer. Counts follow from the image's own number of tokens and are known beforehand, so
+    that nothing waits for the device; a prompt with no text after its image is judged by its last token.
 
     Parameters
     ----------
@@ -80,22 +81,15 @@ class DualAttentionFilter(Reducer):
         """Whether numbers, not the thresholds, decide how many tokens stay."""
         return self.budget is not None or self.retain is not None
 
-    def does(self, hook: str) -> bool:
-        return super().does(hook) and (hook != "on_projected_features" or self.budgeted)
-
-    def schedule(self, layers: int, patches: int, entering: int) -> dict[int, int]:
+    def schedule(self, layers: int, patches: int, entering: int, strict: bool = True) -> dict[int, int]:
         """Decoder layer -> tokens that go on after it, of an image of which `entering` tokens enter the decoder.
 
-        Raises ValueError if `budget` or `retain` is out of reach.
+        If `budget` or `retain` is out of reach: ValueError, or if not `strict`, what comes nearest.
         """
         budget = None if self.budget is None else tuple(self.budget)
         keys = key_count(self.key_rate, patches if entering == self.thinned else entering)
         after = tuple(dict.fromkeys(self.layers_of(layers)))
-        return filter_schedule(after, layers, patches, entering, keys, budget, self.retain, self.taper)
-
-    @property
-    def needs_counts(self) -> bool:
-        return self.retain is not None
+        return filter_schedule(after, layers, patches, entering, keys, budget, self.retain, self.taper, strict)
 
     def check_tokens(self, layers: int, tokens: int) -> None:
         self.check_counts(layers, (1, tokens), tokens)
@@ -123,19 +117,14 @@ class DualAttentionFilter(Reducer):
         layers = None if self.budgeted else self.layers_of(shape.layers)
         return filters_macs(shape, work, work.text_tokens + self.budgeted, layers)
 
-    def on_projected_features(self, tokens: VisionTokens, state: dict) -> None:
-        """Note how many tokens enter the decoder: known to the host, so that later nothing waits for the device."""
-        state["patches"], state["tokens"] = tokens.owner.shape[1], tokens.hidden.shape[1]
-        state["alike"] = tokens.valid is None
-
-    def after_decoder_layer(self, step: DecoderStep) -> Tensor | Keep | None:
+    def after_decoder_layer(self, step: DecoderStep) -> Keep | None:
         tokens = step.tokens
         if self.budgeted:
             return self._best(step)
         if step.layer not in self.layers_of(step.layers) or not tokens.questions:
             return None
         attention = self._attention(step, *tokens.question_rows())
-        return ops.dual_attention_keep(attention, tokens.image, tokens.images, *self._thresholds)
+        return Keep.where(ops.dual_attention_keep(attention, tokens.image, tokens.images, *self._thresholds))
 
     @property
     def _thresholds(self) -> tuple[float, float]:
@@ -143,12 +132,13 @@ class DualAttentionFilter(Reducer):
 
     def _best(self, step: DecoderStep) -> Keep | None:
         """The best tokens of every image; None if no image has more."""
-        tokens, state = step.tokens, step.state
-        if "schedule" not in state:
-            state["schedule"] = self.schedule(step.layers, state["patches"], state["tokens"])
-        count = state["schedule"].get(step.layer, state["tokens"])
-        lost, state["tokens"] = state["tokens"] - count, count
-        if not lost:
+        tokens = step.tokens
+
+        def count(image: ImageFacts) -> int:
+            return self.schedule(step.layers, image.patches, image.entered, strict=False).get(step.layer, image.tokens)
+
+        counts = each_image(tokens, count)
+        if counts == each_image(tokens, lambda image: image.tokens):
             return None
         rows, real = tokens.last_row(), torch.ones_like(tokens.vision[:, :1])
         if tokens.questions:
@@ -157,9 +147,7 @@ class DualAttentionFilter(Reducer):
             real = torch.cat([real, ~real.any(-1, keepdim=True)], dim=1)
         attention = self._attention(step, rows, real)
         score = dual_attention_score(attention, tokens.image, tokens.images, *self._thresholds)
-        score = score.masked_fill(tokens.protected, float("inf"))
-        keep = best_of_images(score, tokens.image, tokens.images, count)
-        return Keep(keep, dropped=lost * tokens.images if state["alike"] else None)
+        return Keep.top(score, counts)
 
     def _attention(self, step: DecoderStep, rows: Tensor, real: Tensor) -> Tensor:
         """Attention of some rows, mean over heads, zero where they are not `real`: `[batch, rows, length]`."""
@@ -187,10 +175,3 @@ def dual_attention_score(
     on_image = total.new_zeros(len(total), images).scatter_add(1, own, total * vision).gather(1, own)
     share = total / on_image.clamp(min=torch.finfo(total.dtype).tiny)
     return torch.maximum(share * individual_threshold, strongest * global_threshold)
-
-
-def best_of_images(score: Tensor, image: Tensor, images: int, count: int) -> Tensor:
-    """Mark the `count` best vision tokens of every image, all if it has fewer: bool `[batch, length]`."""
-    own = image[:, None] == torch.arange(images, device=image.device)[:, None]
-    best = score[:, None].masked_fill(~own, float("-inf")).topk(min(count, score.shape[-1])).indices
-    return (torch.zeros_like(own).scatter(-1, best, True) & own).any(1)

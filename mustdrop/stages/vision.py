@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from mustdrop.hooks import Reducer, VisionStep, VisionTokens
 from mustdrop.macs import Workload, key_probe_macs
 from mustdrop.reach import Touch, Tower, square
 from mustdrop.shape import ModelShape
-from mustdrop.stages.budget import windows_to_merge
+from mustdrop.stages.budget import key_count, windows_to_merge
 
 
 @dataclass
@@ -213,7 +213,8 @@ class KeyTokens(Reducer):
         score = attention.mean_over_heads(rows).mean(1)[:, tokens.prefix :]
         if tokens.valid is not None:
             score = score.masked_fill(~tokens.valid, float("-inf"))
-        return replace(tokens, protected=ops.top_share(score, self.rate, tokens.counts))
+        keys = [key_count(self.rate, length) for length in tokens.known_lengths]
+        return tokens.with_protected(ops.top_share(score, self.rate, tokens.counts), keys)
 
     def _keeps_all(self, patches: int) -> bool:
         return self.retain is not None and self.retain >= patches
@@ -244,7 +245,7 @@ class DiverseTokens(Reducer):
         if self.count >= tokens.anchor.shape[1]:
             return None
         keep = ops.least_redundant(tokens.patches, self.count, tokens.valid, tokens.protected)
-        return tokens.select(keep, length=self.count if tokens.valid is None else None)
+        return tokens.select(keep, length=self.count if tokens.valid is None else None, keeps_keys=True)
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         """The similarity of all pairs."""

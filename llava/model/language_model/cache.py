@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mustdrop.hooks import Call, Tokens, gather
 
+# What transformers calls a cache, in forward's arguments and in its outputs: the second name until 5.23.
+CACHE_NAME = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+)
 ROOM = 128  # positions by which a full layer grows, unless fewer are expected
 
 
@@ -99,8 +108,8 @@ class VisionCache(DynamicCache):
     """
 
     def __init__(self, config, call: Call | None = None):
-        super().__init__(config=config)
-        self.layers = [GrowingLayer() for _ in self.layers]
+        super().__init__()
+        self.layers = [GrowingLayer() for _ in range(config.num_hidden_layers)]
         self.call = call
         self.records: list[Tokens] = []
         self.next_position: list[Tensor] = []
@@ -129,6 +138,13 @@ class VisionCache(DynamicCache):
         self.call, self.records, self.generated = call, list(call.entered), 0
         following = {id(record): record.last_position() + 1 for record in self.records}
         self.next_position = [following[id(record)] for record in self.records]
+
+    def check_filled(self) -> None:
+        """Raise RuntimeError unless every layer holds what its record says: a layer that caches nothing is a fault."""
+        for number, (layer, record) in enumerate(zip(self.layers, self.records, strict=True)):
+            held, wanted = layer.get_seq_length(), record.image.shape[1]
+            if held != wanted:
+                raise RuntimeError(f"cache: layer {number} holds {held} positions after a prefill of {wanted}")
 
     def positions(self, layer: int, new: int) -> Tensor:
         """Rotary positions of `new` positions about to be appended, int64 `[..., batch, new]`."""
@@ -195,7 +211,10 @@ class VisionCache(DynamicCache):
 
     def _rebatch(self, change) -> None:
         """Apply a change of the batch axis to the records; layers that shared one still do."""
-        records = {id(record): record.map(lambda value: change(value, -2)) for record in self.records}
+        records = {
+            id(record): dataclasses.replace(record.map(lambda value: change(value, -2)), prompts=None)
+            for record in self.records
+        }
         self.records = [records[id(record)] for record in self.records]
         positions = {id(position): change(position, -1) for position in self.next_position}
         self.next_position = [positions[id(position)] for position in self.next_position]

@@ -5,17 +5,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llava.model.language_model.cache import VisionCache
+from llava.model.language_model.projections import whole_layer
+from llava.model.language_model.stream import Stream
 from llava.model.masks import expand_mask
-
-if TYPE_CHECKING:
-    from llava.model.language_model.decoder import LlavaLlamaModel, Stream
 
 STEP = 64  # capacities are multiples of this, so that few shapes occur
 WITH_4D_MASKS = ("sdpa", "eager", "flex_attention")
@@ -29,8 +28,8 @@ def compile_model(model, backend: str = "inductor", graphs: bool | None = None):
 
     The first calls compile: a few programs, which serve every layer and every length. Decoding works on buffers of
     fixed size, one size per layer, which are kept for the next call. As if not compiled run layers with a `LayerPlan`
-    or packed rows, anything with gradients or forward hooks on layers (asking for hidden states sets them for good),
-    and the decoding of reducers that have plans or drop cached tokens meanwhile, of flash attention, and of several
+    or packed rows, anything with gradients or attention probabilities asked for, and the decoding of reducers that have
+    plans or drop cached tokens meanwhile, of models with forward hooks on layers, of flash attention, and of several
     tokens at once.
 
     Parameters
@@ -85,7 +84,7 @@ class Compiled:
         known = config._attn_implementation in WITH_4D_MASKS
         return plain and known and hidden.shape[1] == 1
 
-    def decode(self, model: LlavaLlamaModel, hidden: Tensor, cache: VisionCache) -> Tensor:
+    def decode(self, model: nn.Module, hidden: Tensor, cache: VisionCache) -> Tensor:
         """Run one new position per prompt `[batch, 1, width]` through all layers."""
         groups: dict[tuple, int] = {}
         shared, which = [], []
@@ -152,8 +151,7 @@ class _Slots:
 def _layer(layer: nn.Module, hidden: Tensor, mask: Any, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Output, keys and values of a decoder layer."""
     seen = _Seen()
-    output = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=seen)
-    return output, seen.keys, seen.values
+    return whole_layer(layer, hidden, mask, rotary, seen)[0], seen.keys, seen.values
 
 
 def _new_rows(
@@ -165,11 +163,11 @@ def _new_rows(
     slot: Tensor,
 ) -> Tensor:
     """Output of a decoder layer for the position `slot`, whose keys and values go into its buffers."""
-    return layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=_Slots(buffers, slot))
+    return whole_layer(layer, hidden, mask, rotary, _Slots(buffers, slot))[0]
 
 
 def _step(
-    model: LlavaLlamaModel,
+    model: nn.Module,
     hidden: Tensor,
     groups: list[tuple[Tensor | None, Tensor, Tensor]],
     which: tuple[int, ...],

@@ -10,17 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llava.model.language_model.cache import VisionCache
-
-if TYPE_CHECKING:
-    from llava.model.language_model.decoder import Stream
+from llava.model.language_model.projections import heads_of
 
 
 @dataclass
@@ -37,13 +32,12 @@ class PackedRows:
     rotary: tuple[Tensor, ...] = ()
 
     @classmethod
-    def of(cls, stream: Stream, implementation: str) -> PackedRows | None:
-        """The rows of a stream; None where nothing is padded or the plain layer is the better way."""
-        valid = stream.tokens.valid
+    def of(cls, valid: Tensor | None, rotary: tuple[Tensor, Tensor], implementation: str) -> PackedRows | None:
+        """The real rows, `valid` bool `[batch, length]`; None where nothing is padded or the plain layer is better."""
         if valid is None or valid.device.type != "cpu" or implementation != "sdpa" or torch.is_grad_enabled():
             return None
         rows = cls(valid.flatten().nonzero()[:, 0], valid.sum(-1).tolist(), tuple(valid.shape))
-        rows.rotary = tuple(rows.pack(table.expand(*rows.shape, -1)) for table in stream.rotary)
+        rows.rotary = tuple(rows.pack(table.expand(*rows.shape, -1)) for table in rotary)
         return rows
 
     def pack(self, states: Tensor) -> Tensor:
@@ -56,30 +50,15 @@ class PackedRows:
         return padded.index_copy_(0, self.index, states[0]).unflatten(0, self.shape)
 
 
-def run_packed(layer: nn.Module, stream: Stream, cache: VisionCache | None) -> Tensor:
-    """Output of a decoder layer `[batch, length, width]`, zero in padded rows; so are the keys and values it caches."""
-    rows = stream.packed
-    output, *states = packed_layer(layer, rows.pack(stream.hidden), rows.lengths, rows.rotary)
-    if cache is not None:
-        keys, values = (rows.unpack(part.transpose(1, 2)).transpose(1, 2) for part in states)
-        cache.update(keys, values, layer.self_attn.layer_idx)
-    return rows.unpack(output)
-
-
 def packed_layer(
-    layer: nn.Module, hidden: Tensor, lengths: Sequence[int], rotary: Sequence[Tensor]
+    layer: nn.Module, hidden: Tensor, lengths: Sequence[int], rotary: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output `[1, rows, width]`, keys and values `[1, kv_heads, rows, head_dim]` of a decoder layer on packed prompts.
 
     `hidden` `[1, rows, width]` holds prompt after prompt, of `lengths` rows each; `rotary` are the tables of all rows.
     """
-    attention, states = layer.self_attn, layer.input_layernorm(hidden)
-
-    def by_head(linear: nn.Module) -> Tensor:
-        return linear(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-    query, key = apply_rotary_pos_emb(by_head(attention.q_proj), by_head(attention.k_proj), *rotary)
-    value = by_head(attention.v_proj)
+    attention = layer.self_attn
+    query, key, value = heads_of(attention, layer.input_layernorm(hidden), rotary)
     prompts = zip(*(part.split(list(lengths), dim=2) for part in (query, key, value)), strict=True)
     grouped = attention.num_key_value_groups > 1
     seen = [

@@ -43,7 +43,7 @@ class CLIPVisionTower(nn.Module):
         self.select_layer = select_layer
         self.select_feature = select_feature
         self.blocks_run = select_layer % (depth + 1)
-        self.vision_tower = CLIPVisionModel._from_config(config)
+        self.vision_tower = CLIPVisionModel(config)
         self.image_processor = None
         self.is_loaded = True
 

@@ -20,7 +20,7 @@ def build_vision_projector(config) -> nn.Module:
         return nn.Identity()
     if kind == "linear":
         return nn.Linear(config.mm_hidden_size, config.hidden_size)
-    if match := re.fullmatch(r"mlp(\d+)x_gelu", kind):
+    if match := re.fullmatch(r"mlp([1-9]\d?)x_gelu", kind):
         layers: list[nn.Module] = [nn.Linear(config.mm_hidden_size, config.hidden_size)]
         for _ in range(int(match[1]) - 1):
             layers += [nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)]

@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from llava.model.language_model.cache import CACHE_NAME
 from llava.train.mini.data import ask_scene, prompt_parts
 from llava.train.mini.questions import TYPES, VALUES, choice_questions, choice_text, plural, scene_questions
 from llava.train.mini.scenes import generate_scene, scene_seed
@@ -71,7 +72,7 @@ def answer_all(model, processor, asked: Iterable, noise: bool = False) -> list[A
         items = list(group)
         image = noise_image(scene, items[0][0].width) if noise else items[0][0]
         shared = processor(images=image, text=f"{before}<image>", return_tensors="pt")
-        cache = model(**shared, use_cache=True).past_key_values
+        cache = model(**shared, use_cache=True)[CACHE_NAME]
         cache.batch_repeat_interleave(len(items))
         ends = [prompt_parts(question)[1] for _, question, *_ in items]
         own = tokenizer(ends, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
@@ -79,7 +80,7 @@ def answer_all(model, processor, asked: Iterable, noise: bool = False) -> list[A
             name: torch.cat((shared[name].expand(len(items), -1), own[name]), 1)
             for name in ("input_ids", "attention_mask")
         }
-        output = model.generate(**joined, past_key_values=cache, max_new_tokens=5, do_sample=False)
+        output = model.generate(**joined, **{CACHE_NAME: cache}, max_new_tokens=5, do_sample=False)
         said = processor.batch_decode(output[:, joined["input_ids"].shape[1] :], skip_special_tokens=True)
         results += [
             Asked(scene, kind, question, answer, reply.strip())

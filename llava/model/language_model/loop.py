@@ -1,0 +1,285 @@
+"""The decoder loop: prefill and decoding over layers, with the points at which a reducer is asked. Read this first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from llava.model.language_model.cache import VisionCache
+from llava.model.language_model.compiled import Compiled
+from llava.model.language_model.packed import PackedRows
+from llava.model.language_model.projections import query_key_value, rotated
+from llava.model.language_model.stream import Stream
+from llava.model.masks import attention_mask, expand_mask
+from mustdrop.hooks import Attention, CacheStep, Call, DecoderStep, LayerPlan, Tokens, gather
+
+
+@dataclass
+class Asked:
+    """What the reducer of a forward pass takes part in: nothing else costs anything."""
+
+    plans: bool
+    drops: bool
+    cuts: bool
+
+    @classmethod
+    def of(cls, call: Call, tokens: Tokens, cache: VisionCache | None) -> Asked:
+        hooks = "before_decoder_layer", "after_decoder_layer", "after_prefill"
+        plans, drops, cuts = (tokens.images > 0 and call.does(hook) for hook in hooks)
+        return cls(plans, drops, cuts and cache is not None)
+
+
+@dataclass
+class Record:
+    """What the caller wants to see of the layers; None where it is not asked for.
+
+    `hidden` takes the input of the first and the output of every layer `[batch, length, width]`, before tokens are
+    dropped; `attentions` takes their probabilities `[batch, heads, length, keys]`.
+    """
+
+    hidden: list[Tensor] | None = None
+    attentions: list[Tensor] | None = None
+
+    def note(self, hidden: Tensor) -> None:
+        """Take hidden states `[batch, length, width]` if they are asked for."""
+        if self.hidden is not None:
+            self.hidden.append(hidden)
+
+
+class DecoderLoop:
+    """Mixin of a text model: the loop over its decoder layers.
+
+    It needs what text models of transformers have: `layers`, `rotary_emb`, `norm` and `config`. What is inside a layer
+    is known to `projections` alone.
+
+    `prefill` is the place to read first: one pass over the decoder layers in which a reducer may say, after each
+    layer, which tokens go on. `decode` is the same loop over caches that may differ in length from layer to layer.
+    """
+
+    _compiled: Compiled | None = None
+
+    @property
+    def compiled(self) -> Compiled | None:
+        """The compiled parts, if `compile_model` has made them; none with gradients."""
+        return None if torch.is_grad_enabled() else self._compiled
+
+    @compiled.setter
+    def compiled(self, compiled: Compiled | None) -> None:
+        self._compiled = compiled
+
+    def prefill(
+        self,
+        hidden: Tensor,
+        tokens: Tokens,
+        call: Call,
+        cache: VisionCache | None = None,
+        mask: Tensor | None = None,
+        record: Record | None = None,
+    ) -> Tensor:
+        """Run whole prompts through the decoder.
+
+        Parameters
+        ----------
+        hidden : `[batch, length, width]`
+            Embeddings.
+        tokens : Tokens
+            What they are.
+        call : Call
+            The forward pass; its reducer says after each layer which tokens go on.
+        cache : VisionCache, optional
+            Filled with keys and values, then cut to what the reducer keeps.
+        mask : bool or float `[batch, 1, length, length]`, optional
+            The caller's own attention mask (packed training); not together with a reducer.
+        record : Record, optional
+            Where hidden states and attention probabilities go.
+
+        Returns
+        -------
+        `[batch, kept, width]`
+            Hidden states of the tokens that reach the end, padded on the left where prompts keep fewer.
+        """
+        asked, record = Asked.of(call, tokens, cache), record or Record()
+        if mask is not None and (asked.plans or asked.drops):
+            raise ValueError("attention_mask: 4-D masks cannot be combined with a reducer, pass [batch, length]")
+        record.note(hidden)
+        stream = self.stream(hidden, tokens, mask)
+        stream.weights = record.attentions
+        compiled = self.compiled if record.attentions is None else None
+        plan: LayerPlan | None = None
+        final: Tokens | None = None
+        last_rows: list[Attention] = []
+        last: Stream | None = None
+        with call.timed("prefill", hidden.device):
+            for index, layer in enumerate(self.layers):
+                if asked.plans:
+                    plan = self.plan(index, stream, call)
+                    if plan is not None and plan.skip:
+                        final, stream = stream.tokens, self.without_vision(index, stream, call)
+                        asked.plans = asked.drops = False
+                call.plans.append(plan)
+                call.entered.append(stream.tokens)
+                entering = stream
+                hidden = layer(stream.hidden, stream, cache, plan, compiled)
+                record.note(hidden)
+                stream = replace(stream, hidden=hidden, tokens=stream.tokens.to(hidden.device))
+                if asked.drops:
+                    with call.timed("selector", hidden.device):
+                        stream = self.reduce(index, entering, stream, cache, call)
+                call.left.append(stream.tokens)
+                if asked.cuts:
+                    last = entering.last_row(last)
+                    last_rows.append(self.attention(index, last, cache))
+            if cache is None:
+                call.finish_prefill([], [])
+            else:
+                self.finish_prefill(cache, final or stream.tokens, last_rows, call)
+        return stream.hidden
+
+    def decode(self, hidden: Tensor, cache: VisionCache, record: Record | None = None) -> Tensor:
+        """Run newly generated positions `[batch, new, width]` through the decoder, against each layer's own cache."""
+        call, record = cache.call, record or Record()
+        with call.timed("decode", hidden.device):
+            if record == Record() and self._decodes_compiled(hidden, cache):
+                hidden = self.compiled.decode(self, hidden, cache)
+            else:
+                hidden = self._decode(hidden, cache, record)
+        cache.generated += hidden.shape[1]
+        return hidden
+
+    def _decode(self, hidden: Tensor, cache: VisionCache, record: Record) -> Tensor:
+        call, new = cache.call, hidden.shape[1]
+        record.note(hidden)
+        evicts = call.does("after_decode_layer")
+        contexts: dict[tuple, tuple] = {}
+        for index, layer in enumerate(self.layers):
+            same = id(cache.records[index]), id(cache.next_position[index]), cache.length(index)
+            if same not in contexts:
+                valid, keys = cache.valid(index, new), cache.length(index) + new
+                mask = attention_mask(self.config, hidden, valid=valid, keys=keys, causal=True)
+                contexts[same] = mask, self.rotary_emb(hidden, cache.positions(index, new))
+            mask, rotary = contexts[same]
+            entering = Stream(hidden, cache.records[index], mask, rotary, weights=record.attentions)
+            hidden = layer(hidden, entering, cache, call.plans[index])
+            record.note(hidden)
+            if evicts:
+                self.evict(index, entering, hidden, cache)
+        return hidden
+
+    def _decodes_compiled(self, hidden: Tensor, cache: VisionCache) -> bool:
+        """Whether there is a compiled step for this; programs do without forward hooks on layers."""
+        compiled = self.compiled
+        if compiled is None or any(layer._forward_hooks or layer.self_attn._forward_hooks for layer in self.layers):
+            return False
+        return compiled.decodes(self.config, hidden, cache)
+
+    def stream(self, hidden: Tensor, tokens: Tokens, mask: Tensor | None = None) -> Stream:
+        """Hidden states with the mask and rotary tables that belong to them."""
+        if mask is None:
+            mask = attention_mask(self.config, hidden, valid=tokens.valid, keys=hidden.shape[1], causal=True)
+        else:
+            mask = expand_mask(self.config, mask, hidden.dtype)
+        return Stream(hidden, tokens, mask, self.rotary_emb(hidden, tokens.position))
+
+    def plan(self, index: int, stream: Stream, call: Call) -> LayerPlan | None:
+        """Ask the reducer what a layer shall compute for vision tokens."""
+        step = DecoderStep(index, len(self.layers), stream.tokens, stream.hidden, None, None, call.state)
+        return call.reducer.before_decoder_layer(step)
+
+    def without_vision(self, index: int, stream: Stream, call: Call) -> Stream:
+        """The text alone: from layer `index` on nothing is computed for vision tokens, protected ones included.
+
+        Nothing was decided against them, so those that got here are the ones that survived the prefill.
+        """
+        call.decided.append(index)
+        prompts = tuple(prompt.with_tokens([0] * len(prompt.images)) for prompt in stream.tokens.facts())
+        indices, tokens = stream.tokens.select(~stream.tokens.vision, prompts=prompts)
+        tokens = replace(tokens.renumbered() if call.reducer.positions == "renumber" else tokens, images=0)
+        return self.stream(gather(stream.hidden, indices), tokens)
+
+    def reduce(self, index: int, entering: Stream, stream: Stream, cache: VisionCache | None, call: Call) -> Stream:
+        """Ask the reducer which tokens go on after a layer, and compact to them; text and key tokens always do."""
+        last = index + 1 == len(self.layers)
+        step = DecoderStep(
+            layer=index,
+            layers=len(self.layers),
+            tokens=stream.tokens,
+            hidden=stream.hidden,
+            attention=self.attention(index, entering, cache),
+            next_attention=None if last else self.attention(index + 1, stream),
+            state=call.state,
+        )
+        keep = call.reducer.after_decoder_layer(step)
+        if keep is None:
+            return stream
+        call.decided.append(index)
+        if keep.merge_into is not None:
+            call.merged[index] = keep.merge_into
+        stays, prompts = keep.choose(stream.tokens)
+        if prompts == stream.tokens.facts() and keep.order is None:
+            return stream
+        indices, tokens = stream.tokens.select(stays, order=keep.order, prompts=prompts)
+        if call.reducer.positions == "renumber":
+            tokens = tokens.renumbered()
+        hidden, weights = stream.hidden if keep.states is None else keep.states, stream.weights
+        stream = self.stream(gather(hidden, indices), tokens)
+        stream.weights = weights
+        if keep.mask is not None and weights is None:  # ragged: where numbers were given, prompts are of one length
+            stream.packed = PackedRows.of(tokens.valid, stream.rotary, self.config._attn_implementation)
+        return stream
+
+    def evict(self, index: int, entering: Stream, hidden: Tensor, cache: VisionCache) -> None:
+        """Ask the reducer in a decode step which entries of a layer's cache stay, and cut it to them."""
+        call, tokens = cache.call, cache.extended(index)
+        attention = self.attention(index, replace(entering, tokens=tokens), cache)
+        step = DecoderStep(index, len(self.layers), tokens, hidden, attention, None, call.state)
+        keep = call.reducer.after_decode_layer(step)
+        if keep is not None:
+            cache.keep(index, keep | ~tokens.vision)
+
+    def attention(self, index: int, entering: Stream, cache: VisionCache | None = None) -> Attention:
+        """A layer's attention on its input, on demand; keys come from the cache where they are there already."""
+        layer = self.layers[index]
+        attention, norm = layer.self_attn, layer.input_layernorm
+        entering = entering.on(norm.weight.device)
+        hidden, tokens, rotary = entering.hidden, entering.tokens, entering.rotary
+        query, key, _ = query_key_value(attention)
+
+        def queries(rows: Tensor) -> Tensor:
+            tables = tuple(gather(table.expand(len(rows), -1, -1), rows) for table in rotary)
+            return rotated(query(norm(gather(hidden, rows))), attention, tables, "q")
+
+        def keys() -> Tensor:
+            return rotated(key(norm(hidden)), attention, rotary, "k") if cache is None else cache.layers[index].keys
+
+        length = hidden.shape[1]
+        return Attention(queries, keys, attention.scaling, tokens.valid, first_row=tokens.image.shape[1] - length)
+
+    def finish_prefill(self, cache: VisionCache, final: Tokens, last_rows: list[Attention], call: Call) -> None:
+        """Note positions for decoding, ask the reducer what each layer's cache keeps, and cut it."""
+        cache.start_decoding(call)
+        cache.check_filled()
+        if last_rows:
+            step = CacheStep(list(call.entered), final, last_rows, call.state)
+            cuts: dict[tuple[int, int], tuple[Tensor, Tokens]] = {}
+            for layer, keep in enumerate(call.reducer.after_prefill(step) or []):
+                if keep is not None:
+                    record = cache.records[layer]
+                    alike = id(record), id(keep)
+                    if alike not in cuts:
+                        later = isinstance(keep, Tokens)
+                        cuts[alike] = columns_of(keep, record) if later else record.select(keep | ~record.vision)
+                    cache.select(layer, *cuts[alike])
+        call.finish_prefill(cache.records, [cache.bytes_per_position(layer) for layer in range(len(self.layers))])
+
+
+def columns_of(later: Tokens, tokens: Tokens) -> tuple[Tensor, Tokens]:
+    """Where the tokens of a later record stand in an earlier one of the same prompts, int64 `[batch, kept]`.
+
+    And the record of these columns; nothing waits for the device.
+    """
+    later = later.to(tokens.source.device)
+    columns = (tokens.source[:, None] == later.source[..., None]).byte().argmax(-1)
+    position = tokens.position.gather(-1, columns.expand(*tokens.position.shape[:-1], -1))
+    return columns, replace(later, position=position)

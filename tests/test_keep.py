@@ -1,0 +1,68 @@
+"""One answer of a reducer that chooses: who stays, what is known afterwards, and what is no answer."""
+
+import pytest
+import torch
+
+from mustdrop.hooks import ImageFacts, Keep, PromptFacts, Tokens
+
+IMAGE = torch.tensor([[-1, 0, 0, 0, 1, 1, -1, -1], [-1, 0, 0, 0, 0, 0, 0, -1]])
+KEY = torch.zeros_like(IMAGE, dtype=torch.bool)
+KEY[0, 3] = True
+SCORE = torch.tensor([[9.0, 3, 2, 1, 5, 5, 9, 9], [9, 1, 6, 2, 5, 3, 4, 9]])
+
+
+def tokens(known: bool = True) -> Tokens:
+    column = torch.arange(8).repeat(2, 1)
+    facts = (
+        PromptFacts(3, 2, (ImageFacts(9, 3, 3, 1), ImageFacts(9, 2, 2))),
+        PromptFacts(2, 1, (ImageFacts(9, 6, 6),)),
+    )
+    question = IMAGE.flip(1).cummax(1).values.flip(1) < 0
+    return Tokens(
+        column, column, IMAGE, column, KEY, question, images=2, questions=2, prompts=facts if known else None
+    )
+
+
+def stays(keep: Keep, known: bool = True) -> tuple[list, list]:
+    mask, prompts = keep.choose(tokens(known))
+    return [row.nonzero()[:, 0].tolist() for row in mask], [[image.tokens for image in one.images] for one in prompts]
+
+
+def test_the_best_of_every_image_go_on_with_text_and_key_tokens():
+    assert stays(Keep.top(SCORE, 2)) == ([[0, 1, 3, 4, 5, 6, 7], [0, 2, 4, 7]], [[2, 2], [2]])
+    assert stays(Keep.top(SCORE, 1)) == ([[0, 3, 4, 6, 7], [0, 2, 7]], [[1, 1], [1]])
+    assert stays(Keep.top(SCORE, 0)) == ([[0, 3, 6, 7], [0, 7]], [[1, 0], [0]])
+    assert stays(Keep.top(SCORE, [[3, 0], [9]])) == ([[0, 1, 2, 3, 6, 7], list(range(8))], [[3, 0], [6]])
+
+
+def test_a_mask_is_counted():
+    mask = torch.zeros_like(KEY)
+    mask[0, 1] = mask[1, 5] = True
+    assert stays(Keep.where(mask)) == ([[0, 1, 3, 6, 7], [0, 5, 7]], [[2, 0], [1]])
+
+
+@pytest.mark.parametrize("keep", [Keep.top(SCORE, 2), Keep.where(SCORE > 4)], ids=["top", "where"])
+def test_what_the_host_does_not_know_is_read(keep):
+    answer, known = stays(keep, known=False), stays(keep)
+    assert answer == ([row[:] for row in known[0]], [[*known[1][0]], [*known[1][1], 0]])
+    assert keep.choose(tokens())[1][0].length == len(known[0][0])
+
+
+@pytest.mark.parametrize(
+    ("keep", "says"),
+    [
+        (Keep(), "give a mask, or a score and counts"),
+        (Keep(score=SCORE), "give a mask, or a score and counts"),
+        (Keep(score=SCORE, counts=1, mask=KEY), "give a mask, or a score and counts"),
+        (Keep(counts=1, mask=KEY), "give a mask, or a score and counts"),
+        (Keep.top(SCORE, -1), "counts are -1, they must be 0 or more"),
+        (Keep.top(SCORE[:, :5], 1), r"score has shape \[2, 5\], the tokens have \[2, 8\]"),
+        (Keep.where(KEY[:1]), r"mask has shape \[1, 8\]"),
+        (Keep.where(SCORE), "mask is torch.float32, it must be bool"),
+        (Keep.where(KEY, merge_into=IMAGE[:, :2]), r"merge_into has shape \[2, 2\]"),
+        (Keep.top(SCORE, 1, order=IMAGE[0]), r"order has shape \[8\]"),
+    ],
+)
+def test_what_is_no_answer_is_an_error(keep, says):
+    with pytest.raises(ValueError, match=rf"^Keep: [^\n]*{says}"):
+        keep.choose(tokens())
