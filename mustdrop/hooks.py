@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from mustdrop.active import activated, active, carrying
 from mustdrop.checks import fits_type, require
 from mustdrop.keep import Keep
 from mustdrop.neighbours import SplitRows
@@ -59,6 +60,8 @@ __all__ = [
     "Tokens",
     "VisionStep",
     "VisionTokens",
+    "active",
+    "carrying",
     "compact",
     "gather",
 ]
@@ -269,7 +272,10 @@ class Reducer(Fitting):
 
     @contextmanager
     def on(self, model, timing: bool = False, keep: int | None = None) -> Iterator[Run]:
-        """Reduce everything `model` computes inside the `with` block.
+        """Reduce everything `model` computes inside the `with` block, and in threads that are started there.
+
+        Other threads and tasks are not concerned, see `mustdrop.active`. A call that is under way when the block ends
+        goes on as it began.
 
         Parameters
         ----------
@@ -292,12 +298,9 @@ class Reducer(Fitting):
         tower = getattr(model, "get_vision_tower", lambda: None)()
         sizes = (getattr(tower, "blocks_run", None), tower.num_patches) if tower is not None else ()
         self.check_sizes(*model.depths, *sizes, heads=getattr(model.config, "num_attention_heads", None))
-        before = model.reducer, model.run
-        model.reducer, model.run = self, Run(timing, keep)
-        try:
-            yield model.run
-        finally:
-            model.reducer, model.run = before
+        run = Run(timing, keep)
+        with activated(model.seam, self, run):
+            yield run
 
 
 def hooked_model(model: object) -> object:
@@ -306,9 +309,8 @@ def hooked_model(model: object) -> object:
     Parameters
     ----------
     model
-        Has the attributes `reducer`, `run` and `depths` of its own, or is a module that wraps one that has, at any
-        depth: PEFT, torch.compile, DataParallel, DistributedDataParallel, accelerate, DeepSpeed. A wrapper that hands
-        attributes through would take a new value for itself, and the model inside would never see it.
+        Has the attributes `seam` and `depths` of its own, or is a module that wraps one that has, at any depth: PEFT,
+        torch.compile, DataParallel, DistributedDataParallel, accelerate, DeepSpeed.
 
     Raises
     ------
@@ -316,7 +318,7 @@ def hooked_model(model: object) -> object:
         If there is none, or several.
     """
     inside = model.modules() if isinstance(model, torch.nn.Module) else [model]
-    found = [module for module in inside if "reducer" in getattr(module, "__dict__", ()) and hasattr(module, "depths")]
+    found = [module for module in inside if "seam" in getattr(module, "__dict__", ()) and hasattr(module, "depths")]
     if len(found) == 1:
         return found[0]
     kind = type(model).__name__

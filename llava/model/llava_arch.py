@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from mustdrop.hooks import Call, ImageFacts, PromptFacts, Reducer, Run, Tokens, VisionTokens
+from mustdrop.hooks import Call, ImageFacts, PromptFacts, Reducer, Run, Tokens, VisionTokens, active
 
 
 @dataclass
@@ -59,21 +59,37 @@ class LlavaMetaModel:
         return getattr(self, "vision_tower", None)
 
 
+class Seam:
+    """What reducers know a model by: an object of its own, which a copy of the model does not share."""
+
+
 class LlavaMetaForCausalLM:
     """Mixin of the causal model: encodes images, splices them into prompts, and holds the reducer.
 
     Attributes
     ----------
-    reducer : Reducer
-        What is called at the hook points; does nothing until `reducer.on(model)`.
-    run : Run or None
-        Where traces are collected.
+    seam : object
+        What reducers that are on know this model by; a copy of the model has one of its own.
     """
 
     def init_seam(self) -> None:
-        """Start with the do-nothing reducer."""
-        self.reducer: Reducer = Reducer()
-        self.run: Run | None = None
+        """Let reducers be switched on."""
+        self.seam = Seam()
+
+    @property
+    def reducer(self) -> Reducer:
+        """What is called at the hook points here and now; does nothing outside of `reducer.on(model)`."""
+        return self.new_call().reducer
+
+    @property
+    def run(self) -> Run | None:
+        """Where traces are collected here and now."""
+        return self.new_call().run
+
+    def new_call(self) -> Call:
+        """A forward pass of the reducer that is on here and now; it keeps that one to its end."""
+        found = active(self.seam)
+        return Call(Reducer()) if found is None else Call(found.reducer, found.run)
 
     @property
     def depths(self) -> tuple[int, int]:
@@ -94,7 +110,7 @@ class LlavaMetaForCausalLM:
         if tower is None:
             raise ValueError("the prompt has images but the model has no vision tower (mm_vision_tower in config.json)")
         asked = call
-        call = call or Call(self.reducer, self.run)
+        call = call or self.new_call()
         projector = self.get_model().mm_projector
         with call.timed("vision", images.device):
             tokens = tower.encode(images, call)
@@ -136,7 +152,7 @@ class LlavaMetaForCausalLM:
         ValueError
             If the number of images does not fit the image tokens.
         """
-        call = Call(self.reducer, self.run)
+        call = self.new_call()
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         rows = [ids[mask].tolist() for ids, mask in zip(input_ids.cpu(), keep.cpu(), strict=True)]
         chunks = [_split_at_images(row) for row in rows]
@@ -156,7 +172,7 @@ class LlavaMetaForCausalLM:
         if distinct and call.does("on_question"):
             encoded, places = self._ask(encoded, text, chunks, call)
         counts = [] if encoded is None else encoded.known_lengths
-        sequences = [_Sequence(self.reducer.positions == "renumber") for _ in rows]
+        sequences = [_Sequence(call.reducer.positions == "renumber") for _ in rows]
         used = 0
         for number, (sequence, own, row) in enumerate(zip(sequences, assigned, chunks, strict=True)):
             targets = None if labels is None else labels[number][keep[number]].to(text.device)

@@ -18,7 +18,7 @@ from llava.model.language_model.cache import CACHE_NAME, VisionCache
 from llava.model.language_model.decoder import LlavaConfig, LlavaLlamaModel
 from llava.model.language_model.loop import Record
 from llava.model.llava_arch import LlavaMetaForCausalLM, Prompt, text_prompt
-from mustdrop.hooks import Call, Tokens
+from mustdrop.hooks import Tokens, carrying
 
 __all__ = ["LlavaConfig", "LlavaLlamaForCausalLM", "LlavaLlamaModel"]
 
@@ -216,7 +216,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             side = getattr(self.config, "tokenizer_padding_side", "right")
             return self.splice(input_ids, attention_mask, labels, images, side)
         padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-        return text_prompt(inputs_embeds, padding, position_ids, labels, Call(self.reducer, self.run))
+        return text_prompt(inputs_embeds, padding, position_ids, labels, self.new_call())
 
     def check_positions(self, prompt: Prompt, new_tokens: int = 0) -> None:
         """Warn if a prompt and what is generated after it need more positions than the model was trained for."""
@@ -239,6 +239,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             return {"input_ids": input_ids[:, cache.generated :], "cache": cache, **inputs}
         return {"inputs_embeds": inputs_embeds, "cache": cache, **inputs}
 
+    @carrying
     @torch.no_grad()
     def generate(
         self,

@@ -1,0 +1,139 @@
+"""Which reducer is on, for which model, and for whom: blocks, threads and asynchronous tasks.
+
+What is on is known to a context (`contextvars`): other threads, and tasks that interleave, do not see it. A thread that
+is started inside a block belongs to it, although new threads inherit no context before Python 3.14: while a block is
+open, `threading.Thread.start` hands on what is on. A worker of a thread pool runs what anybody gives it, so it inherits
+nothing. There a bound method that was taken inside the block still knows it (`pool.submit(model.generate, ...)`, see
+`carrying`); all else cannot be told apart and is refused while a block is open for the model.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import thread as futures
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mustdrop.hooks import Reducer, Run
+
+
+@dataclass(eq=False)
+class Activation:
+    """A reducer that is on for the model that has this seam, from the beginning of its block to the end."""
+
+    seam: object
+    reducer: Reducer
+    run: Run
+    open: bool = True
+
+
+_here: ContextVar[tuple[Activation, ...] | None] = ContextVar("mustdrop_reducers", default=None)
+_everywhere: list[Activation] = []
+_lock = threading.Lock()
+_plain_start = threading.Thread.start
+_handing_on = False
+
+
+@contextmanager
+def activated(seam: object, reducer: Reducer, run: Run) -> Iterator[None]:
+    """Let a reducer be on inside the `with` block; blocks may end in any order, and in another context."""
+    activation = Activation(seam, reducer, run)
+    with _lock:
+        _everywhere.append(activation)
+        _hand_on(True)
+    _here.set((*(_here.get() or ()), activation))
+    try:
+        yield
+    finally:
+        activation.open = False
+        with _lock:
+            _everywhere.remove(activation)
+            _hand_on(bool(_everywhere))
+        _here.set(tuple(one for one in _here.get() or () if one.open))
+
+
+def active(seam: object) -> Activation | None:
+    """The innermost reducer that is on for a model here, None if there is none.
+
+    Raises
+    ------
+    RuntimeError
+        If that cannot be told: in a worker of a thread pool, while a reducer is on for the model somewhere.
+    """
+    found = _here.get()
+    for activation in reversed(found or ()):
+        if activation.open and activation.seam is seam:
+            return activation
+    if found is None and _is_worker() and any(one.seam is seam for one in list(_everywhere)):
+        raise RuntimeError(
+            "reducer: one is on for this model, but a worker of a thread pool cannot tell whether its task belongs to "
+            "that block: submit model.generate itself, or contextvars.copy_context().run with your function"
+        )
+    return None
+
+
+class carrying:
+    """Decorator of a method that, once bound inside a block, belongs to it wherever it is called.
+
+    Where it is called inside a block of its own, that one counts.
+    """
+
+    def __init__(self, function: Callable):
+        self.function = function
+        self.__doc__, self.__name__ = function.__doc__, function.__name__
+
+    def __get__(self, model: object, owner: type | None = None) -> Callable:
+        if model is None:
+            return self.function
+        bound, taken = self.function.__get__(model, owner), _here.get()
+        if taken is None and _is_worker():
+            return bound  # whose task this is cannot be told here either
+        taken = taken or ()
+
+        @wraps(bound)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if any(one.open for one in _here.get() or ()):
+                return bound(*args, **kwargs)
+            token = _here.set(taken)
+            try:
+                return bound(*args, **kwargs)
+            finally:
+                _here.reset(token)
+
+        return call
+
+
+def _hand_on(wanted: bool) -> None:
+    """Put our `start` in the place of threading's, or take it away; where somebody else's is around it, it stays."""
+    global _handing_on, _plain_start
+    if wanted and not _handing_on:
+        _plain_start, threading.Thread.start, _handing_on = threading.Thread.start, _start, True
+    elif not wanted and threading.Thread.start is _start:
+        threading.Thread.start, _handing_on = _plain_start, False
+
+
+def _start(self: threading.Thread) -> None:
+    """`threading.Thread.start` that hands on what is on, but to no worker that others will use too."""
+    taken, run = _here.get(), self.run
+    if taken and not _is_worker(self):
+
+        def run_there() -> None:
+            _here.set(taken)
+            run()
+
+        self.run = run_there
+    _plain_start(self)
+
+
+def _is_worker(thread: threading.Thread | None = None) -> bool:
+    """Whether a thread, by default this one, serves a pool, or is none that Python has started."""
+    thread = thread or threading.current_thread()
+    target = getattr(thread, "_target", None)
+    pools = "concurrent.futures.thread", "multiprocessing.pool"
+    of_pool = getattr(target, "__module__", None) in pools or thread in futures._threads_queues
+    return of_pool or isinstance(thread, threading._DummyThread)
