@@ -42,7 +42,9 @@ mustdrop_wait() {
 mustdrop_active() {
     [ "${VIRTUAL_ENV:-}" != "$1/.venv" ] || return 1
     python "$1/scripts/environment.py" complete >/dev/null 2>&1 || return 1
-    python -c 'import importlib.metadata as m; m.distribution("mustdrop")' 2>/dev/null || mustdrop_link "$1" python
+    # Without PYTHONPATH: an egg-info in this folder is no installation.
+    PYTHONPATH='' python -c 'import importlib.metadata as m; m.distribution("mustdrop")' 2>/dev/null ||
+        mustdrop_link "$1" python
 }
 
 # A question about .venv, see environment.py.

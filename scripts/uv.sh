@@ -1,3 +1,4 @@
+#!/usr/bin/env bash
 # Sourced by lock.sh and test_range.sh: sets $uv to an uv, the one on PATH, .venv's, or one that is put into folder $1 at
 # the version and with the hashes of requirements/lock.txt.
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
