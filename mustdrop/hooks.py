@@ -56,6 +56,7 @@ __all__ = [
     "VisionTokens",
     "compact",
     "gather",
+    "hooked_model",
 ]
 
 
