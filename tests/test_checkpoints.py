@@ -222,6 +222,21 @@ def test_quantised_adapter_is_merged_before_it_is_packed(tmp_path):
     assert sum((merged[name] != direct[name]).sum() for name in packed) < 10  # of 131,072 bytes
 
 
+@needs_bitsandbytes
+def test_adapter_on_a_base_that_is_saved_packed_is_merged_with_a_warning(tmp_path):
+    base = load(forms.full(tmp_path / "x", inside=True), load_8bit=True)
+    base.model.save_pretrained(tmp_path / "packed")
+    base.tokenizer.save_pretrained(tmp_path / "packed")
+    matrices, added = forms.lora_weights()
+    forms.add_adapter(tmp_path / "adapter", str(tmp_path / "packed"), matrices)
+    with pytest.warns(UserWarning, match="rounding errors"):
+        merged = load(tmp_path / "adapter").model.get_submodule("model.layers.0.self_attn.q_proj").weight
+    before = base.model.get_submodule("model.layers.0.self_attn.q_proj").weight
+    change = (merged.data.float() * merged.SCB[:, None] - before.data.float() * before.SCB[:, None]) / 127
+    expected = added["model.layers.0.self_attn.q_proj.weight"]
+    assert (change - expected).abs().mean() < 0.3 * expected.abs().mean()
+
+
 def test_what_save_pretrained_writes_alone_brings_the_right_processor(check, tmp_path):
     loaded = load(forms.MINI)
     loaded.model.get_vision_tower().image_processor = None  # a model made without load_pretrained_model
