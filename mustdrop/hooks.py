@@ -64,6 +64,7 @@ __all__ = [
     "carrying",
     "compact",
     "gather",
+    "hooked_model",
 ]
 
 

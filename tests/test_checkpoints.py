@@ -112,10 +112,8 @@ def test_tower_that_is_a_whole_clip(check, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
-def test_projector_only_on_its_language_model(check, documents, tmp_path, model_type):
-    loaded = check(forms.projector_only(tmp_path / "x", model_type=model_type), forms.vicuna(tmp_path / "vicuna"))
-    if model_type == "llava":
-        assert right_answers(loaded, documents) == 10
+def test_projector_only_on_its_language_model(check, tmp_path, model_type):
+    check(forms.projector_only(tmp_path / "x", model_type=model_type), forms.vicuna(tmp_path / "vicuna"))
 
 
 def test_training_checkpoint_of_the_first_stage_is_a_projector(check, tmp_path):
@@ -216,13 +214,27 @@ def test_quantised_on_the_way_in_and_saved_so(documents, tmp_path, bits):
 
 
 @needs_bitsandbytes
-def test_quantised_adapter_is_merged_before_it_is_packed(documents, tmp_path):
+def test_quantised_adapter_is_merged_before_it_is_packed(tmp_path):
     folder = forms.lora(tmp_path / "x", tmp_path / "vicuna")
-    loaded = load(folder, load_4bit=True)
-    merged, direct = (one.model.state_dict() for one in (loaded, load(forms.full(tmp_path / "full"), load_4bit=True)))
+    folders = folder, forms.full(tmp_path / "full")
+    merged, direct = (load(folder, load_4bit=True).model.state_dict() for folder in folders)
     packed = [name for name in direct if name.endswith("q_proj.weight")]
     assert sum((merged[name] != direct[name]).sum() for name in packed) < 10  # of 131,072 bytes
-    assert right_answers(loaded, documents) >= 9
+
+
+@needs_bitsandbytes
+def test_adapter_on_a_base_that_is_saved_packed_is_merged_with_a_warning(tmp_path):
+    base = load(forms.full(tmp_path / "x", inside=True), load_8bit=True)
+    base.model.save_pretrained(tmp_path / "packed")
+    base.tokenizer.save_pretrained(tmp_path / "packed")
+    matrices, added = forms.lora_weights()
+    forms.add_adapter(tmp_path / "adapter", str(tmp_path / "packed"), matrices)
+    with pytest.warns(UserWarning, match="rounding errors"):
+        merged = load(tmp_path / "adapter").model.get_submodule("model.layers.0.self_attn.q_proj").weight
+    before = base.model.get_submodule("model.layers.0.self_attn.q_proj").weight
+    change = (merged.data.float() * merged.SCB[:, None] - before.data.float() * before.SCB[:, None]) / 127
+    expected = added["model.layers.0.self_attn.q_proj.weight"]
+    assert (change - expected).abs().mean() < 0.3 * expected.abs().mean()
 
 
 def test_what_save_pretrained_writes_alone_brings_the_right_processor(check, tmp_path):

@@ -1,6 +1,7 @@
 """What cannot be loaded right is refused in one line that names it, before any weight is loaded."""
 
 import json
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -249,9 +250,12 @@ def test_damaged_file_of_weights_is_named(case, made, form, stands_in):
     refused(folder, *base, match=f"{path.name}.*{shown or 'damaged, or no file of weights'}")
 
 
+MUST_NOT_BE = Path(tempfile.gettempdir()) / "must-not-be-there"
+
+
 class Malicious:
     def __reduce__(self):
-        return (Path.touch, (Path("/tmp/must-not-be-there"),))
+        return (Path.touch, (MUST_NOT_BE,))
 
 
 @pytest.mark.parametrize("content", [Malicious(), [1, 2], {"a": 3}], ids=["code", "list", "numbers"])
@@ -260,7 +264,7 @@ def test_pickle_with_anything_but_tensors_is_never_executed(case, made, content)
     (folder / "mm_projector.bin").unlink()
     torch.save(content, folder / "mm_projector.bin")
     refused(folder, made / "vicuna", match="mm_projector.bin: (damaged|holds something else)")
-    assert not Path("/tmp/must-not-be-there").exists()
+    assert not MUST_NOT_BE.exists()
 
 
 def test_index_and_shards_that_disagree(case):

@@ -239,6 +239,9 @@ def describe_checkpoint(
     under = _under(own, base, **hub)
     spare = None if own is under else translate(under.facts, under.path, config_class)
     made = config or made or spare
+    packing = getattr(spare, "quantization_config", None)
+    if packing is not None:  # it is the base's weights that are packed, whatever an adapter's config.json says
+        made.quantization_config = packing
     weights = dict(under.weights)
     whole, matrices = own.beside(has_projector=own is under and any(name.startswith(PROJECTOR) for name in weights))
     weights |= whole
