@@ -156,7 +156,9 @@ class ConversationDataset(Dataset):
         self.records = records
         self.tokenizer, self.image_processor, self.version = tokenizer, image_processor, version
         self.image_folder = Path(image_folder)
-        self.pixels_config = SimpleNamespace(image_aspect_ratio=image_aspect_ratio, image_grid_pinpoints=image_grid_pinpoints)
+        self.pixels_config = SimpleNamespace(
+            image_aspect_ratio=image_aspect_ratio, image_grid_pinpoints=image_grid_pinpoints
+        )
         self.start_end, self.limit, self.tile_tokens = start_end, limit, tile_tokens
         self._cut: set[int] = set()
 
