@@ -1,14 +1,20 @@
 """LLaVA's own command lines are understood; what cannot be done is refused in one line before anything is loaded."""
 
+import os
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from training import flags
+from transformers.utils import is_flash_attn_2_available
 
 from llava.train import train as trainer_module
 from llava.train.arguments import TrainingArguments
 from llava.train.command import Parser, one_line
 
+ROOT = Path(__file__).parents[1]
 # What LLaVA's scripts of the same names pass, but for paths and --report_to wandb, which is not installed here.
 COMMON = """
     --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False
@@ -116,6 +122,15 @@ def test_one_process_takes_one_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     with pytest.raises(ValueError, match="one process got 2 GPUs"):
         training.check(model)
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is installed")
+def test_entry_point_of_llavas_scripts():
+    """By its path, as LLaVA's scripts call it; it wants flash-attn, unless another attention is named."""
+    command = [sys.executable, "llava/train/train_mem.py", *flags(**BASE, output_dir="out")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: attn_implementation: got 'flash_attention_2', expected sdpa")
 
 
 def test_words_that_belong_to_no_option(tmp_path, capsys):

@@ -156,7 +156,9 @@ class ConversationDataset(Dataset):
         self.records = records
         self.tokenizer, self.image_processor, self.version = tokenizer, image_processor, version
         self.image_folder = Path(image_folder)
-        self.picture = SimpleNamespace(image_aspect_ratio=image_aspect_ratio, image_grid_pinpoints=image_grid_pinpoints)
+        self.pixels_config = SimpleNamespace(
+            image_aspect_ratio=image_aspect_ratio, image_grid_pinpoints=image_grid_pinpoints
+        )
         self.start_end, self.limit, self.tile_tokens = start_end, limit, tile_tokens
         self._cut: set[int] = set()
 
@@ -195,8 +197,8 @@ class ConversationDataset(Dataset):
         return example
 
     def _pixels(self, image: str | Callable) -> Tensor:
-        picture = image() if isinstance(image, Callable) else load_image(self.image_folder / image)
-        return process_images([picture], self.image_processor, self.picture)[0]
+        opened = image() if isinstance(image, Callable) else load_image(self.image_folder / image)
+        return process_images([opened], self.image_processor, self.pixels_config)[0]
 
     def _name_unlearned(self, index: int) -> None:
         if index in self._cut or len(self._cut) >= NAMED_CUT_RECORDS:
