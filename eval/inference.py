@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import is_flash_attn_2_available
 
-from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path, load_image, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
@@ -160,7 +160,8 @@ class LoadedModel:
         """A one-turn conversation.
 
         Image tokens in the question say where the images go if there are as many as images. Otherwise the images come
-        first, and what the question says of ``<image>`` is text, as it is where there is no image at all.
+        first, and what the question says of ``<image>`` is text, as it is where there is no image at all. A model that
+        was trained with ``mm_use_im_start_end`` gets its marks around every image.
 
         Parameters
         ----------
@@ -171,8 +172,13 @@ class LoadedModel:
         answer : str, optional
             The model's turn; None ends the prompt where the model is to speak.
         """
-        if images and question.count(DEFAULT_IMAGE_TOKEN) != images:
-            question = " ".join([DEFAULT_IMAGE_TOKEN] * images) + "\n" + question
+        marked = DEFAULT_IMAGE_TOKEN
+        if self.model.config.mm_use_im_start_end:
+            marked = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
+        if images and question.count(DEFAULT_IMAGE_TOKEN) == images:
+            question = question.replace(DEFAULT_IMAGE_TOKEN, marked)
+        elif images:
+            question = " ".join([marked] * images) + "\n" + question
         conversation = conv_templates[self.conv_template].copy()
         conversation.append_message(conversation.roles[0], question)
         conversation.append_message(conversation.roles[1], answer)

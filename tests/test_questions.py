@@ -39,6 +39,14 @@ def test_tokens_stay_where_they_are_if_they_are_as_many_as_images(loaded):
     assert "<image> <image> <image>\nIs" in loaded.prompt(question, 3)
 
 
+def test_a_model_trained_with_marks_around_images_gets_them(loaded, monkeypatch):
+    monkeypatch.setattr(loaded.model.config, "mm_use_im_start_end", True)
+    marked = "<im_start><image><im_end>"
+    assert f"{marked}\nWhat?" in loaded.prompt("What?", 1)
+    assert f"Is {marked} like {marked}?" in loaded.prompt("Is <image> like <image>?", 2)
+    assert "im_start" not in loaded.prompt("What does <image> mean?", 0)
+
+
 def test_without_an_image_the_token_is_text(loaded):
     prompt = loaded.prompt("What does <image> mean in HTML?", 0)
     assert loaded.encode(prompt, 0).tolist() == loaded.tokenizer(prompt).input_ids
