@@ -18,7 +18,7 @@ work="$(cd "$work" && pwd)"
 # shellcheck disable=SC1091
 source "$(dirname "${BASH_SOURCE[0]}")/uv.sh" "$work"
 export PYTHONPATH="$root" PYTHONSAFEPATH=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-SMOKE=(tests/test_llava.py tests/test_mustdrop.py tests/test_images.py tests/test_lmms_stock.py tests/test_train.py)
+SMOKE=(tests/test_{llava,mustdrop,images,lmms_stock,checkpoints,wrappers,train,train_lora}.py)
 
 # The newest or oldest interpreter that suits: from PATH, uv or pyenv.
 interpreter() {
