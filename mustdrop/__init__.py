@@ -7,12 +7,14 @@ if TYPE_CHECKING:
     from mustdrop.config import load_reducer
     from mustdrop.hooks import Reducer, Run
     from mustdrop.mustdrop import MustDrop
+    from mustdrop.mustdrop_plus import MustDropPlus
     from mustdrop.registry import available_methods
     from mustdrop.trace import Trace
 
-__all__ = ["MustDrop", "Reducer", "Run", "Trace", "available_methods", "load_reducer"]
+__all__ = ["MustDrop", "MustDropPlus", "Reducer", "Run", "Trace", "available_methods", "load_reducer"]
 _HOMES = {
     "MustDrop": "mustdrop",
+    "MustDropPlus": "mustdrop_plus",
     "Reducer": "hooks",
     "Run": "hooks",
     "Trace": "trace",

@@ -14,9 +14,6 @@ from mustdrop.stages.budget import TAPER
 from mustdrop.stages.prefill import PUBLISHED_LAYERS
 
 STAGES = ("vision", "prefill", "decode")
-PUBLISHED_KEY_RATE = 0.08
-KEY_RATE = 0.02  # where the numbers of tokens are given: it leaves more of them for the text to choose
-DIVERSE = 2  # times `retain`: tokens that enter the decoder
 
 # What an option left at None means: by default, and with compat="official".
 _COMPAT = {
@@ -35,9 +32,7 @@ class MustDrop(Compose):
 
     Thresholds decide how many tokens stay (the published method), or numbers do: with `retain`, or `budget` and
     `merge_to`, every image keeps exactly the planned number of tokens in every layer, chosen by the same scores. Shapes
-    then depend on nothing in the picture, and nothing waits for the device. `retain` is our improved MustDrop: tokens
-    that repeat others do not enter the decoder, fewer are fixed before the text is asked, and their numbers fall more
-    from filter to filter; docs/methods.md has what each change gains.
+    then depend on nothing in the image, and nothing waits for the device. `mustdrop_plus` is our improved MustDrop.
 
     Parameters
     ----------
@@ -46,8 +41,7 @@ class MustDrop(Compose):
     window, similarity_threshold, merge_block
         Of local spatial merging: side of a window, least mean cosine similarity, ViT block after which to merge.
     key_rate, key_block
-        Of the key token set: share of the merged tokens (by default the published 0.08, and 0.02 with `retain`), ViT
-        block whose CLS attention chooses them.
+        Of the key token set: share of the merged tokens, ViT block whose CLS attention chooses them.
     filter_layers : sequence of int or float, optional
         Decoder layers after which to filter; floats are fractions of the depth. Default: the published 2, 6, 10, 14
         of 32.
@@ -58,9 +52,9 @@ class MustDrop(Compose):
         `merge_to` says it) and what every filter leaves; all tokens or more: nothing is done.
     diverse : int, optional
         Of the merged tokens only so many of every image enter the decoder, those that repeat others least and the key
-        tokens. Default: all, and twice as many as `retain` where that is given.
+        tokens (not published). Default: all.
     taper : float
-        With `retain`: what the last filter leaves of what the first left.
+        With `retain`: what the last filter leaves of what the first left. Default: as the published thresholds do.
     budget : sequence of int or float, optional
         Instead: tokens of an image that go on after each filter layer; floats are shares of its patches.
     merge_to : int or float, optional
@@ -87,7 +81,7 @@ class MustDrop(Compose):
     window: int = 3
     similarity_threshold: float = 0.8
     merge_block: int = 0
-    key_rate: float | None = None
+    key_rate: float = 0.08
     key_block: int = -1
     filter_layers: Sequence[int | float] | None = None
     cache_from: int | float | None = None
@@ -117,50 +111,37 @@ class MustDrop(Compose):
         one_of("positions", self.positions, ("original", "renumber"))
         one_of("decode_positions", self.decode_positions, ("continue", "cache_length"))
         require(self.retain is None or self.retain > 0, "retain", self.retain, "1 or more")
-        ours = self.retain is not None and self.compat == "default"
-        if self.diverse is None and ours and "vision" in self.stages:
-            self.diverse = DIVERSE * self.retain
-        if self.key_rate is None:
-            self.key_rate = KEY_RATE if ours else PUBLISHED_KEY_RATE
         require(len(self.filter_layers) > 0, "filter_layers", self.filter_layers, "at least one layer")
         of_stage = {"retain": "prefill", "budget": "prefill", "merge_to": "vision", "diverse": "vision"}
         for field, stage in of_stage.items():
             given = getattr(self, field)
             require(given is None or stage in self.stages, field, given, f"left out without the {stage} stage")
         unmerged = 1.0 if self.budget is not None and self.merge_to is None else self.merge_to
-        parts = {
-            "vision": (
-                LocalSpatialMerge(
-                    self.window,
-                    self.similarity_threshold,
-                    self.merge_block,
-                    self.merge_order,
-                    self.merge_count,
-                    unmerged,
-                    self.retain,
-                ),
-                KeyTokens(self.key_rate, self.key_block, self.retain),
-                *([] if self.diverse is None else [DiverseTokens(self.diverse)]),
-            ),
-            "prefill": (
-                DualAttentionFilter(
-                    self.global_threshold,
-                    self.individual_threshold,
-                    None if usual else self.filter_layers,
-                    self.score_dtype,
-                    self.budget,
-                    self.retain,
-                    self.key_rate if "vision" in self.stages else 0.0,
-                    self.taper,
-                    self.diverse,
-                ),
-            ),
-            "decode": (
-                OutputAwareCache(
-                    self.filter_layers[0] if self.cache_from is None else self.cache_from, self.output_threshold
-                ),
-            ),
-        }
+        merge = LocalSpatialMerge(
+            window=self.window,
+            similarity_threshold=self.similarity_threshold,
+            block=self.merge_block,
+            order=self.merge_order,
+            count=self.merge_count,
+            merge_to=unmerged,
+            retain=self.retain,
+        )
+        keys = KeyTokens(rate=self.key_rate, block=self.key_block, retain=self.retain)
+        filters = DualAttentionFilter(
+            global_threshold=self.global_threshold,
+            individual_threshold=self.individual_threshold,
+            layers=None if usual else self.filter_layers,
+            score_dtype=self.score_dtype,
+            budget=self.budget,
+            retain=self.retain,
+            key_rate=self.key_rate if "vision" in self.stages else 0.0,
+            taper=self.taper,
+            thinned=self.diverse,
+        )
+        first = self.filter_layers[0] if self.cache_from is None else self.cache_from
+        cache = OutputAwareCache(first_layer=first, output_threshold=self.output_threshold)
+        diverse = [] if self.diverse is None else [DiverseTokens(self.diverse)]
+        parts = {"vision": [merge, keys, *diverse], "prefill": [filters], "decode": [cache]}
         super().__init__(
             [part for stage in STAGES if stage in self.stages for part in parts[stage]],
             self.positions,

@@ -19,10 +19,12 @@ from mustdrop.methods import (
     VisionZip,
 )
 from mustdrop.mustdrop import MustDrop
+from mustdrop.mustdrop_plus import MustDropPlus
 
 METHODS: dict[str, type[Reducer]] = {
     "vanilla": Reducer,
     "mustdrop": MustDrop,
+    "mustdrop_plus": MustDropPlus,
     "fastv": FastV,
     "pyramiddrop": PyramidDrop,
     "sparsevlm": SparseVLM,

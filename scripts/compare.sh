@@ -23,7 +23,7 @@ case " $* " in *" --dry-run "* | *" --detach "*) exit "$failed" ;; esac
 
 python -m eval.table "$root/configs/tables/compare.yaml" --results "$OUT" --format all --out "$OUT"
 python -m eval.plots "$OUT" >/dev/null
-for reference in mustdrop mustdrop-retain rival; do
+for reference in mustdrop mustdrop_plus rival; do
     python -m eval.significance "$OUT" --against "$reference" --format github >"$OUT/against-$reference.md" ||
         rm -f "$OUT/against-$reference.md" # a list of methods without this one
 done

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import LAYERS, SIDE, batch, ours, pictures, prompt, run
 
-from mustdrop import MustDrop, Reducer, load_reducer
+from mustdrop import MustDrop, MustDropPlus, Reducer, load_reducer
 from mustdrop.compose import Compose
 from mustdrop.hooks import Call, Keep
 from mustdrop.macs import mean_tokens_official
@@ -58,14 +58,14 @@ def test_counts_are_exact(images, seed):
 
 @pytest.mark.parametrize("retain", [20, 40, 77, 143])
 def test_retain_is_the_mean_per_layer_by_the_authors_meter(retain):
-    trace = trace_of(load_reducer({"method": "mustdrop", "retain": retain}))
+    trace = trace_of(load_reducer({"method": "mustdrop_plus", "retain": retain}))
     assert trace.mean_tokens_official == pytest.approx(retain, abs=0.5)
 
 
 @pytest.mark.parametrize(("layers", "patches"), [(32, 576), (40, 576), (16, 576), (8, 144), (24, 256), (32, 2880)])
 @pytest.mark.parametrize("share", [0.07, 0.11, 0.33, 0.9])
 def test_retain_is_met_at_any_depth_and_number_of_patches(layers, patches, share):
-    retain, reducer = round(share * patches), MustDrop(retain=round(share * patches))
+    retain, reducer = round(share * patches), MustDropPlus(retain=round(share * patches))
     reducer.check_tokens(layers, patches)
     merge, keys, diverse, chosen, _ = reducer.parts
     entering = min(merge.merged(patches), diverse.count)
@@ -205,17 +205,24 @@ def test_schedule_is_as_given_or_solved():
     assert len(set(even.values())) == 1 and steep[10] < even[10] < steep[2]
 
 
-def test_with_retain_tokens_that_differ_enter_the_decoder_key_tokens_among_them():
-    plain, diverse = trace_of(MustDrop(retain=20, diverse=PATCHES)), trace_of(MustDrop(retain=20, key_rate=0.08))
+def test_mustdrop_plus_lets_tokens_that_differ_enter_the_decoder_key_tokens_among_them():
+    plain, diverse = trace_of(MustDropPlus(retain=20, diverse=PATCHES)), trace_of(MustDropPlus(retain=20, key_rate=0.08))
     assert (plain.vision_tokens[0], diverse.vision_tokens[0]) == (96, 40)
     assert len(diverse.key_tokens) == math.ceil(0.08 * 96) <= diverse.vision_tokens[-1]
-    assert MustDrop(retain=20, compat="official").diverse is MustDrop().diverse is None
 
 
-def test_numbers_fix_fewer_key_tokens_than_thresholds():
-    assert MustDrop().key_rate == MustDrop(budget=[60, 41, 30, 20]).key_rate == 0.08
-    assert MustDrop(retain=64, compat="official").key_rate == 0.08
-    assert MustDrop(retain=64).key_rate == 0.02 and MustDrop(retain=64, key_rate=0.04).key_rate == 0.04
+def test_two_names_for_two_algorithms():
+    published, ours_ = MustDrop(retain=64), MustDropPlus(retain=64)
+    assert (published.key_rate, published.taper, published.diverse) == (0.08, 0.73, None)
+    assert (ours_.key_rate, ours_.taper, ours_.diverse) == (0.02, 0.25, 128)
+    assert MustDropPlus(retain=64, key_rate=0.04, diverse=100).parts[2].count == 100
+    assert len(published.parts) + 1 == len(ours_.parts)
+    trace = trace_of(MustDrop(retain=60))
+    assert trace.mean_tokens_official == pytest.approx(60, abs=0.5) and trace.vision_tokens[0] == 96
+    with pytest.raises(ValueError, match="^compat is 'official': it must be default"):
+        MustDropPlus(compat="official")
+    with pytest.raises(ValueError, match="^retain is None: it must be of type integer"):
+        load_reducer({"method": "mustdrop_plus", "retain": None})
 
 
 def test_text_and_key_tokens_stay_whatever_the_numbers():

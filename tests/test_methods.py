@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from mustdrop import MustDrop, Reducer, available_methods, macs
+from mustdrop import MustDrop, MustDropPlus, Reducer, available_methods, macs
 from mustdrop.compose import Compose
 from mustdrop.macs import Workload
 from mustdrop.methods import (
@@ -39,6 +39,8 @@ METHODS = {
         MustDrop(**THRESHOLDS, merge_count="per_image", compat="official", filter_layers=[1, 3]),
         MustDrop(0, 0, similarity_threshold=1.1, compat="official", filter_layers=[1, 3]),
     ),
+    "mustdrop_plus": (MustDropPlus(retain=30), MustDropPlus(retain=PATCHES)),
+    "mustdrop, by numbers": (MustDrop(retain=60), MustDrop(retain=PATCHES)),
     "mustdrop, output threshold": (MustDrop(**THRESHOLDS, output_threshold=0.004), MustDrop(0, 0, 3, 1.1)),
     "merge alone": (LocalSpatialMerge(), LocalSpatialMerge(similarity_threshold=1.1)),
     "keys alone": (KeyTokens(), KeyTokens(rate=0)),
@@ -110,7 +112,7 @@ def test_images_with_different_numbers_of_tokens_do_not_see_each_other(name):
     """In a batch as in a prompt: counts go by an image's own tokens, here those that merging by threshold leaves."""
     own = {
         "filter by numbers": DualAttentionFilter(budget=[0.5, 0.4, 0.2, 0.1]),
-        "mustdrop by numbers": MustDrop(retain=30, stages=["prefill", "decode"]),
+        "mustdrop by numbers": MustDropPlus(retain=30, stages=["prefill", "decode"]),
     }
     reducer = Compose([LocalSpatialMerge(), own.get(name) or METHODS[name][0]])
     apart = one_by_one(ours(), reducer)
