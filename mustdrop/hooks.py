@@ -315,7 +315,8 @@ class Reducer(Fitting):
             raise TypeError(f"{type(model).__name__} has no hook points: load it with llava.model.builder")
         tower = getattr(model, "get_vision_tower", lambda: None)()
         sizes = (getattr(tower, "blocks_run", None), tower.num_patches) if tower is not None else ()
-        self.check_sizes(*model.depths, *sizes, heads=getattr(model.config, "num_attention_heads", None))
+        config = getattr(model, "config", None)
+        self.check_sizes(*model.depths, *sizes, heads=getattr(config, "num_attention_heads", None))
         before = model.reducer, model.run
         model.reducer, model.run = self, Run(timing, keep)
         try:
