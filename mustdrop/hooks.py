@@ -298,7 +298,8 @@ class Reducer(Fitting):
         model = hooked_model(model)
         tower = getattr(model, "get_vision_tower", lambda: None)()
         sizes = (getattr(tower, "blocks_run", None), tower.num_patches) if tower is not None else ()
-        self.check_sizes(*model.depths, *sizes, heads=getattr(model.config, "num_attention_heads", None))
+        config = getattr(model, "config", None)
+        self.check_sizes(*model.depths, *sizes, heads=getattr(config, "num_attention_heads", None))
         run = Run(timing, keep)
         with activated(model.seam, self, run):
             yield run
