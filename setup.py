@@ -29,7 +29,7 @@ LMMS_EVAL = "lmms-eval==0.7.3"
 TABLES = ["scipy>=1.14.1", "matplotlib>=3.9.2", "jinja2>=3.1.3"]
 SWEEPS = ["submitit>=1.5.2", "rich>=13.7"]
 TRAIN = ["deepspeed>=0.18; sys_platform == 'linux'", "datasets>=4.0", "peft>=0.18"]
-QUANTISED = ["bitsandbytes>=0.46.1"]
+QUANTISED = ["bitsandbytes>=0.48.2"]
 EVAL_LIGHT = [
     "datasets>=4.0",
     "evaluate>=0.4.3",

@@ -70,7 +70,7 @@ def test_loaded_back_gives_the_trained_logits(trained, base):
     _, again, _, context = load_pretrained_model(str(output), model_base=str(base))
     _, before, _, _ = load_pretrained_model(str(base))
     assert context == 2048
-    torch.testing.assert_close(logits(again), logits(model), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-3, rtol=1e-3)
     assert (logits(again) - logits(before)).abs().max() > 0.05
 
 
