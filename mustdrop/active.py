@@ -2,9 +2,9 @@
 
 What is on is known to a context (`contextvars`): other threads, and tasks that interleave, do not see it. A thread that
 is started inside a block belongs to it, although new threads inherit no context before Python 3.14: while a block is
-open, `threading.Thread.start` hands on what is on. A worker of a thread pool runs what anybody gives it, so it inherits
-nothing. There a bound method that was taken inside the block still knows it (`pool.submit(model.generate, ...)`, see
-`carrying`); all else cannot be told apart and is refused while a block is open for the model.
+open, `threading.Thread.start` hands on what is on. A worker of a thread pool runs what anybody gives it. A bound method
+that was taken inside a block knows it there, too (`pool.submit(model.generate, ...)`, see `carrying`); a worker that
+was started inside the only block that is open for the model belongs to that; the rest cannot be told and is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from mustdrop.hooks import Reducer, Run
@@ -34,6 +35,7 @@ class Activation:
 
 _here: ContextVar[tuple[Activation, ...] | None] = ContextVar("mustdrop_reducers", default=None)
 _everywhere: list[Activation] = []
+_BORN_IN: WeakKeyDictionary[threading.Thread, tuple[Activation, ...]] = WeakKeyDictionary()
 _lock = threading.Lock()
 _plain_start = threading.Thread.start
 _handing_on = False
@@ -69,12 +71,13 @@ def active(seam: object) -> Activation | None:
     for activation in reversed(found or ()):
         if activation.open and activation.seam is seam:
             return activation
-    if found is None and _is_worker() and any(one.seam is seam for one in list(_everywhere)):
+    opened = [one for one in list(_everywhere) if one.seam is seam] if found is None and _is_worker() else []
+    if opened and opened != [one for one in _BORN_IN.get(threading.current_thread(), ()) if one in opened]:
         raise RuntimeError(
             "reducer: one is on for this model, but a worker of a thread pool cannot tell whether its task belongs to "
             "that block: submit model.generate itself, or contextvars.copy_context().run with your function"
         )
-    return None
+    return opened[-1] if len(opened) == 1 else None
 
 
 class carrying:
@@ -118,9 +121,11 @@ def _hand_on(wanted: bool) -> None:
 
 
 def _start(self: threading.Thread) -> None:
-    """`threading.Thread.start` that hands on what is on, but to no worker that others will use too."""
+    """`threading.Thread.start` that hands on what is on; of a pool's worker it only notes where it was started."""
     taken, run = _here.get(), self.run
-    if taken and not _is_worker(self):
+    if taken and _is_worker(self):
+        _BORN_IN[self] = taken
+    elif taken:
 
         def run_there() -> None:
             _here.set(taken)

@@ -146,10 +146,17 @@ def test_a_thread_pool_is_told_or_refused():
             pool.submit(contextvars.copy_context().run, generate).result()
             with pytest.raises(RuntimeError, match="^reducer: one is on for this model, but a worker of a thread"):
                 pool.submit(generate).result()
-            with ThreadPool(1) as other, pytest.raises(RuntimeError, match="^reducer: one is on"):
-                other.apply(generate)
         pool.submit(generate).result()
     assert entered(run) == [20, 20]
+
+
+@pytest.mark.parametrize("pool", [ThreadPoolExecutor, ThreadPool])
+def test_a_pool_that_is_started_inside_the_only_block_belongs_to_it(pool):
+    with FEW.on(ours()) as run, pool(2) as workers:
+        list(workers.map(lambda _: generate(), range(3)))
+        with MORE.on(ours()), pytest.raises(RuntimeError, match="^reducer: one is on"):
+            list(workers.map(lambda _: generate(), range(1)))
+    assert entered(run) == [20] * 3
 
 
 def test_a_method_taken_outside_is_plain_in_a_pool_and_reduced_inside_a_block():

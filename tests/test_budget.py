@@ -206,7 +206,8 @@ def test_schedule_is_as_given_or_solved():
 
 
 def test_mustdrop_plus_lets_tokens_that_differ_enter_the_decoder_key_tokens_among_them():
-    plain, diverse = trace_of(MustDropPlus(retain=20, diverse=PATCHES)), trace_of(MustDropPlus(retain=20, key_rate=0.08))
+    plain = trace_of(MustDropPlus(retain=20, diverse=PATCHES))
+    diverse = trace_of(MustDropPlus(retain=20, key_rate=0.08))
     assert (plain.vision_tokens[0], diverse.vision_tokens[0]) == (96, 40)
     assert len(diverse.key_tokens) == math.ceil(0.08 * 96) <= diverse.vision_tokens[-1]
 
@@ -264,12 +265,12 @@ def test_bad_settings_are_one_clear_line(settings, message):
     ("settings", "message"),
     [
         (
-            {"retain": 1},
-            r"retain is 1: it must be at least 2: key tokens stay, .* all 2 .*smaller merge_to, diverse or key_rate",
+            {"retain": 5},
+            r"retain is 5: it must be at least 8: key tokens stay, .* all 96 .*smaller merge_to, diverse or key_rate",
         ),
         (
             {"retain": 30, "merge_to": 144, "diverse": 144, "filter_layers": [4]},
-            r"retain is 30: it must be at least 74",
+            r"retain is 30: it must be at least 78",
         ),
         ({"retain": 130, "merge_to": 104}, r"retain is 130: it must be at most 104, .* or all 144; .*larger merge_to"),
         ({"merge_to": 100}, r"merge_to is 100: it must be between 16 .* and 144 .*multiple of 8 below 144"),

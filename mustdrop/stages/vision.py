@@ -195,7 +195,7 @@ class KeyTokens(Reducer):
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         if self._keeps_all(shape.patches):
             return 0
-        return sum(key_probe_macs(shape, tokens) for tokens in work.image_tokens)
+        return sum(key_probe_macs(shape, tokens) for *_, tokens in work.tower_tokens)
 
     def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
         block = self.block % step.blocks
