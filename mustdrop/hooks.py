@@ -136,7 +136,8 @@ class DecoderStep:
 
     `hidden` is the layer's input before it, its output `[batch, length, width]` after it. After a layer, `attention`
     is the layer's own and `next_attention` the following layer's on the present hidden states (None after the last
-    layer). In a decode step `tokens` describes the layer's cache, whose last entry is the new token.
+    layer); `norm` is the model's final norm. In a decode step `tokens` describes the layer's cache, whose last entry is
+    the new token.
     """
 
     layer: int
@@ -146,6 +147,7 @@ class DecoderStep:
     attention: Attention | None
     next_attention: Attention | None
     state: dict
+    norm: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass

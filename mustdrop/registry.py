@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mustdrop.hooks import Reducer
 from mustdrop.methods import (
+    DART,
     YOPO,
     AveragePool,
     CDPruner,
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Reducer]] = {
     "sparsevlm": SparseVLM,
     "visionzip": VisionZip,
     "prumerge": PruMerge,
+    "dart": DART,
     "divprune": DivPrune,
     "cdpruner": CDPruner,
     "tome": ToMe,

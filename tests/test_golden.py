@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaConfig
 from mustdrop import MustDrop, load_reducer
-from mustdrop.hooks import Call, Reducer
+from mustdrop.hooks import Call, ImageFacts, PromptFacts, Reducer, Tokens
+from mustdrop.methods import DART
 
 CASES = ["img1A_192", "img1A_128", "img1A_64", "img2B_128", "edge_r0", "edge_nodrop"]
 FILTER_LAYERS = (2, 6, 10, 14)
@@ -196,3 +198,26 @@ def test_sparsevlm_without_recycling(golden, sixteen_heads, retain):
         left = left[expected[f"stage{stage}.selected_mask_current"].bool()]
         assert trace.kept["prefill"][layer] == left.tolist()
     assert [count + trace.text_tokens for count in trace.vision_tokens] == expected["prefill_len_per_layer"].tolist()
+
+
+@pytest.mark.parametrize("budget", [32, 64, 128, 192])
+def test_dart(golden, budget):
+    """The authors' choice on every stored picture: states after the norm, one layer's keys, the question last."""
+    checked = 0
+    for file in sorted((golden / "newer").glob("picture_?.safetensors")):
+        stored = load_file(file)
+        if (kept := stored.get(f"out.dart.{budget}.kept")) is None:
+            continue
+        column = torch.arange(len(stored["in.hidden"]))[None]
+        image = torch.where((column >= 35) & (column < 611), 0, -1)
+        facts = (PromptFacts(59, 24, (ImageFacts(576, 576, 576),)),)
+        none = torch.zeros_like(column, dtype=torch.bool)
+        tokens = Tokens(column, column, image, column, none, column >= 611, images=1, questions=24, prompts=facts)
+        method = DART(tokens=budget, compat="official")
+        units = F.normalize(stored["in.hidden"], dim=-1)[None]
+        norms = stored["in.keys"].abs().sum((0, 2))[None]
+        chosen = method.least_duplicated(units, norms, tokens, [[method.schedule(32, 576)[1]]])
+        assert (chosen[0].nonzero()[:, 0] - 35).tolist() == kept.tolist()
+        checked += 1
+    if not checked:
+        pytest.skip("no such case")

@@ -11,6 +11,7 @@ from mustdrop import MustDrop, MustDropPlus, Reducer, available_methods, macs
 from mustdrop.compose import Compose
 from mustdrop.macs import Workload
 from mustdrop.methods import (
+    DART,
     YOPO,
     AveragePool,
     CDPruner,
@@ -63,6 +64,8 @@ METHODS = {
     "prumerge": (PruMerge(retain=30), PruMerge(retain=PATCHES)),
     "prumerge, plus": (PruMerge(plus=True), PruMerge(plus=True, retain=PATCHES)),
     "tome": (ToMe(40), ToMe(PATCHES)),
+    "dart": (DART(tokens=30), DART(tokens=PATCHES)),
+    "dart, official": (DART(retain=40, compat="official"), DART(retain=PATCHES, compat="official")),
     "divprune": (DivPrune(30), DivPrune(PATCHES)),
     "cdpruner": (CDPruner(30), CDPruner(PATCHES)),
     "random": (Random(30), Random(PATCHES)),

@@ -2,6 +2,7 @@
 
 from mustdrop.methods.cdpruner import CDPruner
 from mustdrop.methods.controls import AveragePool, Random, Uniform
+from mustdrop.methods.dart import DART
 from mustdrop.methods.divprune import DivPrune
 from mustdrop.methods.fastv import FastV
 from mustdrop.methods.prumerge import PruMerge
@@ -13,6 +14,7 @@ from mustdrop.methods.visionzip import VisionZip
 from mustdrop.methods.yopo import YOPO
 
 __all__ = [
+    "DART",
     "YOPO",
     "AveragePool",
     "CDPruner",

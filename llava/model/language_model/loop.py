@@ -209,6 +209,7 @@ class DecoderLoop:
             attention=self.attention(index, entering, cache),
             next_attention=None if last else self.attention(index + 1, stream),
             state=call.state,
+            norm=self.norm,
         )
         keep = call.reducer.after_decoder_layer(step)
         if keep is None:
