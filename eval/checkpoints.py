@@ -16,7 +16,7 @@ EMBEDDED = "checkpoints/llava-mini"
 LOADING = ("model_base", "load_4bit", "load_8bit")
 """What decides, besides the model's folder, which model is loaded: arguments of ``load_pretrained_model``."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 
 
 def add_options(new: argparse.ArgumentParser) -> None:
@@ -122,9 +122,7 @@ def config_folder(model: str, model_base: str | None = None) -> str:
     """Where the config.json of a model lies that is used: its own folder or hub id, or its base's."""
     if not Path(model).is_dir() or (Path(model) / "config.json").is_file():
         return model
-    base = model_base or _named(model, "adapter_config.json", "base_model_name_or_path")
-    beside = Path(model) / (base or "")
-    return str(beside) if model_base is None and base and beside.is_dir() else base or model
+    return model_base or _named(model, "adapter_config.json", "base_model_name_or_path") or model
 
 
 def is_embedded(model: str) -> bool:
@@ -150,12 +148,15 @@ def _is_the_embedded_one(model: str) -> bool:
 
 
 def _named(model: str, file: str, field: str) -> str | None:
-    """The checkpoint that a configuration in a model's folder names; None if it names none."""
+    """The checkpoint that a configuration in a model's folder names, beside it or elsewhere; None if it names none."""
     try:
         value = json.loads((Path(model) / file).read_text(encoding="utf-8"))[field]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):  # the loader will say what is wrong with it
         return None
-    return value if isinstance(value, str) and value else None
+    if not isinstance(value, str) or not value:
+        return None
+    beside = Path(model) / value
+    return str(beside) if (beside / "config.json").is_file() else value
 
 
 def _look_over(wanted: dict, away: bool) -> None:
