@@ -28,8 +28,9 @@ from statistics import fmean, median, quantiles
 
 from tabulate import tabulate
 
+from eval.checkpoints import check_checkpoint
 from eval.methods import check_shape, read_method
-from eval.settings import LARGEST_BATCH, MANY, check_file, check_loading, check_model, retained_tokens
+from eval.settings import LARGEST_BATCH, MANY, check_file, check_loading, retained_tokens
 from mustdrop import Reducer, available_methods, load_reducer
 from mustdrop.checks import shown
 from mustdrop.command import Parser, command, needed_number, path
@@ -173,7 +174,7 @@ def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestan
     if args.checkpoint:
         if numbers["layers"]:
             raise ValueError(f"layers: got {numbers['layers']}, but a checkpoint's depth is its own; give --shape")
-        model_name = check_model(args.checkpoint)
+        model_name = check_checkpoint(args.checkpoint)["model"]
         loaded = LoadedModel.load(
             model_name, device=device, dtype=dtype_name, attn_implementation=args.attn_implementation
         )

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+from eval.checkpoints import EMBEDDED, add_options, check_arguments, is_embedded, loading
 from eval.methods import CONFIGS, read_method
 from eval.progress import progress, quiet
-from eval.settings import EMBEDDED, LARGEST_BATCH, check_loading, check_model, check_out, is_embedded, retained_tokens
+from eval.settings import LARGEST_BATCH, check_loading, check_out, retained_tokens
 from mustdrop import load_reducer
 from mustdrop.calibrate import (
     RANGE,
@@ -84,6 +85,7 @@ def as_yaml(settings: dict, target: int, point: Point, notes: list[str]) -> str:
 
 def add_measuring_options(new: argparse.ArgumentParser) -> None:
     """Options of every command that runs a model on training questions: which questions, and how."""
+    add_options(new)
     new.add_argument("--task", help="synthetic task whose training split is used, mini for all (default: mini)")
     new.add_argument("--data", type=text, help='JSON list of {"image": file, "question": text}; never the benchmark')
     new.add_argument("--image-folder", type=text, help="where the images of --data are (default: here)")
@@ -95,9 +97,7 @@ def add_measuring_options(new: argparse.ArgumentParser) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    new = Parser(
-        prog="mustdrop calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    new = Parser(prog="mustdrop calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     new.add_argument("--model", type=text, default=EMBEDDED, help="folder or hub id of a checkpoint (%(default)s)")
     new.add_argument("--retain", nargs="+", default="192 128 64", help="wanted mean tokens per layer (192 128 64)")
     new.add_argument("--samples", default=200, help="number of calibration samples (%(default)s)")
@@ -125,9 +125,9 @@ def main(argv: list[str] | None = None) -> int:
     args.tolerance = decimal_number("tolerance", args.tolerance, most=1, above=True)
     check_loading(args.device, dtype=args.dtype, conv_template=args.conv_template)
     base = _base(args)
-    model = check_model(args.model)
+    model = check_arguments(args)
     out = check_out(args.out or CONFIGS / Path(model).name)
-    check_reach(base, targets, model)
+    check_reach(base, targets, model, args.model_base)
     check_data(args, model)
     return calibrate(args, argv, model, base, targets, samples, batch_size, out)
 
@@ -142,10 +142,12 @@ def calibrate(
     quiet()
     task = None if args.data else args.task or "mini"
     pairs = read_samples(task, args.data, args.image_folder or ".", samples)
-    loaded = LoadedModel.load(model, device=args.device, dtype=args.dtype, conv_template=args.conv_template)
+    loaded = LoadedModel.load(
+        model, device=args.device, dtype=args.dtype, conv_template=args.conv_template, **loading(args)
+    )
     facts = provenance(["eval.calibrate", *argv])
     source = Path(args.data).name if args.data else f"the training split of {task} (synthetic)"
-    dtype = str(loaded.dtype).removeprefix("torch.")
+    dtype = str(loaded.dtype).removeprefix("torch.") + (f", {loaded.bits} bit" if loaded.bits else "")
     notes = [
         f"Samples: {len(pairs)} of {source}. Model: {Path(model).name}, {dtype}. Date: {facts['date'][:10]}.",
         f"Made by: {facts['command']}",
@@ -203,12 +205,12 @@ def _base(args) -> dict:
     return base
 
 
-def check_reach(base: dict, targets: Sequence[int], model: str) -> None:
+def check_reach(base: dict, targets: Sequence[int], model: str, model_base: str | None = None) -> None:
     """Raise ValueError if a target is more than all tokens, or the fields do not fit the model, as far as is known."""
     from eval.sweep.plan import Method, out_of_reach
 
     for target in targets:
-        if reason := out_of_reach(Method(base["method"], target, base), model):
+        if reason := out_of_reach(Method(base["method"], target, base), model, model_base):
             raise ValueError(f"set: {reason}")
 
 

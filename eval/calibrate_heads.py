@@ -17,9 +17,10 @@ import sys
 from pathlib import Path
 
 from eval.calibrate import add_measuring_options, batch_of, check_data, read_samples
+from eval.checkpoints import EMBEDDED, check_arguments, loading
 from eval.methods import CONFIGS
 from eval.progress import progress, quiet
-from eval.settings import EMBEDDED, check_file, check_loading, check_model
+from eval.settings import check_file, check_loading
 from eval.sweep.plan import shape_of
 from mustdrop.checks import shown
 from mustdrop.command import Parser, command, decimal_number, needed_number, path, text
@@ -57,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("share: got nothing, expected --share, the heads that stay active, or --threshold")
     samples, batch_size = needed_number("samples", args.samples), batch_of(args)
     check_loading(args.device, dtype=args.dtype, conv_template=args.conv_template)
-    model = check_model(args.model)
-    shape = shape_of(model)
+    model = check_arguments(args)
+    shape = shape_of(model, args.model_base)
     if shape is not None and rule["full_layers"] > shape.layers:
         raise ValueError(f"full_layers: got {rule['full_layers']}, but the model has {shape.layers} layers")
     out = args.out or CONFIGS / Path(model).name / "yopo_heads.npy"
@@ -81,7 +82,9 @@ def calibrate(args, argv: list[str], model: str, rule: dict, samples: int, batch
     quiet()
     task = None if args.data else args.task or "mini"
     pairs = read_samples(task, args.data, args.image_folder or ".", samples)
-    loaded = LoadedModel.load(model, device=args.device, dtype=args.dtype, conv_template=args.conv_template)
+    loaded = LoadedModel.load(
+        model, device=args.device, dtype=args.dtype, conv_template=args.conv_template, **loading(args)
+    )
     heads = HeadAttention()
     for start in progress(range(0, len(pairs), batch_size), "heads", unit="batch", leave=False):
         images, questions = zip(*pairs[start : start + batch_size], strict=True)
@@ -91,6 +94,8 @@ def calibrate(args, argv: list[str], model: str, rule: dict, samples: int, batch
     mask, threshold = head_mask(heads.ratios, **rule)
     facts = {
         "model": Path(model).name,
+        "model_base": args.model_base and Path(args.model_base).name,
+        "bits": loaded.bits,
         "samples": len(pairs),
         "source": Path(args.data).name if args.data else f"the training split of {task} (synthetic)",
         **rule,

@@ -23,6 +23,8 @@ class Cell:
     ----------
     model : str
         Folder or hub id of a checkpoint.
+    model_base, load_4bit, load_8bit
+        As ``llava.model.builder.load_pretrained_model`` takes them.
     benchmark, task : str
         A key of ``eval.tasks.BENCHMARKS`` and the task of lmms-eval that is run for it.
     method : str
@@ -58,11 +60,15 @@ class Cell:
     attn_implementation: str = "sdpa"
     conv_template: str = "vicuna_v1"
     skip_unfit: bool = False
+    model_base: str | None = None
+    load_4bit: bool = False
+    load_8bit: bool = False
 
     @property
     def model_name(self) -> str:
-        """The last part of the model's path or id."""
-        return Path(self.model).name
+        """The last part of the model's path or id; what it is quantised to on the way in makes it another model."""
+        bits = "-4bit" if self.load_4bit else "-8bit" if self.load_8bit else ""
+        return Path(self.model).name + bits
 
     @property
     def label(self) -> str:
@@ -78,16 +84,21 @@ class Cell:
         have finished. What was found is in the result's provenance.
         """
         facts = asdict(self)
-        for name in ("model", "method", "retain", "benchmark"):  # names; contents and settings say what they mean
+        names = ["model", "model_base", "method", "retain", "benchmark"]  # contents and settings say what they mean
+        for name in [*names, *(bits for bits in ("load_4bit", "load_8bit") if not facts[bits])]:
             del facts[name]
         return {
             **facts,
             "settings": _by_contents(self.settings),
-            "model_files": _model_fingerprint(self.model),
+            "model_files": self._model_files(),
             "task_data": _task_fingerprint(self.task),
             "code": _code_fingerprint(),
             "versions": provenance.versions(),
         }
+
+    def _model_files(self) -> str:
+        own = _model_fingerprint(self.model)
+        return own if self.model_base is None else provenance.digest([own, _model_fingerprint(self.model_base)])
 
     @property
     def key(self) -> str:

@@ -131,7 +131,7 @@ def collect(folders: Iterable[str | Path]) -> tuple[list[Result], list[str]]:
         if count > 1
     ]
     whole, left_out = _most_questions(list(newest.values()))
-    return _with_shares(whole), damaged + notes + left_out + _same_names(whole) + _not_asked(whole)
+    return _with_shares(whole), damaged + notes + left_out + _same_names(whole) + _quantised(whole) + _not_asked(whole)
 
 
 def prompt_ms(row: Mapping) -> float | None:
@@ -231,6 +231,12 @@ def _with_shares(results: list[Result]) -> list[Result]:
 def same_questions(result: Result) -> tuple:
     """What results have in common that may be compared: the checkpoint, the task, how many questions, and the seed."""
     return (*(result.row[name] for name in SAME_QUESTIONS), str(result.identity.get("model_files")))
+
+
+def _quantised(results: Iterable[Result]) -> list[str]:
+    """One line for every model whose weights were packed."""
+    found = {(result.row["model"], result.row["bits"]): None for result in results if result.row.get("bits")}
+    return [f"{model}: language model in {bits} bit, quantised by bitsandbytes" for model, bits in found]
 
 
 def _not_asked(results: Iterable[Result]) -> list[str]:

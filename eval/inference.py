@@ -100,24 +100,31 @@ class LoadedModel:
         dtype: str = "auto",
         attn_implementation: str = "sdpa",
         conv_template: str = "vicuna_v1",
+        model_base: str | None = None,
+        load_4bit: bool = False,
+        load_8bit: bool = False,
     ) -> LoadedModel:
         """Load a checkpoint in evaluation mode.
 
         Parameters
         ----------
         pretrained : str
-            Folder or hub id, in the original LLaVA format or Hugging Face's.
+            Folder or hub id of any form of checkpoint, see docs/checkpoints.md.
         device : str, optional
             By default ``cuda`` where there is one.
         device_map : str, optional
             ``auto`` spreads a model over several GPUs; by default it goes to ``device`` whole.
         dtype, attn_implementation, conv_template : str
             See ``resolve_dtype``, transformers and ``llava.conversation``.
+        model_base : str, optional
+            The model under a checkpoint that holds only a projector or an adapter; an adapter may name it itself.
+        load_4bit, load_8bit : bool
+            Quantise the language model with bitsandbytes.
 
         Raises
         ------
         ValueError
-            If a name is unknown; nothing has been loaded then.
+            If a name is unknown, or the checkpoint cannot be loaded; nothing has been loaded then.
         """
         if conv_template not in conv_templates:
             raise ValueError(
@@ -131,12 +138,14 @@ class LoadedModel:
         torch_dtype = resolve_dtype(dtype, device)
         tokenizer, model, image_processor, context_len = load_pretrained_model(
             pretrained,
-            None,
+            model_base,
             get_model_name_from_path(pretrained),
             device_map=device_map,
             device=None if device_map else device,
             torch_dtype=torch_dtype,
             attn_implementation=attn_implementation,
+            load_4bit=load_4bit,
+            load_8bit=load_8bit,
         )
         return cls(tokenizer, model.eval(), image_processor, context_len, conv_template)
 
@@ -149,6 +158,11 @@ class LoadedModel:
     def dtype(self) -> torch.dtype:
         """What images are cast to: the type of the first parameter that is not quantised."""
         return next(one.dtype for one in self.model.parameters() if one.is_floating_point() and one.dtype.itemsize > 1)
+
+    @property
+    def bits(self) -> int | None:
+        """4 or 8 if the language model is quantised, as it was stored or on the way in."""
+        return next((bits for bits in (4, 8) if getattr(self.model, f"is_loaded_in_{bits}bit", False)), None)
 
     @property
     def pad_token_id(self) -> int:

@@ -10,10 +10,10 @@ from pathlib import Path
 from statistics import fmean
 
 from eval import published
+from eval.checkpoints import is_embedded
 from eval.collect import VANILLA, Result, merge_seeds, prompt_ms
 from eval.methods import CONFIGS
 from eval.published import AVERAGE
-from eval.settings import is_embedded
 from mustdrop.checks import LONGEST, hint, shown
 from mustdrop.command import LARGEST
 from mustdrop.read import read_yaml

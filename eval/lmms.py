@@ -20,6 +20,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from transformers import LogitsProcessorList
 
+from eval.checkpoints import flag
 from eval.generation import Teacher, cut, for_transformers
 from eval.inference import LoadedModel, UnfitQuestion, ahead
 from eval.methods import read_method
@@ -30,6 +31,7 @@ from eval.rows import flops, shape_of
 from eval.samples import names, pack_stages, write_lines
 from llava.mm_utils import load_image
 from mustdrop import Trace, load_reducer
+from mustdrop.command import needed_number
 
 COUNTS = (
     "images", "before_mlp", "plans", "text_tokens", "vision_tokens", "vision_tokens_after", "cache_lengths",
@@ -50,7 +52,7 @@ class LlavaMustDrop(lmms):
         Folder or hub id of a LLaVA checkpoint.
     method : str, optional
         YAML file or name of a method; by default nothing is reduced.
-    device, device_map, dtype, attn_implementation, conv_template : str
+    device, device_map, dtype, attn_implementation, conv_template, model_base, load_4bit, load_8bit
         As for ``eval.inference.LoadedModel.load``.
     batch_size : int
         Prompts per batch.
@@ -105,12 +107,15 @@ class LlavaMustDrop(lmms):
         skip_unfit: bool = False,
         loaded: LoadedModel | None = None,
         description: str = "answering",
+        model_base: str | None = None,
+        load_4bit: bool = False,
+        load_8bit: bool = False,
         **fields,
     ) -> None:
         super().__init__()
         self.method = read_method(method, fields)
         self.reducer = load_reducer(self.method)
-        self.batch_size = _positive("batch_size", batch_size)
+        self.batch_size = needed_number("batch_size", batch_size)
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self._borrowed = loaded is not None
         self.loaded = loaded or LoadedModel.load(
@@ -120,6 +125,9 @@ class LlavaMustDrop(lmms):
             dtype=dtype,
             attn_implementation=attn_implementation,
             conv_template=conv_template,
+            model_base=model_base,
+            load_4bit=flag("load_4bit", load_4bit),
+            load_8bit=flag("load_8bit", load_8bit),
         )
         self.shape = shape_of(
             self.loaded.model.config.to_dict(), "model", str(self.loaded.dtype).removeprefix("torch.")
@@ -375,16 +383,6 @@ class LlavaMustDrop(lmms):
 
 def _key(document: Sequence) -> tuple[str, str, str]:
     return tuple(str(part) for part in document)
-
-
-def _positive(name: str, value: int | str) -> int:
-    try:
-        number = int(value)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name}: got {value!r}, expected a whole number above 0")
-    return number
 
 
 def rank_files(samples: Path) -> list[Path]:

@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
+from eval.checkpoints import on_hub
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "lmms_eval", "numpy", "pillow", "scipy", "tokenizers")
 WEIGHTS = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja")
@@ -93,6 +95,8 @@ def _pointing(path: Path, above: tuple[Path, ...]) -> str:
         )
         if elsewhere is not None and elsewhere.resolve() not in above:
             content[name] = _contents(elsewhere, above)
+        elif on_hub(content[name]) and path.name == "adapter_config.json":  # of towers, the name alone is enough
+            content[name] = _hub_commit(content[name])
     return digest(content)
 
 

@@ -20,10 +20,11 @@ import torch
 from tabulate import tabulate
 
 from eval.calibrate import read_samples
+from eval.checkpoints import EMBEDDED, check_checkpoint
 from eval.inference import LoadedModel
 from eval.methods import method_at
 from eval.progress import progress, quiet
-from eval.settings import EMBEDDED, LARGEST_BATCH, check_loading, check_model, retained_tokens
+from eval.settings import LARGEST_BATCH, check_loading, retained_tokens
 from eval.tasks import GROUP, SUITE
 from llava.model.language_model.packed import packed_layer
 from llava.model.language_model.projections import whole_layer
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.task not in (*SUITE, GROUP):
         raise ValueError(f"task: got {shown(args.task)}, expected one of {', '.join([*SUITE, GROUP])}")
     check_loading(dtype=args.dtype)
-    model = check_model(args.model)
+    model = check_checkpoint(args.model)["model"]
     methods = {retain: method_at(model, args.method, retain)[0] for retain in retained_tokens(args.retain)}
     if args.threads is not None:
         torch.set_num_threads(needed_number("threads", args.threads, most=1024))

@@ -79,7 +79,8 @@ ROW: dict[str, Check] = {
 
 SOME_ROWS: dict[str, Check] = {
     **{f"{part}_ms": _or_none(NUMBER) for part in ("vision", "prefill", "selector", "decode")},
-    "skipped": _whole(0), "beyond_context": _whole(0),
+    "skipped": _whole(0), "beyond_context": _whole(0), "bits": _whole(1),
+    "model_base": TEXT,
 }  # fmt: skip
 MACHINE = _every(_or_none(NUMBER), dict, "a mapping of numbers")
 PROVENANCE: dict[str, Check] = {

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from eval import settings, summary
+from eval import checkpoints, settings, summary
 from eval.cell import Cell
 from eval.methods import CONFIGS
 from eval.sweep.control import lock
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m eval.run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Names in capitals may also be set in the environment: MODEL, LIMIT, RETAIN, OUT, BATCH_SIZE.",
+        epilog="Names in capitals may be set in the environment: MODEL, MODEL_BASE, LIMIT, RETAIN, OUT, BATCH_SIZE.",
     )
     new.add_argument(
         "--task",
@@ -44,9 +44,10 @@ def parser() -> argparse.ArgumentParser:
         "--model",
         metavar="MODEL",
         type=text,
-        default=environment("MODEL") or settings.EMBEDDED,
+        default=environment("MODEL") or checkpoints.EMBEDDED,
         help="folder or hub id of a LLaVA checkpoint, such as liuhaotian/llava-v1.5-7b (default: %(default)s)",
     )
+    checkpoints.add_options(new)
     new.add_argument(
         "--retain",
         metavar="RETAIN",
@@ -148,7 +149,7 @@ def check_reach(cells: Sequence[Cell]) -> None:
     from eval.sweep.plan import Method, out_of_reach
 
     for cell in {cell.label: cell for cell in cells if cell.settings}.values():
-        if reason := out_of_reach(Method(cell.method, cell.retain, cell.settings), cell.model):
+        if reason := out_of_reach(Method(cell.method, cell.retain, cell.settings), cell.model, cell.model_base):
             raise ValueError(f"RETAIN: {reason}")
 
 
@@ -169,7 +170,7 @@ def note_borrowed(cells: Sequence[Cell], configs: Path) -> None:
         str(cell.retain): None
         for cell in cells
         if cell.retain is not None and "retain" not in cell.settings
-        if not (configs / cell.model_name / f"{cell.method}_{cell.retain}.yaml").is_file()
+        if not (configs / Path(cell.model).name / f"{cell.method}_{cell.retain}.yaml").is_file()
     }
     if borrowed:
         _say(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from eval import provenance, rows
 from eval.cell import Cell, write_json
+from eval.checkpoints import LOADING
 from eval.progress import hide_bars, quiet
 from eval.records import read_answers
 from eval.samples import write_lines
@@ -81,7 +82,7 @@ class _Loaded:
 
         options = {
             name: getattr(cell, name)
-            for name in ("device", "device_map", "dtype", "attn_implementation", "conv_template")
+            for name in ("device", "device_map", "dtype", "attn_implementation", "conv_template", *LOADING)
         }
         settings = (cell.model, *options.values())
         if settings != self.settings:
@@ -180,6 +181,10 @@ def _evaluate(cell: Cell, out: Path, loaded, manager, force: bool, verbose: bool
         "skipped": len(lines) - len(asked),
         "beyond_context": sum(_prompt_tokens(line) > loaded.context_len for line in asked),
     }
+    if cell.model_base is not None:
+        row["model_base"] = Path(cell.model_base).name
+    if loaded.bits is not None:
+        row["bits"] = loaded.bits
     if cell.retain is None:
         row["retain"] = round(row["mean_tokens"])
     return row

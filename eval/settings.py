@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.cell import Cell
+from eval.checkpoints import check_checkpoint, expanded, is_embedded, loading
 from eval.methods import method_at
 from eval.tasks import BENCHMARKS, GROUP, SUITE, TASKS, mirrored
 from mustdrop.checks import hint, shown
 from mustdrop.command import needed_number, whole_number
 
-ROOT = Path(__file__).resolve().parents[1]
-EMBEDDED = "checkpoints/llava-mini"
 DEFAULT_BATCH_SIZE = 8
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
 LONGEST_NAME = 255
 LARGEST_BATCH, LARGEST_SEED, MANY = 4096, 2**32 - 1, 1000
@@ -48,10 +46,11 @@ def cells(args) -> list[Cell]:
         attn_implementation=args.attn_implementation,
         conv_template=args.conv_template,
     )
-    model = check_model(args.model)
+    checkpoint = check_checkpoint(args.model, **loading(args))
+    model = checkpoint["model"]
     tasks = check_tasks(named, model, limit)
     common = {
-        "model": model,
+        **checkpoint,
         "limit": limit,
         "batch_size": batch_size,
         "seed": seed,
@@ -75,38 +74,6 @@ def cells(args) -> list[Cell]:
     ]
 
 
-def is_embedded(model: str) -> bool:
-    """Whether a model is the one this repository carries, which answers only its own synthetic benchmarks."""
-    return Path(model).name.startswith("llava-mini")
-
-
-def check_model(model: str, online: bool = True) -> str:
-    """A model's folder, as an absolute path where it was found relative to the repository, or its hub id.
-
-    Without `online`, whether the hub has it is left open.
-
-    Raises
-    ------
-    ValueError
-        If there is neither.
-    """
-    if not isinstance(model, str) or not model.strip() or "\0" in model:
-        raise ValueError(f"MODEL: got {shown(model)}, expected a checkpoint's folder or a hub id such as owner/name")
-    for folder in (_expanded(Path(model)), ROOT / model):
-        if folder.is_dir():
-            if not (folder / "config.json").is_file():
-                raise ValueError(f"MODEL: the folder {model!r} has no config.json, so it is no checkpoint")
-            return model if folder == Path(model) else str(folder)
-    looks_local = model.startswith((".", "/", "~")) or Path(model).parts[:1] == (Path(EMBEDDED).parts[0],)
-    if looks_local or not HUB_ID.fullmatch(model):
-        raise ValueError(
-            f"MODEL: there is no folder {shown(model)}; give a checkpoint's folder or a hub id such as owner/name"
-        )
-    if online:
-        _check_hub(model)
-    return model
-
-
 def check_out(out: Path) -> Path:
     """A folder that can be written to, or made.
 
@@ -115,7 +82,7 @@ def check_out(out: Path) -> Path:
     ValueError
         If it cannot.
     """
-    out = _expanded(out)
+    out = expanded(out)
     _check_name_lengths(out)
     existing = out.absolute()
     while not os.path.lexists(existing):
@@ -136,7 +103,7 @@ def check_file(name: str, file: Path) -> Path:
     ValueError
         If it cannot.
     """
-    file = _expanded(file)
+    file = expanded(file)
     _check_name_lengths(file)
     if file.is_dir():
         raise ValueError(f"{name}: {shown(str(file))} is a folder, expected a file")
@@ -150,14 +117,6 @@ def _check_name_lengths(path: Path) -> None:
     long = next((part for part in path.parts if len(os.fsencode(part)) > LONGEST_NAME), None)
     if long is not None:
         raise ValueError(f"OUT: the name {shown(long)} is longer than {LONGEST_NAME} bytes")
-
-
-def _expanded(path: Path) -> Path:
-    """The path with ~ and ~name as the home folder; as it is where there is no such user."""
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        return path
 
 
 def check_name(option: str, name: str) -> str:
@@ -260,30 +219,6 @@ def retained_tokens(value: list[str] | str) -> list[int]:
     if len(words) > MANY:
         raise ValueError(f"RETAIN: got {len(words)} numbers, expected {MANY} at most")
     return list(dict.fromkeys(whole_number("RETAIN", word) for word in words))
-
-
-def _check_hub(model: str) -> None:
-    """See that a hub id leads to a model, in the local cache or on the hub."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
-
-    if isinstance(try_to_load_from_cache(model, "config.json"), str):
-        return
-    try:
-        HfApi().model_info(model, timeout=20)
-    except GatedRepoError:
-        raise ValueError(
-            f"MODEL: {model!r} asks for your consent on the hub, and for a token (hf auth login)"
-        ) from None
-    except RepositoryNotFoundError:
-        raise ValueError(f"MODEL: {model!r} is neither a folder nor a model on the Hugging Face hub") from None
-    except (OfflineModeIsEnabled, HfHubHTTPError, OSError, RuntimeError):
-        raise ValueError(
-            f"MODEL: {model!r} is neither a folder nor in the local cache, and the Hugging Face hub cannot be reached"
-        ) from None
-    except Exception as error:  # whatever the HTTP library of the day raises
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"MODEL: {model!r} could not be looked up on the hub ({reason})") from None
 
 
 def _check_access(task: str) -> None:

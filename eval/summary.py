@@ -62,10 +62,12 @@ def text(rows: Sequence[dict], facts: dict, style: str) -> str:
 
 
 def remarks(rows: Sequence[Mapping]) -> list[str]:
-    """What readers of scores must know about questions that were not asked, or not as a whole."""
+    """What readers of scores must know: quantised weights, questions that were not asked, or not as a whole."""
+    quantised = [f"{row['method']} {row['retain']} ({row['bits']} bit)" for row in rows if row.get("bits")]
     skipped = [f"{row['method']} {row['skipped']}" for row in rows if row.get("skipped")]
     beyond = [f"{row['method']} {row['beyond_context']}" for row in rows if row.get("beyond_context")]
     return [
+        *([f"Language model quantised by bitsandbytes: {', '.join(quantised)}."] if quantised else []),
         *([f"Questions skipped, which count as wrong: {', '.join(skipped)}."] if skipped else []),
         *([f"Questions longer than the model's context: {', '.join(beyond)}."] if beyond else []),
     ]

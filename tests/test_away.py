@@ -36,7 +36,7 @@ def nothing_cached(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr(LoadedModel, "load", None)
     monkeypatch.setattr(runner, "evaluate", None)
-    for name in ("MODEL", "LIMIT", "OUT"):
+    for name in ("MODEL", "MODEL_BASE", "LIMIT", "OUT"):
         monkeypatch.delenv(name, raising=False)
 
 

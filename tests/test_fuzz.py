@@ -251,7 +251,7 @@ def nothing_heavy(monkeypatch, tmp_path):
     monkeypatch.setattr(run, "_evaluate", reached)
     monkeypatch.setattr(tasks, "training_questions", lambda *_: [])
     monkeypatch.chdir(tmp_path)
-    for name in ("MODEL", "LIMIT", "RETAIN", "OUT", "BATCH_SIZE"):
+    for name in ("MODEL", "MODEL_BASE", "LIMIT", "RETAIN", "OUT", "BATCH_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -325,7 +325,7 @@ def test_files_in_which_one_thing_is_wrong(kind, places, tmp_path, capsys):
     check(cases, places, capsys)
 
 
-@pytest.mark.parametrize("name", ["MODEL", "LIMIT", "RETAIN", "OUT", "BATCH_SIZE"])
+@pytest.mark.parametrize("name", ["MODEL", "MODEL_BASE", "LIMIT", "RETAIN", "OUT", "BATCH_SIZE"])
 def test_the_environment_is_looked_at_as_options_are(name, places, tmp_path, capsys, monkeypatch):
     file = tmp_path / "file"
     file.write_text("")

@@ -38,7 +38,7 @@ def entries(name: str) -> dict[str, tuple[Requirement, list[str]]]:
 def shell(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     """Run a line of bash with this Python first on PATH and nothing of ours in the environment."""
     binaries = Path(sys.executable).parent
-    ours = ("PYTHON", "VIRTUAL_ENV", "INSTALLER", "MODEL", "RETAIN", "LIMIT", "OUT", "BATCH_SIZE")
+    ours = ("PYTHON", "VIRTUAL_ENV", "INSTALLER", "MODEL", "MODEL_BASE", "RETAIN", "LIMIT", "OUT", "BATCH_SIZE")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     settings = {**kept, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(

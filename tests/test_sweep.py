@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from eval import runner, settings
+from eval import checkpoints, runner
 from eval.cell import Cell, write_json
 from eval.sweep import __main__ as cli
 from eval.sweep import control, jobs, launch, plan
@@ -35,7 +35,7 @@ ROW = {
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch, tmp_path) -> None:
-    for name in ("MODEL", "LIMIT", "OUT"):
+    for name in ("MODEL", "MODEL_BASE", "LIMIT", "OUT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MUSTDROP_CACHE", str(tmp_path / "cache"))
 
@@ -164,7 +164,7 @@ def test_embedded_model_gets_the_tasks_that_mirror_benchmarks(write):
 
 @pytest.mark.parametrize("name", ["table1", "table1_mini"])
 def test_shipped_sweeps_are_valid(name, monkeypatch):
-    monkeypatch.setattr(settings, "_check_hub", lambda model: None)
+    monkeypatch.setattr(checkpoints, "_check_hub", lambda *_: None)
     read = plan.read(ROOT / "configs" / "sweeps" / f"{name}.yaml")
     assert {cell.retain for cell in read.cells} == {None, 192, 128, 64}
     assert {"vanilla", "mustdrop"} <= {cell.method for cell in read.cells}

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from eval import provenance, summary
+from eval import checkpoints, provenance, summary
 from eval.progress import progress
 from eval.run import check_data
-from eval.settings import check_out, is_embedded
+from eval.settings import check_out
 from eval.sweep.jobs import chunks, running_jobs
 from eval.sweep.launch import PLACES, Launch, cpu_cores
 from eval.sweep.plan import Plan, read
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m eval.sweep",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="MODEL, LIMIT and OUT may also be set in the environment.",
+        epilog="MODEL, MODEL_BASE, LIMIT and OUT may also be set in the environment.",
     )
     new.add_argument("file", type=path, help="the sweep, such as configs/sweeps/table1_mini.yaml")
     new.add_argument("--dry-run", action="store_true", help="list the cells and run nothing")
@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
         default=os.environ.get("MODEL") or None,
         help="a checkpoint instead of the file's models",
     )
+    checkpoints.add_options(new)
     new.add_argument("--parallel", metavar="N", type=text, help="jobs at once (default: as the file says)")
     new.add_argument("--detach", action="store_true", help="leave once SLURM has the jobs; come back without it")
     new.add_argument(
@@ -87,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.any_commit and args.force:
         raise ValueError("--any-commit: not with --force, which computes everything again")
-    plan = read(args.file, args.limit, args.where, online=not args.dry_run, model=args.model)
+    plan = read(args.file, args.limit, args.where, online=not args.dry_run, model=_model(args))
     if args.skip_unfit:
         plan = replace(plan, cells=tuple(replace(cell, skip_unfit=True) for cell in plan.cells))
     out = check_out(Path(args.out or Path("results") / plan.name))
@@ -100,13 +101,22 @@ def main(argv: list[str] | None = None) -> int:
         return _sweep(plan, out, launch, argv, args, stack)
 
 
+def _model(args: argparse.Namespace) -> dict | None:
+    """The checkpoint that the command line names, as an entry of ``models``."""
+    options = {name: value for name, value in checkpoints.loading(args).items() if value}
+    if args.model is None and options:
+        name, value = next(iter(options.items()))
+        raise ValueError(f"{name}: got {value!r} without --model; in the file: models: [{{model: ..., {name}: ...}}]")
+    return None if args.model is None else {"model": args.model, **options}
+
+
 def _launch(plan: Plan, args: argparse.Namespace) -> Launch:
     launch = plan.launch
     if parallel := whole_number("--parallel", args.parallel):
         launch = replace(launch, parallel=parallel)
     if args.detach and launch.where != "slurm":
         raise ValueError("--detach: jobs on this machine end with the sweep; it is for --where slurm")
-    embedded = all(is_embedded(cell.model) for cell in plan.cells)
+    embedded = all(checkpoints.is_embedded(cell.model) for cell in plan.cells)
     return launch.resolved(embedded, plan.settings.get("overrides", {}).get("device"))
 
 

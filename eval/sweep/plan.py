@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from eval import settings
+from eval import checkpoints, settings
 from eval.cell import Cell
 from eval.methods import VANILLA, check_shape, has_files, method_at, own_file, read_method
 from eval.sweep.launch import Launch
@@ -23,7 +23,8 @@ from mustdrop.read import read_yaml
 from mustdrop.shape import ModelShape
 
 KEYS = ("models", "tasks", "methods", "retain", "seeds", "batch_size", "limit", "overrides", "launch", "unreachable")
-OPTIONS = {"MODEL": "models", "LIMIT": "limit", "RETAIN": "retain", "task": "tasks"}
+MODEL_KEYS = ("model", *checkpoints.LOADING)
+OPTIONS = {"MODEL": "models", "MODEL_BASE": "models: model_base", "LIMIT": "limit", "RETAIN": "retain", "task": "tasks"}
 """How ``eval.settings`` and ``eval.methods`` call what keys are here."""
 
 OVERRIDES = ("device", "device_map", "dtype", "attn_implementation", "conv_template")
@@ -84,7 +85,7 @@ def read(
     limit: str | int | None = None,
     where: str | None = None,
     online: bool = True,
-    model: str | None = None,
+    model: str | Mapping | None = None,
 ) -> Plan:
     """Read and check a sweep.
 
@@ -98,8 +99,8 @@ def read(
         Overrides the file's.
     online : bool
         Whether to see that the hub has the models, and that there are tokens for what tasks download.
-    model : str, optional
-        Instead of the file's models.
+    model : str or mapping, optional
+        Instead of the file's models, an entry as they are: a checkpoint, or a mapping with some of ``MODEL_KEYS``.
 
     Raises
     ------
@@ -109,7 +110,7 @@ def read(
     given = {key: value for key, value in _mapping(file).items() if value is not None or key == "tasks"}
     of_file = _whole(file, "limit", given["limit"], 1) if "limit" in given else None
     limit = whole_number("LIMIT", limit) or of_file
-    names = _texts(file, "models", given.get("models", settings.EMBEDDED) if model is None else model)
+    entries = _models(file, given.get("models", checkpoints.EMBEDDED) if model is None else model)
     seeds = _numbers(file, "seeds", given.get("seeds", 0), 0, settings.LARGEST_SEED)
     retain = _numbers(file, "retain", given["retain"], 1) if given.get("retain", []) != [] else []
     batch_size = given.get("batch_size", settings.DEFAULT_BATCH_SIZE)
@@ -123,25 +124,32 @@ def read(
         launch = Launch.read(given.get("launch", {}), where)
     tasks = _tasks(file, given.get("tasks"))
     with _naming(file, "models"):
-        models = list(dict.fromkeys(settings.check_model(name, online) for name in names))
+        found = [checkpoints.check_checkpoint(**entry, online=online) for entry in entries]
+    models = [one for number, one in enumerate(found) if one not in found[:number]]
 
     cells: list[Cell] = []
     left_out: list[LeftOut] = []
-    for model in models:
+    for checkpoint in models:
+        model = checkpoint["model"]
         with _naming(file, "tasks"):
             pairs = settings.check_tasks(tasks, model, limit, online)
-        methods, beyond = _methods(file, given.get("methods", []), model, retain)
+        methods, beyond = _methods(file, given.get("methods", []), checkpoint, retain)
         if beyond and given.get("unreachable") != "skip":
             raise ValueError(f"{file}: retain: {beyond[0].reason}")
         left_out += beyond
-        common = {"model": model, "limit": limit, "batch_size": batch_size, **overrides}
+        common = {**checkpoint, "limit": limit, "batch_size": batch_size, **overrides}
         cells += [
             Cell(**common, benchmark=benchmark, task=task, seed=seed, **vars(method))
             for benchmark, task in pairs
             for seed in seeds
             for method in (UNTOUCHED, *methods)
         ]
-    facts = {**given, "models": names, "limit": limit, "left_out": list(map(str, left_out))}
+    facts = {
+        **given,
+        "models": [entry if len(entry) > 1 else entry["model"] for entry in entries],
+        "limit": limit,
+        "left_out": list(map(str, left_out)),
+    }
     return Plan(file.stem, facts, tuple(cells), launch, tuple(left_out))
 
 
@@ -155,6 +163,24 @@ def _mapping(file: Path) -> dict:
         if key not in KEYS:
             raise ValueError(f"{file}: unknown key {shown(key)}{hint(key, KEYS)}; a sweep has {', '.join(KEYS)}")
     return given
+
+
+def _models(file: Path, given: object) -> list[dict]:
+    """What `check_checkpoint` takes, for every entry of ``models``."""
+    found = [{"model": entry} if isinstance(entry, str) else entry for entry in _list(given)]
+    for entry in found:
+        if not isinstance(entry, Mapping):
+            raise _wrong(file, "models", given, "a list of names, or of mappings {model: ..., model_base: ...}")
+        for key, value in entry.items():
+            if key not in MODEL_KEYS:
+                known = ", ".join(MODEL_KEYS)
+                raise ValueError(f"{file}: models: unknown key {shown(key)}{hint(key, MODEL_KEYS)}; it has {known}")
+            kind, right = (bool, "true or false") if key.startswith("load_") else (str, "a folder or a hub id")
+            if not isinstance(value, kind):
+                raise _wrong(file, f"models: {key}", value, right)
+    if not found or not all(entry.get("model", "").strip() for entry in found):
+        raise _wrong(file, "models", given, "a list of names")
+    return [dict(entry) for entry in found]
 
 
 def _tasks(file: Path, given: object) -> list[str]:
@@ -188,9 +214,9 @@ def _overrides(file: Path, given: object) -> dict:
     return dict(given)
 
 
-def _methods(file: Path, given: object, model: str, retain: Sequence[int]) -> tuple[list[Method], list[LeftOut]]:
+def _methods(file: Path, given: object, checkpoint: dict, retain: Sequence[int]) -> tuple[list[Method], list[LeftOut]]:
     """Every method at every budget for one model, each checked against the model's sizes, and what is out of reach."""
-    found: dict[tuple, Method] = {}
+    model, found = checkpoint["model"], {}
     left_out: list[LeftOut] = []
     for entry in _list(given):
         for method in _variants(file, entry, model, retain):
@@ -206,7 +232,7 @@ def _methods(file: Path, given: object, model: str, retain: Sequence[int]) -> tu
                     "another name, {name: ..., method: ..., ...}"
                 )
             with _naming(file, f"retain: {method.retain}" if method.retain in retain else "methods"):
-                reason = out_of_reach(method, model)
+                reason = out_of_reach(method, model, checkpoint["model_base"])
             if reason is not None:
                 left_out.append(LeftOut(model, method.method, method.retain, reason))
                 del found[method.method, method.retain]
@@ -223,7 +249,7 @@ def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> I
     if isinstance(entry, str) and not is_file and not settings.NAME.fullmatch(entry):
         raise _wrong(file, "methods", entry, "a method's name or the path of a YAML file")
     if is_file:
-        path = next((path for path in (Path(entry), settings.ROOT / entry) if os.path.isfile(path)), Path(entry))
+        path = next((path for path in (Path(entry), checkpoints.ROOT / entry) if os.path.isfile(path)), Path(entry))
         with _naming(file, "methods"):
             own = read_method(str(path))
             load_reducer(own)
@@ -276,7 +302,7 @@ def _at_budget(model: str, name: str, retain: int) -> Method | LeftOut:
         return LeftOut(model, name, retain, str(error).removeprefix("RETAIN: "))
 
 
-def out_of_reach(method: Method, model: str) -> str | None:
+def out_of_reach(method: Method, model: str, model_base: str | None = None) -> str | None:
     """Why a reducer cannot keep the wanted number of tokens on a model of this size, None if it can.
 
     What depends on data shows later.
@@ -286,7 +312,7 @@ def out_of_reach(method: Method, model: str) -> str | None:
     ValueError
         If something else does not fit the model.
     """
-    shape = shape_of(model)
+    shape = shape_of(model, model_base)
     if shape is None:
         return None
     name = Path(model).name
@@ -307,10 +333,11 @@ def out_of_reach(method: Method, model: str) -> str | None:
 
 
 @cache
-def shape_of(model: str) -> ModelShape | None:
-    """A model's sizes from its config.json, None where it cannot be had or read."""
+def shape_of(model: str, model_base: str | None = None) -> ModelShape | None:
+    """A model's sizes from its config.json, or its base's, None where it cannot be had or read."""
     from huggingface_hub import hf_hub_download
 
+    model = checkpoints.config_folder(model, model_base)
     try:
         return ModelShape.from_config(model if Path(model).is_dir() else hf_hub_download(model, "config.json"))
     except (ValueError, OSError):
