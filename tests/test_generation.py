@@ -104,6 +104,33 @@ def test_a_prompt_of_another_shape_is_refused():
             ours()(**given)
 
 
+@pytest.mark.parametrize(
+    ("ids", "given", "says"),
+    [
+        (
+            prompt(5, 7),
+            {"attention_mask": torch.ones(1, 3)},
+            r"attention_mask: has shape \[1, 3\], expected .* \[1, 14\]",
+        ),
+        (torch.tensor([[1, 5, 128, -200]]), {}, "input_ids: got 128, expected ids from 0 to 127, or -200 for an image"),
+        (torch.tensor([[1, -201, -200]]), {}, "input_ids: got -201, expected"),
+        (prompt(5, 7), {"images": [object()]}, "images: got object, expected tensors as process_images"),
+        (prompt(5, 7), {"images": torch.ones(1, 168, 168)}, r"images: got one of shape \[168, 168\], expected"),
+        (prompt(5, 7), {"images": torch.ones(1, 1, 168, 168)}, r"images: got one of shape \[1, 168, 168\], expected"),
+        (prompt(5, 7), {"images": pictures(2)}, "images: got 2, but the prompts have 1 <image> tokens"),
+        (
+            prompt(5, 7, 2),
+            {"images": [torch.ones(3, 168, 168), torch.ones(3, 84, 84)]},
+            r"images: got sizes \[\(84, 84\), \(168, 168\)\] in one batch",
+        ),
+    ],
+)
+def test_inputs_that_do_not_fit_are_one_line(ids, given, says):
+    for call in (ours(), lambda *args, **kwargs: ours().generate(*args, max_new_tokens=1, **kwargs)):
+        with pytest.raises(ValueError, match=rf"^{says}[^\n]*$"):
+            call(ids, **{"images": pictures(1)} | given)
+
+
 def test_max_length_counts_the_images():
     positions = 1 + 5 + PATCHES + 7
     with pytest.raises(ValueError, match=rf"^max_length: got 50, but the prompt alone has {positions} positions"):

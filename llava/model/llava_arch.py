@@ -153,6 +153,9 @@ class LlavaMetaForCausalLM:
             If the number of images does not fit the image tokens.
         """
         call = self.new_call()
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            found, right = list(attention_mask.shape), list(input_ids.shape)
+            raise ValueError(f"attention_mask: has shape {found}, expected that of the ids, {right}")
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         rows = [ids[mask].tolist() for ids, mask in zip(input_ids.cpu(), keep.cpu(), strict=True)]
         chunks = [_split_at_images(row) for row in rows]
@@ -163,8 +166,7 @@ class LlavaMetaForCausalLM:
         dummies = stacks[:1] if labels is not None and not distinct else []
         encoded = self.encode_images(torch.cat(distinct or dummies), call) if distinct or dummies else None
         embedding = self.get_input_embeddings()
-        ids = torch.tensor([i for row in chunks for chunk in row for i in chunk], device=embedding.weight.device)
-        text = embedding(ids.long())
+        text = embedding(_text_ids(chunks, embedding.num_embeddings).to(embedding.weight.device))
         if dummies:
             text = torch.cat([text, encoded.hidden[:0].flatten(0, 1).to(text)])
         call.tiles.extend([first_tile[i] + tile for i in own for tile in range(len(stacks[i]))] for own in assigned)
@@ -350,9 +352,40 @@ def _split_at_images(row: list[int]) -> list[list[int]]:
     return chunks
 
 
+def _text_ids(chunks: list[list[list[int]]], vocabulary: int) -> Tensor:
+    """All text ids of all prompts, int64 `[tokens]`; ValueError if there is none such."""
+    ids = torch.tensor([i for row in chunks for chunk in row for i in chunk], dtype=torch.long)
+    wrong = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(wrong):
+        raise ValueError(
+            f"input_ids: got {wrong[0]}, expected ids from 0 to {vocabulary - 1}, or {IMAGE_TOKEN_INDEX} for an image"
+        )
+    return ids
+
+
 def _image_stacks(images: Tensor | list[Tensor] | None) -> list[Tensor]:
-    """Images as stacks of tiles `[tiles, 3, height, width]`, one tile for a plain image."""
-    return [] if images is None else [image if image.dim() == 4 else image[None] for image in images]
+    """Images as stacks of tiles `[tiles, 3, height, width]`, one tile for a plain image.
+
+    Raises ValueError if they are something else, or not of one size.
+    """
+    stacks = []
+    for image in () if images is None else images:
+        if not isinstance(image, Tensor):
+            kind = type(image).__name__
+            raise ValueError(f"images: got {kind}, expected tensors as process_images of llava.mm_utils makes them")
+        stack = image if image.dim() == 4 else image[None]
+        if stack.dim() != 4 or stack.shape[1] != 3 or 0 in stack.shape:
+            found = list(image.shape)
+            raise ValueError(
+                f"images: got one of shape {found}, expected [3, height, width] or [tiles, 3, height, width]"
+            )
+        stacks.append(stack)
+    sizes = {tuple(stack.shape[-2:]) for stack in stacks}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"images: got sizes {sorted(sizes)} in one batch, expected one; process_images makes them equal"
+        )
+    return stacks
 
 
 def _distinct(stacks: list[Tensor], used: list[int]) -> tuple[list[Tensor], dict[int, int]]:

@@ -24,12 +24,12 @@ _REFUSED = {
 _CACHES = (None, "dynamic")
 
 
-def check_generation(input_ids: Tensor | None, kwargs: dict[str, Any]) -> None:
+def check_generation(input_ids: Tensor | None, kwargs: dict[str, Any], default: GenerationConfig) -> None:
     """Raise ValueError, in one line that names the argument, for what `generate` cannot do with images and reducers."""
     if input_ids is None or input_ids.dim() != 2:
         found = "nothing" if input_ids is None else f"shape {list(input_ids.shape)}"
         raise ValueError(f"inputs: got {found}, expected prompt ids [batch, length]")
-    config = kwargs.get("generation_config")
+    config = kwargs.get("generation_config") or default
     for name, reason in _REFUSED.items():
         value = kwargs.get(name, getattr(config, name, None))
         if value is not None and not (name == "guidance_scale" and value == 1):

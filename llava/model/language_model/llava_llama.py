@@ -266,7 +266,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             If the images do not fit the prompts, or an argument is one of those that are refused.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        check_generation(input_ids, kwargs)
+        check_generation(input_ids, kwargs, self.generation_config)
         cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None and cache.filled:
             raise ValueError("past_key_values: the cache holds a prompt already, generate() starts with an empty one")
