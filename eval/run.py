@@ -173,9 +173,10 @@ def note_borrowed(cells: Sequence[Cell], configs: Path) -> None:
         if not (configs / Path(cell.model).name / f"{cell.method}_{cell.retain}.yaml").is_file()
     }
     if borrowed:
+        base = f" --model-base {cells[0].model_base}" if cells[0].model_base else ""
         _say(
             f"note: {', '.join(borrowed)} tokens: settings published for LLaVA-1.5-7B; here they may keep more or "
-            f"fewer. For your own: mustdrop calibrate --model {cells[0].model}"
+            f"fewer. For your own: mustdrop calibrate --model {cells[0].model}{base}"
         )
 
 

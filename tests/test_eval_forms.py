@@ -86,6 +86,17 @@ def test_four_bits_are_another_model_and_say_so(folder, tmp_path, capsys):
     assert notes == ["plain-4bit: language model in 4 bit, quantised by bitsandbytes"]
 
 
+@needs_bitsandbytes
+def test_bits_that_a_checkpoint_was_stored_in_are_seen(folder, tmp_path):
+    loaded = LoadedModel.load(str(folder / "merged"), device="cpu", load_8bit=True)
+    loaded.model.save_pretrained(tmp_path / "saved")
+    loaded.tokenizer.save_pretrained(tmp_path / "saved")
+    assert checkpoints.check_checkpoint(str(tmp_path / "saved"))["load_8bit"] is False
+    assert LoadedModel.load(str(tmp_path / "saved"), device="cpu").bits == loaded.bits == 8
+    with pytest.raises(ValueError, match="^load_8bit, load_4bit: .* is quantised already"):
+        checkpoints.check_checkpoint(str(tmp_path / "saved"), load_4bit=True)
+
+
 def test_keys_tell_bases_and_bits_apart_by_contents(folder, tmp_path):
     alone = Cell(str(folder / "adapter"), "gqa", "mini_gqa")
     on_base = replace(alone, model_base=str(folder / "vicuna"))

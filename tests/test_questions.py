@@ -206,12 +206,12 @@ def test_prompts_beyond_the_context_are_counted():
     assert remarks == ["Questions longer than the model's context: fastv 3."]
 
 
-def test_calibration_blames_the_question(loaded, tmp_path, monkeypatch, capsys):
+def test_calibration_blames_the_question(checkpoint, loaded, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(calibrate, "read_samples", lambda *_: [(DAMAGED, "What?")])
     monkeypatch.setattr("eval.inference.LoadedModel.load", lambda *_, **__: loaded)
     arguments = [
         "--model",
-        str(tmp_path / "llava-mini-x"),
+        str(checkpoint),
         "--method",
         "fastv",
         "--retain",
@@ -219,8 +219,6 @@ def test_calibration_blames_the_question(loaded, tmp_path, monkeypatch, capsys):
         "--out",
         str(tmp_path),
     ]
-    (tmp_path / "llava-mini-x").mkdir()
-    (tmp_path / "llava-mini-x" / "config.json").write_text("{}")
     assert calibrate.main(arguments) == 2
     error = capsys.readouterr().err
     assert "out of reach" not in error and "none at all" in error
