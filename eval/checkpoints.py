@@ -161,7 +161,7 @@ def _named(model: str, file: str, field: str) -> str | None:
 
 def _look_over(wanted: dict, away: bool) -> None:
     """All that the loader does before it reads weights; of a checkpoint that is away, only what it depends on here."""
-    from llava.model.builder import _check_tokenizer
+    from llava.model.builder import check_tokenizer
     from llava.model.checkpoint import describe_checkpoint
     from llava.model.checkpoint.load import check_weights
     from llava.model.checkpoint.quantised import resolve_quantisation
@@ -176,7 +176,7 @@ def _look_over(wanted: dict, away: bool) -> None:
     try:
         checkpoint = describe_checkpoint(wanted["model"], LlavaConfig, wanted["model_base"])
         check_weights(LlavaLlamaForCausalLM, checkpoint)
-        _check_tokenizer(load_tokenizer(tokenizer_folder(checkpoint.folders)), checkpoint)
+        check_tokenizer(load_tokenizer(tokenizer_folder(checkpoint.folders)), checkpoint)
         load_processor(checkpoint.folders, checkpoint.config)
         resolve_quantisation(checkpoint, settings.arguments.get("quantization_config"))
     except ValueError as error:

@@ -72,7 +72,7 @@ def load_pretrained_model(
     checkpoint = describe_checkpoint(model_path, LlavaConfig, model_base, **settings.hub)
     check_weights(LlavaLlamaForCausalLM, checkpoint)
     tokenizer = load_tokenizer(tokenizer_folder(checkpoint.folders))
-    rows = _check_tokenizer(tokenizer, checkpoint)
+    rows = check_tokenizer(tokenizer, checkpoint)
     processor = load_processor(checkpoint.folders, checkpoint.config, **settings.hub)
     model = load_weights(LlavaLlamaForCausalLM, checkpoint, **settings.arguments)
     if rows > model.config.vocab_size:
@@ -89,7 +89,7 @@ def _context_length(config: LlavaConfig) -> int:
     return getattr(config, "max_sequence_length", None) or getattr(config, "tokenizer_model_max_length", None) or 2048
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> int:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> int:
     """Add the tokens with which some early checkpoints mark images; returns the rows that the embeddings need.
 
     Raises
