@@ -10,12 +10,12 @@ from llava.model.language_model.cache import VisionCache
 from llava.model.language_model.projections import (
     Part,
     activation,
-    attend,
     by_head,
     gate_and_up,
     heads_of,
     query_key_value,
     rotated,
+    self_attention,
 )
 from llava.model.language_model.stream import Stream
 from mustdrop.hooks import LayerPlan, SplitRows, gather
@@ -34,10 +34,7 @@ def run_planned(
     active, inactive = _heads(attention, plan)
     states = layer.input_layernorm(hidden)
     if rows.window is None and not inactive:
-        query, key, value = heads_of(attention, states, stream.rotary)
-        if cache is not None:
-            key, value = cache.update(key, value, attention.layer_idx)
-        hidden = hidden + attend(attention, query, key, value, stream.mask)[0]
+        hidden = hidden + self_attention(attention, states, stream.mask, stream.rotary, cache)[0]
     else:
         rotary = tuple(table.expand(len(hidden), -1, -1) for table in stream.rotary)
         hidden = hidden + _attend(attention, states, rotary, cache, rows, active, inactive)

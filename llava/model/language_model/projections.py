@@ -126,10 +126,17 @@ def whole_layer(
     `cache` has `update(keys, values, layer)` as transformers' caches do: it takes new keys and values `[batch,
     kv_heads, rows, head_dim]` and returns all there are.
     """
-    attention = layer.self_attn
-    query, key, value = heads_of(attention, layer.input_layernorm(hidden), rotary)
+    seen, weights = self_attention(layer.self_attn, layer.input_layernorm(hidden), mask, rotary, cache)
+    hidden = hidden + seen
+    del seen  # what is let go now is memory that the MLP need not ask the system for
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), weights
+
+
+def self_attention(
+    attention: nn.Module, states: Tensor, mask, rotary: tuple[Tensor, Tensor], cache=None
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` for normalised states `[batch, rows, width]`, all of them; `cache` as in `whole_layer`."""
+    query, key, value = heads_of(attention, states, rotary)
     if cache is not None:
         key, value = cache.update(key, value, attention.layer_idx)
-    seen, weights = attend(attention, query, key, value, mask)
-    hidden = hidden + seen
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), weights
+    return attend(attention, query, key, value, mask)
