@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPVisionConfig
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.constants import IGNORE_INDEX
+from llava.model.inputs import assign_images, distinct_stacks, image_stacks, split_at_images, text_ids
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from mustdrop.hooks import Call, ImageFacts, PromptFacts, Reducer, Run, Tokens, VisionTokens, active
@@ -158,15 +159,15 @@ class LlavaMetaForCausalLM:
             raise ValueError(f"attention_mask: has shape {found}, expected that of the ids, {right}")
         keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         rows = [ids[mask].tolist() for ids, mask in zip(input_ids.cpu(), keep.cpu(), strict=True)]
-        chunks = [_split_at_images(row) for row in rows]
-        stacks = _image_stacks(images)
-        assigned = _assign_images(len(stacks), [len(row) - 1 for row in chunks])
-        distinct, first_tile = _distinct(stacks, [i for own in assigned for i in own])
+        chunks = [split_at_images(row) for row in rows]
+        stacks = image_stacks(images)
+        assigned = assign_images(len(stacks), [len(row) - 1 for row in chunks])
+        distinct, first_tile = distinct_stacks(stacks, [i for own in assigned for i in own])
         # In training a batch without images encodes one, so that all processes gather and reduce the same parameters.
         dummies = stacks[:1] if labels is not None and not distinct else []
         encoded = self.encode_images(torch.cat(distinct or dummies), call) if distinct or dummies else None
         embedding = self.get_input_embeddings()
-        text = embedding(_text_ids(chunks, embedding.num_embeddings).to(embedding.weight.device))
+        text = embedding(text_ids(chunks, embedding.num_embeddings).to(embedding.weight.device))
         if dummies:
             text = torch.cat([text, encoded.hidden[:0].flatten(0, 1).to(text)])
         call.tiles.extend([first_tile[i] + tile for i in own for tile in range(len(stacks[i]))] for own in assigned)
@@ -339,74 +340,3 @@ def _pad(sequences: list[_Sequence], side: str, limit: int | None, call: Call) -
     )
     positions = max(sequence.position for sequence in sequences)
     return Prompt(embeds, tokens, labels, call, positions if limit is None else min(positions, limit))
-
-
-def _split_at_images(row: list[int]) -> list[list[int]]:
-    """Text ids before, between and after the image tokens: one chunk more than there are images."""
-    chunks: list[list[int]] = [[]]
-    for token in row:
-        if token == IMAGE_TOKEN_INDEX:
-            chunks.append([])
-        else:
-            chunks[-1].append(token)
-    return chunks
-
-
-def _text_ids(chunks: list[list[list[int]]], vocabulary: int) -> Tensor:
-    """All text ids of all prompts, int64 `[tokens]`; ValueError if there is none such."""
-    ids = torch.tensor([i for row in chunks for chunk in row for i in chunk], dtype=torch.long)
-    wrong = ids[(ids < 0) | (ids >= vocabulary)]
-    if len(wrong):
-        raise ValueError(
-            f"input_ids: got {wrong[0]}, expected ids from 0 to {vocabulary - 1}, or {IMAGE_TOKEN_INDEX} for an image"
-        )
-    return ids
-
-
-def _image_stacks(images: Tensor | list[Tensor] | None) -> list[Tensor]:
-    """Images as stacks of tiles `[tiles, 3, height, width]`, one tile for a plain image.
-
-    Raises ValueError if they are something else, or not of one size.
-    """
-    stacks = []
-    for image in () if images is None else images:
-        if not isinstance(image, Tensor):
-            kind = type(image).__name__
-            raise ValueError(f"images: got {kind}, expected tensors as process_images of llava.mm_utils makes them")
-        stack = image if image.dim() == 4 else image[None]
-        if stack.dim() != 4 or stack.shape[1] != 3 or 0 in stack.shape:
-            found = list(image.shape)
-            raise ValueError(
-                f"images: got one of shape {found}, expected [3, height, width] or [tiles, 3, height, width]"
-            )
-        stacks.append(stack)
-    sizes = {tuple(stack.shape[-2:]) for stack in stacks}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"images: got sizes {sorted(sizes)} in one batch, expected one; process_images makes them equal"
-        )
-    return stacks
-
-
-def _distinct(stacks: list[Tensor], used: list[int]) -> tuple[list[Tensor], dict[int, int]]:
-    """The different stacks among the used ones, and for each used number where its first tile comes to lie."""
-    places: dict[tuple, int] = {}
-    distinct, first_tile, tiles = [], {}, 0
-    for number in used:
-        stack = stacks[number]
-        memory = stack.device, stack.data_ptr(), stack.shape, stack.stride()
-        if memory not in places:
-            places[memory] = tiles
-            distinct.append(stack)
-            tiles += len(stack)
-        first_tile[number] = places[memory]
-    return distinct, first_tile
-
-
-def _assign_images(images: int, wanted: list[int]) -> list[list[int]]:
-    """Which images belong to which prompt; a text-only prompt may bring one dummy, as in LLaVA's training batches."""
-    for taken in (wanted, [max(count, 1) for count in wanted]):
-        if images == sum(taken):
-            starts = [sum(taken[:i]) for i in range(len(taken))]
-            return [list(range(start, start + count)) for start, count in zip(starts, wanted, strict=True)]
-    raise ValueError(f"images: got {images}, but the prompts have {sum(wanted)} <image> tokens ({wanted} per prompt)")
