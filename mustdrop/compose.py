@@ -62,6 +62,10 @@ class Compose(Reducer):
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         return sum(part.selector_macs(shape, work) for part in self.parts)
 
+    @property
+    def reads_output_attention(self) -> bool:
+        return any(part.reads_output_attention for _, part in self._at("after_prefill"))
+
     def does(self, hook: str) -> bool:
         return any(part.does(hook) for part in self.parts)
 

@@ -155,7 +155,8 @@ class CacheStep:
     """What a reducer sees when prefill ends.
 
     `cached[layer]` describes the keys and values the layer has cached, `final` the tokens that left the last layer;
-    `attention[layer]` has a single row 0: the prompt's last token, whose output is the first generated one.
+    `attention[layer]` has a single row 0: the prompt's last token, whose output is the first generated one; it is empty
+    for a reducer that says not to read it.
     """
 
     cached: list[Tokens]
@@ -220,12 +221,15 @@ class Reducer(Fitting):
         Rotary positions of the tokens that stay: those they had in the full prompt, or 0..n-1 after every change.
     decode_positions : {"continue", "cache_length"}
         Position of generated tokens: the one after the prompt's last, or the length of the layer's cache.
+    reads_output_attention : bool
+        Whether `after_prefill` asks for attention; where it does not, nothing is kept for it.
     knobs : mapping of str to float
         Thresholds that calibration scales together, at reference values; the higher, the fewer tokens stay.
     """
 
     positions: str = "original"
     decode_positions: str = "continue"
+    reads_output_attention: bool = True
     knobs: ClassVar[Mapping[str, float]] = {}
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:

@@ -41,6 +41,10 @@ class OutputAwareCache(Reducer):
     def check(self, layers: int, blocks: int) -> None:
         check_layers("cache_from", [self.first_layer], layers)
 
+    @property
+    def reads_output_attention(self) -> bool:
+        return self.output_threshold is not None
+
     def does(self, hook: str) -> bool:
         return super().does(hook) and (hook != "after_decode_layer" or self.output_threshold is not None)
 

@@ -32,7 +32,8 @@ class LlamaDecoderLayer(StockLayer):
         compiled: Compiled | None = None,
     ) -> Tensor:
         """`run_layer` on hidden states `[batch, length, width]` that take the place of the stream's."""
-        return run_layer(self, replace(stream, hidden=hidden), cache, plan, compiled)
+        stream = stream if hidden is stream.hidden else replace(stream, hidden=hidden)
+        return run_layer(self, stream, cache, plan, compiled)
 
 
 def run_layer(

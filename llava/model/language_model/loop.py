@@ -23,12 +23,14 @@ class Asked:
     plans: bool
     drops: bool
     cuts: bool
+    reads: bool
 
     @classmethod
     def of(cls, call: Call, tokens: Tokens, cache: VisionCache | None) -> Asked:
         hooks = "before_decoder_layer", "after_decoder_layer", "after_prefill"
         plans, drops, cuts = (tokens.images > 0 and call.does(hook) for hook in hooks)
-        return cls(plans, drops, cuts and cache is not None)
+        cuts = cuts and cache is not None
+        return cls(plans, drops, cuts, cuts and call.reducer.reads_output_attention)
 
 
 @dataclass
@@ -128,13 +130,13 @@ class DecoderLoop:
                     with call.timed("selector", hidden.device):
                         stream = self.reduce(index, entering, stream, cache, call)
                 call.left.append(stream.tokens)
-                if asked.cuts:
+                if asked.reads:
                     last = entering.last_row(last)
                     last_rows.append(self.attention(index, last, cache))
             if cache is None:
                 call.finish_prefill([], [])
             else:
-                self.finish_prefill(cache, final or stream.tokens, last_rows, call)
+                self.finish_prefill(cache, final or stream.tokens, last_rows if asked.cuts else None, call)
         return stream.hidden
 
     def decode(self, hidden: Tensor, cache: VisionCache, record: Record | None = None) -> Tensor:
@@ -257,11 +259,11 @@ class DecoderLoop:
         length = hidden.shape[1]
         return Attention(queries, keys, attention.scaling, tokens.valid, first_row=tokens.image.shape[1] - length)
 
-    def finish_prefill(self, cache: VisionCache, final: Tokens, last_rows: list[Attention], call: Call) -> None:
+    def finish_prefill(self, cache: VisionCache, final: Tokens, last_rows: list[Attention] | None, call: Call) -> None:
         """Note positions for decoding, ask the reducer what each layer's cache keeps, and cut it."""
         cache.start_decoding(call)
         cache.check_filled()
-        if last_rows:
+        if last_rows is not None:
             step = CacheStep(list(call.entered), final, last_rows, call.state)
             cuts: dict[tuple[int, int], tuple[Tensor, Tokens]] = {}
             for layer, keep in enumerate(call.reducer.after_prefill(step) or []):
