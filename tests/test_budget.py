@@ -127,7 +127,9 @@ def test_batch_equals_one_by_one(settings, attention, prompts):
     "settings", [EXACT, {"retain": 40}, {**EXACT, "merge_order": "score", "positions": "renumber"}]
 )
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("prompts", [ALIKE[:1] * 2, ALIKE, MIXED[1:2]], ids=["alike", "padded", "two images"])
+@pytest.mark.parametrize(
+    "prompts", [ALIKE[:1] * 2, ALIKE, MIXED[1:2], MIXED], ids=["alike", "padded", "two images", "mixed"]
+)
 @torch.no_grad()
 def test_nothing_waits_for_the_device(settings, side, prompts):
     """On tensors without data, whatever the host would have to read cannot be read."""
