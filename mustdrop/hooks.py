@@ -1,7 +1,7 @@
-"""The seam between a multimodal model and the methods that make it cheaper.
+"""The hooks between a multimodal model and the methods that make it cheaper.
 
-A model holds one `Reducer` and calls it at seven points; the base class does nothing at any of them, and then the
-model computes exactly what it would compute without the seam:
+A model calls the `Reducer` that is on (`mustdrop.active`) at seven points; the base class does nothing at any of them,
+and the model then computes exactly what it would compute without:
 
 1. `on_pixels`              the pictures before they are cut into patches
 2. `after_vision_block`     merge or drop tokens inside the vision encoder, choose tokens that must stay;
@@ -13,12 +13,10 @@ model computes exactly what it would compute without the seam:
 6. `after_prefill`          which cached keys and values each layer keeps
 7. `after_decode_layer`     the same after each decode step, from what the new token attended to
 
-Two ideas carry the seam. Attention is computed on demand (`Attention`): a hook gets the probabilities of the rows it
-asks for, recomputed from queries and cached keys, so the model itself never leaves its fast attention kernel. And one
-compaction (`compact`) turns a keep mask into gather indices that carry hidden states, positions, token records, masks
-and caches alike; samples of a batch keep different numbers of tokens, and padding is explicit.
-
-Everything a call needs to remember lives in a `Call` made for it; reducers and models hold no state of a call.
+Attention is computed on demand (`Attention`): a hook gets the probabilities of the rows it asks for, recomputed from
+queries and cached keys, so the model never leaves its fast attention kernel. One compaction (`compact`) carries hidden
+states, positions, token records, masks and caches; what goes on after a decoder layer is said by one `Keep`. All that
+a call needs to remember lives in a `Call` made for it; reducers and models hold no state of a call.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Seam:
 
 
 class LlavaMetaForCausalLM:
-    """Mixin of the causal model: encodes images, splices them into prompts, and holds the reducer.
+    """Mixin of the causal model: encodes images, splices them into prompts, and finds the reducer.
 
     Attributes
     ----------
