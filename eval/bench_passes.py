@@ -127,7 +127,7 @@ def run_ours(model, reducer: Reducer, inputs: Inputs, new_tokens: int, timing: b
         clock.mark("first")
         cache = output[CACHE_NAME]
         cached = cache_bytes(cache)
-        lengths.decoder, lengths.projector = [record.image.shape[1] for record in prompt.call.entered], features[0]
+        lengths.decoder, lengths.projector = [record.image.shape[1] for record in prompt.state.tokens_in], features[0]
         decode(model, token, cache, new_tokens - 1, clock)
     times = clock.parts()
     if timing:

@@ -27,7 +27,7 @@ from mustdrop.calibrate import (
     OutOfReach,
     Point,
     calibrated_methods,
-    kind_of_knob,
+    kind_of_setting,
     search,
     settings_at,
 )
@@ -152,7 +152,7 @@ def calibrate(
         f"Samples: {len(pairs)} of {source}. Model: {Path(model).name}, {dtype}. Date: {facts['date'][:10]}.",
         f"Made by: {facts['command']}",
     ]
-    method, kind = base["method"], kind_of_knob(base["method"])
+    method, kind = base["method"], kind_of_setting(base["method"])
     known: dict[float, Point] = {}
     missed = 0
     for target in targets:
@@ -186,7 +186,7 @@ def calibrate(
 
 def _base(args) -> dict:
     """The method without its knobs, checked."""
-    kind_of_knob(args.method)
+    kind_of_setting(args.method)
     fields: dict[str, str] = {}
     for pair in args.set:
         name, equals, value = pair.partition("=")
@@ -194,7 +194,7 @@ def _base(args) -> dict:
             raise ValueError(f"set: got {shown(pair)}, expected FIELD=VALUE")
         if name in fields:
             raise ValueError(f"set: {name} is given twice")
-        if name in TURNED or name in METHODS[args.method].knobs:
+        if name in TURNED or name in METHODS[args.method].thresholds:
             raise ValueError(f"set: got {shown(pair)}, but {name} is not to be fixed here")
         fields[name] = value
     try:

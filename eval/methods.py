@@ -88,7 +88,7 @@ def method_at(model: str, method: str, retain: int, configs: Path = CONFIGS) -> 
     if method not in available_methods() and has_files(method, configs):
         raise OutOfReach(f"RETAIN: {method} has no settings for {retain} tokens: there is no {_shown(candidates[0])}")
     settings, reducer = {"method": method, "retain": retain}, load_reducer({"method": method})
-    if hasattr(reducer, "retain") and not reducer.knobs:  # thresholds are what it is known by: they need finding
+    if hasattr(reducer, "retain") and not reducer.thresholds:  # thresholds are what it is known by: they need finding
         load_reducer(settings)
         return settings, None
     raise OutOfReach(

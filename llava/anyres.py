@@ -1,4 +1,4 @@
-"""Pictures of any shape as an overview and tiles (LLaVA-NeXT's preprocessing)."""
+"""Images of any shape as an overview and tiles (LLaVA-NeXT's preprocessing)."""
 
 import ast
 import math
@@ -14,12 +14,12 @@ from llava.images import load_image
 def select_best_resolution(
     original_size: tuple[int, int], possible_resolutions: Sequence[Sequence[int]]
 ) -> tuple[int, int]:
-    """Choose the canvas that keeps most of a picture's pixels, and among those the one that wastes least.
+    """Choose the canvas that keeps most of an image's pixels, and among those the one that wastes least.
 
     Parameters
     ----------
     original_size : tuple of int
-        Width and height of the picture in pixels.
+        Width and height of the image in pixels.
     possible_resolutions : sequence of (int, int)
         Widths and heights to choose from, in pixels.
 
@@ -47,19 +47,19 @@ def select_best_resolution(
 
 
 def resize_and_pad_image(image: Image.Image, target_resolution: tuple[int, int]) -> Image.Image:
-    """Fit a picture into a canvas without changing its shape.
+    """Fit an image into a canvas without changing its shape.
 
     Parameters
     ----------
     image : PIL.Image.Image
-        The picture.
+        The image.
     target_resolution : tuple of int
         Width and height of the canvas in pixels.
 
     Returns
     -------
     PIL.Image.Image
-        An RGB canvas with the picture in its middle and black borders.
+        An RGB canvas with the image in its middle and black borders.
     """
     image = load_image(image)
     width, height = image.size
@@ -77,12 +77,12 @@ def resize_and_pad_image(image: Image.Image, target_resolution: tuple[int, int])
 
 
 def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
-    """Cut a picture into square tiles, row by row.
+    """Cut an image into square tiles, row by row.
 
     Parameters
     ----------
     image : PIL.Image.Image
-        The picture.
+        The image.
     patch_size : int
         Side of a tile in pixels. Tiles that reach over the border are filled with black.
 
@@ -102,12 +102,12 @@ def divide_to_patches(image: Image.Image, patch_size: int) -> list[Image.Image]:
 def get_anyres_image_grid_shape(
     image_size: tuple[int, int], grid_pinpoints: str | Sequence[Sequence[int]], patch_size: int
 ) -> tuple[int, int]:
-    """Count the tiles that :func:`process_anyres_image` cuts a picture into.
+    """Count the tiles that :func:`process_anyres_image` cuts an image into.
 
     Parameters
     ----------
     image_size : tuple of int
-        Width and height of the picture in pixels.
+        Width and height of the image in pixels.
     grid_pinpoints : str or sequence of (int, int)
         Widths and heights of the canvases to choose from, or a text that spells such a list.
     patch_size : int
@@ -125,12 +125,12 @@ def get_anyres_image_grid_shape(
 def process_anyres_image(
     image: Image.Image, processor: CLIPImageProcessorPil, grid_pinpoints: str | Sequence[Sequence[int]]
 ) -> torch.Tensor:
-    """Turn one picture into an overview and tiles, as LLaVA-NeXT does.
+    """Turn one image into an overview and tiles, as LLaVA-NeXT does.
 
     Parameters
     ----------
     image : PIL.Image.Image
-        The picture.
+        The image.
     processor : CLIPImageProcessorPil
         The vision tower's image processor.
     grid_pinpoints : str or sequence of (int, int)

@@ -104,12 +104,12 @@ class Conversation:
         Parameters
         ----------
         return_pil : bool
-            Whether to return pictures rather than base64 texts.
+            Whether to return images rather than base64 texts.
 
         Returns
         -------
         list of PIL.Image.Image or list of str
-            One RGB picture, or one PNG file as base64 text, per image.
+            One RGB image, or one PNG file as base64 text, per image.
 
         Raises
         ------

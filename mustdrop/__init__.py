@@ -1,17 +1,17 @@
-"""Fewer vision tokens, less computation per token: methods over one seam."""
+"""Fewer vision tokens, less computation per token: methods over one set of hooks."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mustdrop.config import load_reducer
-    from mustdrop.hooks import Reducer, Run
+    from mustdrop.hooks import Reducer, TraceRecorder
     from mustdrop.mustdrop import MustDrop
     from mustdrop.mustdrop_plus import MustDropPlus
     from mustdrop.registry import available_methods
     from mustdrop.trace import Trace
 
-__all__ = ["MustDrop", "MustDropPlus", "Reducer", "Run", "Trace", "available_methods", "load_reducer"]
+__all__ = ["MustDrop", "MustDropPlus", "Reducer", "TraceRecorder", "Trace", "available_methods", "load_reducer"]
 _HOMES = {
     "MustDrop": "mustdrop",
     "MustDropPlus": "mustdrop_plus",

@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
-    from mustdrop.hooks import Reducer, Run
+    from mustdrop.hooks import Reducer, TraceRecorder
 
 
 @dataclass(eq=False)
 class Activation:
-    """A reducer that is on for the model that has this seam, from the beginning of its block to the end."""
+    """A reducer that is on for the model that has this key, from the beginning of its block to the end."""
 
-    seam: object
+    key: object
     reducer: Reducer
-    run: Run
+    run: TraceRecorder
     open: bool = True
 
 
@@ -42,9 +42,9 @@ _handing_on = False
 
 
 @contextmanager
-def activated(seam: object, reducer: Reducer, run: Run) -> Iterator[None]:
+def activated(key: object, reducer: Reducer, run: TraceRecorder) -> Iterator[None]:
     """Let a reducer be on inside the `with` block; blocks may end in any order, and in another context."""
-    activation = Activation(seam, reducer, run)
+    activation = Activation(key, reducer, run)
     with _lock:
         _everywhere.append(activation)
         _hand_on(True)
@@ -59,7 +59,7 @@ def activated(seam: object, reducer: Reducer, run: Run) -> Iterator[None]:
         _here.set(tuple(one for one in _here.get() or () if one.open))
 
 
-def active(seam: object) -> Activation | None:
+def active(key: object) -> Activation | None:
     """The innermost reducer that is on for a model here, None if there is none.
 
     Raises
@@ -69,9 +69,9 @@ def active(seam: object) -> Activation | None:
     """
     found = _here.get()
     for activation in reversed(found or ()):
-        if activation.open and activation.seam is seam:
+        if activation.open and activation.key is key:
             return activation
-    opened = [one for one in list(_everywhere) if one.seam is seam] if found is None and _is_worker() else []
+    opened = [one for one in list(_everywhere) if one.key is key] if found is None and _is_worker() else []
     if opened and opened != [one for one in _BORN_IN.get(threading.current_thread(), ()) if one in opened]:
         raise RuntimeError(
             "reducer: one is on for this model, but a worker of a thread pool cannot tell whether its task belongs to "
@@ -90,10 +90,10 @@ class carrying:
         self.function = function
         self.__doc__, self.__name__ = function.__doc__, function.__name__
 
-    def __get__(self, model: object, owner: type | None = None) -> Callable:
+    def __get__(self, model: object, patch_to_token: type | None = None) -> Callable:
         if model is None:
             return self.function
-        bound, taken = self.function.__get__(model, owner), _here.get()
+        bound, taken = self.function.__get__(model, patch_to_token), _here.get()
         if taken is None and _is_worker():
             return bound  # whose task this is cannot be told here either
         taken = taken or ()

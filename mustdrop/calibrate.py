@@ -16,7 +16,7 @@ from typing import Any
 from mustdrop.checks import shown
 from mustdrop.registry import METHODS
 
-RANGE = {"knobs": (1e-6, 1e2), "retain": (0.25, 4.0)}
+RANGE = {"thresholds": (1e-6, 1e2), "retain": (0.25, 4.0)}
 """Scales that are tried: of thresholds on attention shares, nothing and everything droppable falls below them."""
 
 STEPS = 16
@@ -24,7 +24,7 @@ STEPS = 16
 
 @dataclass(frozen=True)
 class Point:
-    """Token counts, means over the samples, at one scale of the knobs."""
+    """Token counts, means over the samples, at one scale of the thresholds."""
 
     scale: float
     tokens: float
@@ -32,11 +32,11 @@ class Point:
 
 
 class OutOfReach(ValueError):
-    """No setting of the knobs gives the wanted number."""
+    """No scale of the thresholds gives the wanted number."""
 
 
-def kind_of_knob(method: str) -> str:
-    """``knobs`` if a method's thresholds are turned, ``retain`` if it reckons itself from a wanted number.
+def kind_of_setting(method: str) -> str:
+    """``thresholds`` if a method's thresholds are turned, ``retain`` if it works to a wanted number.
 
     Raises
     ------
@@ -45,23 +45,23 @@ def kind_of_knob(method: str) -> str:
     """
     if method not in METHODS:
         raise ValueError(f"method: got {shown(method)}, expected one of {', '.join(calibrated_methods())}")
-    if METHODS[method].knobs:
-        return "knobs"
+    if METHODS[method].thresholds:
+        return "thresholds"
     if hasattr(METHODS[method], "retain"):
         return "retain"
-    raise ValueError(f"method: {method} has no knob to turn, expected one of {', '.join(calibrated_methods())}")
+    raise ValueError(f"method: {method} has nothing to turn, expected one of {', '.join(calibrated_methods())}")
 
 
 def calibrated_methods() -> list[str]:
     """Names of the methods that have something to turn."""
-    return sorted(name for name, method in METHODS.items() if method.knobs or hasattr(method, "retain"))
+    return sorted(name for name, method in METHODS.items() if method.thresholds or hasattr(method, "retain"))
 
 
 def settings_at(method: str, target: int, scale: float) -> dict[str, Any]:
-    """A method's knobs at a scale, rounded as they are written; the higher the scale, the fewer tokens stay."""
-    if kind_of_knob(method) == "retain":
+    """A method's thresholds at a scale, rounded as they are written; the higher the scale, the fewer tokens stay."""
+    if kind_of_setting(method) == "retain":
         return {"retain": max(1, round(target / scale))}
-    return {name: float(f"{value * scale:.4g}") for name, value in METHODS[method].knobs.items()}
+    return {name: float(f"{value * scale:.4g}") for name, value in METHODS[method].thresholds.items()}
 
 
 def search(
@@ -69,7 +69,7 @@ def search(
     target: float,
     known: dict[float, Point],
     tolerance: float,
-    scales: tuple[float, float] = RANGE["knobs"],
+    scales: tuple[float, float] = RANGE["thresholds"],
 ) -> Point:
     """The scale whose ``tokens_official`` comes closest to a target, to within ``tolerance`` of it, by bisection.
 

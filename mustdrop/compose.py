@@ -22,7 +22,7 @@ class Compose(Reducer):
     """Several reducers at work in one pass, in the given order.
 
     In the vision encoder each sees what the one before it left. In the decoder all of them see the same layer, and a
-    token goes on only if all of them keep it. Each has a notebook of its own.
+    token goes on only if all of them keep it. Each has a scratch of its own.
 
     Parameters
     ----------
@@ -66,8 +66,8 @@ class Compose(Reducer):
     def reads_output_attention(self) -> bool:
         return any(part.reads_output_attention for _, part in self._at("after_prefill"))
 
-    def does(self, hook: str) -> bool:
-        return any(part.does(hook) for part in self.parts)
+    def overrides(self, hook: str) -> bool:
+        return any(part.overrides(hook) for part in self.parts)
 
     def on_pixels(self, images: Tensor, patch_size: int) -> Tensor | None:
         for _, part in self._at("on_pixels"):
@@ -78,30 +78,32 @@ class Compose(Reducer):
     def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
         tokens = step.tokens
         for number, part in self._at("after_vision_block"):
-            own = replace(step, tokens=tokens, state=step.state.setdefault(number, {}))
+            own = replace(step, tokens=tokens, scratch=step.scratch.setdefault(number, {}))
             tokens = part.after_vision_block(own) or tokens
         return tokens
 
     def inside_vision_block(self, step: VisionStep) -> VisionTokens | None:
         tokens = step.tokens
         for number, part in self._at("inside_vision_block"):
-            own = replace(step, tokens=tokens, state=step.state.setdefault(number, {}))
+            own = replace(step, tokens=tokens, scratch=step.scratch.setdefault(number, {}))
             tokens = part.inside_vision_block(own) or tokens
         return tokens
 
-    def on_vision_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
+    def on_vision_features(self, tokens: VisionTokens, scratch: dict) -> VisionTokens | None:
         for number, part in self._at("on_vision_features"):
-            tokens = part.on_vision_features(tokens, state.setdefault(number, {})) or tokens
+            tokens = part.on_vision_features(tokens, scratch.setdefault(number, {})) or tokens
         return tokens
 
-    def on_projected_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
+    def on_projected_features(self, tokens: VisionTokens, scratch: dict) -> VisionTokens | None:
         for number, part in self._at("on_projected_features"):
-            tokens = part.on_projected_features(tokens, state.setdefault(number, {})) or tokens
+            tokens = part.on_projected_features(tokens, scratch.setdefault(number, {})) or tokens
         return tokens
 
-    def on_question(self, tokens: VisionTokens, question: Tensor, real: Tensor, state: dict) -> VisionTokens | None:
-        for number, part in self._at("on_question"):
-            tokens = part.on_question(tokens, question, real, state.setdefault(number, {})) or tokens
+    def on_instruction(
+        self, tokens: VisionTokens, instruction: Tensor, real: Tensor, scratch: dict
+    ) -> VisionTokens | None:
+        for number, part in self._at("on_instruction"):
+            tokens = part.on_instruction(tokens, instruction, real, scratch.setdefault(number, {})) or tokens
         return tokens
 
     def before_decoder_layer(self, step: DecoderStep) -> LayerPlan | None:
@@ -126,11 +128,13 @@ class Compose(Reducer):
         return _all(self._ask("after_decode_layer", step), step.tokens)
 
     def _at(self, hook: str) -> list[tuple[int, Reducer]]:
-        return [(number, part) for number, part in enumerate(self.parts) if part.does(hook)]
+        return [(number, part) for number, part in enumerate(self.parts) if part.overrides(hook)]
 
     def _ask(self, hook: str, step: DecoderStep | CacheStep) -> list:
         parts = self._at(hook)
-        return [getattr(part, hook)(replace(step, state=step.state.setdefault(number, {}))) for number, part in parts]
+        return [
+            getattr(part, hook)(replace(step, scratch=step.scratch.setdefault(number, {}))) for number, part in parts
+        ]
 
 
 def _all(keeps: Sequence[Tensor | Tokens | None], tokens: Tokens) -> Tensor | Tokens | None:

@@ -3,11 +3,11 @@
 A model calls the `Reducer` that is on (`mustdrop.active`) at seven points; the base class does nothing at any of them,
 and the model then computes exactly what it would compute without:
 
-1. `on_pixels`              the pictures before they are cut into patches
+1. `on_pixels`              the images before they are cut into patches
 2. `after_vision_block`     merge or drop tokens inside the vision encoder, choose tokens that must stay;
    `inside_vision_block`    the same between a block's attention and its MLP
 3. `on_vision_features`     the selected features before the projector; `on_projected_features` after it, and
-   `on_question`            once more for every prompt, with the text that asks about the picture
+   `on_instruction`         once more for every prompt, with the text that asks about the image
 4. `before_decoder_layer`   what to compute for vision tokens in the coming decoder layer
 5. `after_decoder_layer`    in prefill: which tokens go on to the next layer
 6. `after_prefill`          which cached keys and values each layer keeps
@@ -16,7 +16,7 @@ and the model then computes exactly what it would compute without:
 Attention is computed on demand (`Attention`): a hook gets the probabilities of the rows it asks for, recomputed from
 queries and cached keys, so the model never leaves its fast attention kernel. One compaction (`compact`) carries hidden
 states, positions, token records, masks and caches; what goes on after a decoder layer is said by one `Keep`. All that
-a call needs to remember lives in a `Call` made for it; reducers and models hold no state of a call.
+a call needs to remember lives in a `ForwardState` made for it; reducers and models hold no state of a call.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ if TYPE_CHECKING:
 __all__ = [
     "Attention",
     "CacheStep",
-    "Call",
+    "ForwardState",
     "DecoderStep",
     "ImageFacts",
     "Keep",
     "LayerPlan",
     "PromptFacts",
     "Reducer",
-    "Run",
+    "TraceRecorder",
     "SplitRows",
     "Tokens",
     "VisionStep",
@@ -115,7 +115,8 @@ class VisionStep:
     """What a reducer sees after vision-encoder block `block` of `blocks`, `last` being the last that is run.
 
     `attention` is the block's own (on its input), `next_attention` the following block's on the present tokens (None
-    after the last block). `state` is this reducer's notebook for the call, `run` the number of blocks that are run.
+    after the last block). `scratch` is what this reducer remembers during the forward pass, `run` the number of blocks
+    that are run.
     """
 
     block: int
@@ -124,7 +125,7 @@ class VisionStep:
     tokens: VisionTokens
     attention: Attention
     next_attention: Attention | None
-    state: dict
+    scratch: dict
     run: int = 0
 
 
@@ -144,7 +145,7 @@ class DecoderStep:
     hidden: Tensor
     attention: Attention | None
     next_attention: Attention | None
-    state: dict
+    scratch: dict
     norm: Callable[[Tensor], Tensor] | None = None
 
 
@@ -160,7 +161,7 @@ class CacheStep:
     cached: list[Tokens]
     final: Tokens
     attention: list[Attention]
-    state: dict
+    scratch: dict
 
 
 @dataclass(frozen=True)
@@ -221,25 +222,25 @@ class Reducer(Fitting):
         Position of generated tokens: the one after the prompt's last, or the length of the layer's cache.
     reads_output_attention : bool
         Whether `after_prefill` asks for attention; where it does not, nothing is kept for it.
-    knobs : mapping of str to float
+    thresholds : mapping of str to float
         Thresholds that calibration scales together, at reference values; the higher, the fewer tokens stay.
     """
 
     positions: str = "original"
     decode_positions: str = "continue"
     reads_output_attention: bool = True
-    knobs: ClassVar[Mapping[str, float]] = {}
+    thresholds: ClassVar[Mapping[str, float]] = {}
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         """Multiply-adds of what the method itself computes on a prompt to choose and merge; matrix products only."""
         return 0
 
-    def does(self, hook: str) -> bool:
+    def overrides(self, hook: str) -> bool:
         """Whether a hook is overridden; models skip idle ones altogether."""
         return getattr(type(self), hook) is not getattr(Reducer, hook)
 
     def on_pixels(self, images: Tensor, patch_size: int) -> Tensor | None:
-        """Change the preprocessed pictures `[images, 3, height, width]`, their sizes too, or None."""
+        """Change the preprocessed images `[images, 3, height, width]`, their sizes too, or None."""
 
     def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
         """Return the tokens that go on, or None to leave them."""
@@ -247,17 +248,19 @@ class Reducer(Fitting):
     def inside_vision_block(self, step: VisionStep) -> VisionTokens | None:
         """As `after_vision_block`, on what attention has added to a block's input and before its MLP."""
 
-    def on_vision_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
+    def on_vision_features(self, tokens: VisionTokens, scratch: dict) -> VisionTokens | None:
         """Change the selected features before the projector, or None."""
 
-    def on_projected_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
+    def on_projected_features(self, tokens: VisionTokens, scratch: dict) -> VisionTokens | None:
         """Change the projected features (`prefix` 0) before they join the text, or None."""
 
-    def on_question(self, tokens: VisionTokens, question: Tensor, real: Tensor, state: dict) -> VisionTokens | None:
-        """As `on_projected_features`, one row for every picture of every prompt, or None.
+    def on_instruction(
+        self, tokens: VisionTokens, instruction: Tensor, real: Tensor, scratch: dict
+    ) -> VisionTokens | None:
+        """As `on_projected_features`, one row for every image of every prompt, or None.
 
-        `question` `[rows, length, width]` are the embeddings of the text after the prompt's first picture, padded where
-        `real` `[rows, length]` is False.
+        `instruction` `[rows, length, width]` are the embeddings of the text after the prompt's first image, padded
+        where `real` `[rows, length]` is False.
         """
 
     def before_decoder_layer(self, step: DecoderStep) -> LayerPlan | None:
@@ -276,7 +279,7 @@ class Reducer(Fitting):
         """Return which entries of the layer's cache stay, bool `[batch, length]`, or None for all."""
 
     @contextmanager
-    def on(self, model, timing: bool = False, keep: int | None = None) -> Iterator[Run]:
+    def on(self, model, timing: bool = False, keep: int | None = None) -> Iterator[TraceRecorder]:
         """Reduce everything `model` computes inside the `with` block, and in threads that are started there.
 
         Other threads and tasks are not concerned, see `mustdrop.active`. A call that is under way when the block ends
@@ -285,7 +288,7 @@ class Reducer(Fitting):
         Parameters
         ----------
         model
-            A model with the seam, bare or in wrappers, see `hooked_model`. It may have a vision tower that knows its
+            A model with hook points, bare or in wrappers, see `hooked_model`. It may have a vision tower that knows its
             `num_patches`.
         timing : bool
             Also measure `Trace.times_ms` (synchronises with the device; leave off when timing from outside).
@@ -295,7 +298,7 @@ class Reducer(Fitting):
         Raises
         ------
         TypeError
-            If there is no model with the seam, or there are several.
+            If there is no model with hook points, or there are several.
         ValueError
             If the settings do not fit the model's depth, or are out of reach for its number of vision tokens.
         """
@@ -303,20 +306,22 @@ class Reducer(Fitting):
         tower = getattr(model, "get_vision_tower", lambda: None)()
         sizes = (getattr(tower, "blocks_run", None), tower.num_patches) if tower is not None else ()
         config = getattr(model, "config", None)
-        self.check_sizes(*model.depths, *sizes, heads=getattr(config, "num_attention_heads", None))
-        run = Run(timing, keep)
-        with activated(model.seam, self, run):
+        self.check_sizes(
+            model.num_layers, model.num_vision_layers, *sizes, heads=getattr(config, "num_attention_heads", None)
+        )
+        run = TraceRecorder(timing, keep)
+        with activated(model.hook_key, self, run):
             yield run
 
 
 def hooked_model(model: object) -> object:
-    """The model with the seam that really runs when `model` is called.
+    """The model with hook points that really runs when `model` is called.
 
     Parameters
     ----------
     model
-        Has the attributes `seam` and `depths` of its own, or is a module that wraps one that has, at any depth: PEFT,
-        torch.compile, DataParallel, DistributedDataParallel, accelerate, DeepSpeed.
+        Has the attributes `hook_key`, `num_layers` and `num_vision_layers` of its own, or is a module that wraps one
+        that has, at any depth: PEFT, torch.compile, DataParallel, DistributedDataParallel, accelerate, DeepSpeed.
 
     Raises
     ------
@@ -324,7 +329,9 @@ def hooked_model(model: object) -> object:
         If there is none, or several.
     """
     inside = model.modules() if isinstance(model, torch.nn.Module) else [model]
-    found = [module for module in inside if "seam" in getattr(module, "__dict__", ()) and hasattr(module, "depths")]
+    found = [
+        module for module in inside if "hook_key" in getattr(module, "__dict__", ()) and hasattr(module, "num_layers")
+    ]
     if len(found) == 1:
         return found[0]
     kind = type(model).__name__
@@ -334,7 +341,7 @@ def hooked_model(model: object) -> object:
 
 
 @dataclass
-class Run:
+class TraceRecorder:
     """Collects one `Trace` per prompt while a reducer is on, of which the newest `keep` stay (None: all)."""
 
     timing: bool = False
@@ -352,35 +359,35 @@ class Run:
             del self.traces[: max(0, len(self.traces) - self.keep)]
 
 
-class Call:
+class ForwardState:
     """Everything one forward pass (and the decoding that follows it) needs to remember.
 
-    Holds each reducer's notebook, what happened to the tokens, and the time spent per part.
+    Holds each reducer's scratch, what happened to the tokens, and the time spent per part.
     """
 
-    def __init__(self, reducer: Reducer, run: Run | None = None):
+    def __init__(self, reducer: Reducer, recorder: TraceRecorder | None = None):
         self.reducer = reducer
-        self.run = run
-        self.state: dict = {}
-        self.vision: dict[int, Tensor] = {}  # owner map after each vision block that changed the tokens
-        self.images: list[list[tuple[int, Tensor]]] = []  # per prompt and image: tokens spliced in, owner map
+        self.recorder = recorder
+        self.scratch: dict = {}
+        self.vision: dict[int, Tensor] = {}  # patch_to_token map after each vision block that changed the tokens
+        self.images: list[list[tuple[int, Tensor]]] = []  # per prompt and image: tokens spliced in, patch_to_token map
         self.tiles: list[list[int]] = []  # per prompt and image: its row in what the vision encoder computed
-        self.decided: list[int] = []  # decoder layers after which the reducer chose
+        self.pruned_layers: list[int] = []  # decoder layers after which the reducer chose
         self.plans: list[LayerPlan | None] = []  # per decoder layer
-        self.merged: dict[int, Tensor] = {}  # `Keep.into` after each decoder layer that merged tokens
-        self.entered: list[Tokens] = []  # per decoder layer
-        self.left: list[Tokens] = []
+        self.merge_maps: dict[int, Tensor] = {}  # `Keep.merge_into` after each decoder layer that merged tokens
+        self.tokens_in: list[Tokens] = []  # per decoder layer
+        self.tokens_out: list[Tokens] = []
         self.cached: list[Tokens] = []
         self.kv_bytes: list[int] = []  # bytes of one cached position, per layer
         self.seconds: dict[str, float] = defaultdict(float)
 
-    def does(self, hook: str) -> bool:
+    def overrides(self, hook: str) -> bool:
         """Whether the reducer has something to do at a hook: an idle hook costs nothing."""
-        return self.reducer.does(hook)
+        return self.reducer.overrides(hook)
 
     def timed(self, part: str, device: torch.device):
         """Context that adds its duration to `seconds[part]` when the run asks for timing."""
-        return self._clock(part, device) if self.run is not None and self.run.timing else nullcontext()
+        return self._clock(part, device) if self.recorder is not None and self.recorder.timing else nullcontext()
 
     @contextmanager
     def _clock(self, part: str, device: torch.device) -> Iterator[None]:
@@ -394,7 +401,7 @@ class Call:
     def finish_prefill(self, cached: list[Tokens], kv_bytes: list[int]) -> None:
         """Note what the cache holds and hand the prompts' traces to the run."""
         self.cached, self.kv_bytes = list(cached), kv_bytes
-        if self.run is not None:
+        if self.recorder is not None:
             prompts = len(self.images)
-            every = len(self.entered[0].image) // prompts  # beams of a prompt lie side by side and are prefilled alike
-            self.run.add(Trace(self, row=prompt * every, prompt=prompt) for prompt in range(prompts))
+            every = len(self.tokens_in[0].image) // prompts  # a prompt's beams lie side by side
+            self.recorder.add(Trace(self, row=prompt * every, prompt=prompt) for prompt in range(prompts))

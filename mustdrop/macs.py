@@ -86,7 +86,7 @@ class Workload:
         `vision_tokens` may also be one number for all layers, or a fraction below 1 of all vision tokens. The filter
         layers are by default those after which tokens disappear, and the cache holds what prefill saw. `tower_tokens`
         says per image how many patch tokens are left after which vision block (-1: before the first, of a smaller
-        picture); by default `image_tokens` after block 0.
+        image); by default `image_tokens` after block 0.
         `plans` are the layers that compute less for vision tokens: `Trace.plans`, or a `LayerPlan` for each; the pairs
         of the latter are estimated as if all text came before the images, and tokens lay evenly on the grid. A layer
         that is skipped has no vision tokens. `reducer` says what choosing costs; by default it is MustDrop's cost.

@@ -32,12 +32,12 @@ class MustDrop(Compose):
 
     Thresholds decide how many tokens stay (the published method), or numbers do: with `retain`, or `budget` and
     `merge_to`, every image keeps exactly the planned number of tokens in every layer, chosen by the same scores. Shapes
-    then depend on nothing in the image, and nothing waits for the device. `mustdrop_plus` is our improved MustDrop.
+    then depend on nothing in the image, and the GPU is never waited for. `mustdrop_plus` is our improved MustDrop.
 
     Parameters
     ----------
     global_threshold, individual_threshold : float
-        Of the dual-attention filter: the knobs that set how many tokens stay.
+        Of the dual-attention filter: the thresholds that set how many tokens stay.
     window, similarity_threshold, merge_block
         Of local spatial merging: side of a window, least mean cosine similarity, ViT block after which to merge.
     key_rate, key_block
@@ -74,7 +74,7 @@ class MustDrop(Compose):
         With one line that names the field, the value and what would be right.
     """
 
-    knobs: ClassVar[Mapping[str, float]] = {"global_threshold": 0.011, "individual_threshold": 0.01}
+    thresholds: ClassVar[Mapping[str, float]] = {"global_threshold": 0.011, "individual_threshold": 0.01}
 
     global_threshold: float = 0.011
     individual_threshold: float = 0.01

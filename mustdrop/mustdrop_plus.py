@@ -34,7 +34,7 @@ class MustDropPlus(MustDrop):
         With one line that names the field, the value and what would be right.
     """
 
-    knobs: ClassVar[Mapping[str, float]] = {}
+    thresholds: ClassVar[Mapping[str, float]] = {}
 
     retain: int = 64
     key_rate: float = 0.02

@@ -77,7 +77,7 @@ def merge_windows(tokens: VisionTokens, merge: Tensor, window: int, score: Tenso
         rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         order = torch.where(merged, rank[:, window_of], merge.shape[1] + raster)
     keep = ~merged | (raster == middle_of)
-    return tokens.with_patches(patches).select(keep, into=torch.where(merged, middle_of, raster), order=order)
+    return tokens.with_patches(patches).select(keep, merge_into=torch.where(merged, middle_of, raster), order=order)
 
 
 def top_share(score: Tensor, share: float, counts: Tensor) -> Tensor:
@@ -112,12 +112,12 @@ def least_redundant(features: Tensor, count: int, valid: Tensor | None = None, f
     """
     units = F.normalize(features.float(), dim=-1)
     similarity = units @ units.transpose(1, 2)
-    likeness = (similarity if valid is None else similarity.masked_fill(~valid[:, None], 0)).sum(-1)
+    to_all = (similarity if valid is None else similarity.masked_fill(~valid[:, None], 0)).sum(-1)
     if first is not None:
-        likeness = likeness.masked_fill(first, float("-inf"))
+        to_all = to_all.masked_fill(first, float("-inf"))
     if valid is not None:
-        likeness = likeness.masked_fill(~valid, float("inf"))
-    place = likeness.argsort(dim=-1, stable=True).argsort(-1)
+        to_all = to_all.masked_fill(~valid, float("inf"))
+    place = to_all.argsort(dim=-1, stable=True).argsort(-1)
     redundancy = similarity.masked_fill(place[:, None] >= place[..., None], -2).amax(-1)
     if first is not None:
         redundancy = redundancy.masked_fill(first, -3)
@@ -200,7 +200,7 @@ def keep_best(tokens: VisionTokens, score: Tensor, count: int) -> VisionTokens:
 
 def merge(
     tokens: VisionTokens,
-    into: Tensor,
+    merge_into: Tensor,
     length: int | None = None,
     weight: Tensor | None = None,
     order: Tensor | None = None,
@@ -219,16 +219,16 @@ def merge(
     order : int `[images, tokens]`, optional
         As in `compact`.
     """
-    stays = into == torch.arange(into.shape[1], device=into.device)
+    stays = merge_into == torch.arange(merge_into.shape[1], device=merge_into.device)
     if tokens.valid is not None:
         stays, length = stays & tokens.valid, None
     if weight is None:
-        size = torch.zeros_like(into).scatter_add(1, into, torch.ones_like(into))
-        weight = 1 / size.gather(1, into)
+        size = torch.zeros_like(merge_into).scatter_add(1, merge_into, torch.ones_like(merge_into))
+        weight = 1 / size.gather(1, merge_into)
     kept, _ = compact(stays, pad="right", order=order, length=length)
-    share = (into[:, None] == kept[..., None]) * weight[:, None].float()
+    share = (merge_into[:, None] == kept[..., None]) * weight[:, None].float()
     merged = (share @ tokens.patches.float()).to(tokens.hidden.dtype)
-    return tokens.select(stays, into=into, order=order, length=length).with_patches(merged)
+    return tokens.select(stays, merge_into=merge_into, order=order, length=length).with_patches(merged)
 
 
 def grid_cells(grid: tuple[int, int], count: int, device: torch.device) -> tuple[Tensor, Tensor]:

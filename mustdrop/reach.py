@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-COUNTED = ("on_pixels", "inside_vision_block", "after_vision_block", "on_projected_features", "on_question")
+COUNTED = ("on_pixels", "inside_vision_block", "after_vision_block", "on_projected_features", "on_instruction")
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ def check_counts(parts: Sequence[Fitting], layers: int, grid: tuple[int, int], t
     Where that depends on the image, they are taken to leave all: of fewer tokens nothing is further out of reach.
     """
     drops = []
-    in_decoder = [part for part in parts if part.does("after_decoder_layer")]
-    others = [part for part in parts if not part.does("after_decoder_layer")]
+    in_decoder = [part for part in parts if part.overrides("after_decoder_layer")]
+    others = [part for part in parts if not part.overrides("after_decoder_layer")]
     before = [part for hook in COUNTED for part in others if part.counts_at == hook]
     for part in (*before, *in_decoder):
         part.check_counts(layers, grid, tokens)

@@ -65,9 +65,9 @@ class VisionTokens:
     ----------
     hidden : `[images, prefix + tokens, width]`
         Hidden states, `prefix` leading tokens being no patches (CLIP: one, CLS).
-    anchor : int64 `[images, tokens]`
+    patch_index : int64 `[images, tokens]`
         Raster index of the patch a token sits on; gives a merged token its place and position.
-    owner : int64 `[images, patches]`
+    patch_to_token : int64 `[images, patches]`
         Column of the token that stands for each patch, -1 once nothing does.
     grid : (rows, columns)
         Patch grid.
@@ -81,8 +81,8 @@ class VisionTokens:
     """
 
     hidden: Tensor
-    anchor: Tensor
-    owner: Tensor
+    patch_index: Tensor
+    patch_to_token: Tensor
     grid: tuple[int, int]
     prefix: int = 1
     valid: Tensor | None = None
@@ -107,18 +107,18 @@ class VisionTokens:
         """Number of tokens of each image, int64 `[images]`."""
         if self.valid is not None:
             return self.valid.sum(-1)
-        return torch.full((len(self.anchor),), self.anchor.shape[1], device=self.anchor.device)
+        return torch.full((len(self.patch_index),), self.patch_index.shape[1], device=self.patch_index.device)
 
     @property
     def known_lengths(self) -> tuple[int, ...]:
         """The same, for the host."""
-        return self.lengths or (self.anchor.shape[1],) * len(self.anchor)
+        return self.lengths or (self.patch_index.shape[1],) * len(self.patch_index)
 
     @property
     def size(self) -> Tensor:
         """Number of patches each token stands for, int64 `[images, tokens]`."""
-        stands = self.owner >= 0
-        return torch.zeros_like(self.anchor).scatter_add(1, self.owner.clamp(min=0), stands.long())
+        stands = self.patch_to_token >= 0
+        return torch.zeros_like(self.patch_index).scatter_add(1, self.patch_to_token.clamp(min=0), stands.long())
 
     @property
     def valid_with_prefix(self) -> Tensor | None:
@@ -157,16 +157,16 @@ class VisionTokens:
         self,
         keep: Tensor,
         *,
-        into: Tensor | None = None,
+        merge_into: Tensor | None = None,
         order: Tensor | None = None,
         length: int | None = None,
         keeps_keys: bool = False,
     ) -> VisionTokens:
         """Keep the tokens of a mask `[images, tokens]`, padded on the right.
 
-        `into` `[images, tokens]` names, for a token that is merged away, the column of the token that now stands for
-        its patches (its own column elsewhere). `order` and `length` as in `compact`. `keeps_keys` says that protected
-        tokens are put before all others; else the host asks how many are left.
+        `merge_into` `[images, tokens]` names, for a token that is merged away, the column of the token that now stands
+        for its patches (its own column elsewhere). `order` and `length` as in `compact`. `keeps_keys` says that
+        protected tokens are put before all others; else the host asks how many are left.
         """
         if self.valid is not None:
             keep = keep & self.valid
@@ -177,19 +177,19 @@ class VisionTokens:
         elif keys is not None:
             keys = tuple((self.protected & keep).sum(-1).tolist())
         indices, valid = compact(keep, pad="right", order=order, length=lengths)
-        new_column = torch.full_like(self.anchor, -1).scatter(
+        new_column = torch.full_like(self.patch_index, -1).scatter(
             1, indices, torch.arange(indices.shape[1], device=indices.device).expand_as(indices)
         )
         new_column = new_column.masked_fill(~keep, -1)
-        if into is not None:
-            new_column = new_column.gather(1, into)
-        owner = new_column.gather(1, self.owner.clamp(min=0)).masked_fill(self.owner < 0, -1)
+        if merge_into is not None:
+            new_column = new_column.gather(1, merge_into)
+        patch_to_token = new_column.gather(1, self.patch_to_token.clamp(min=0)).masked_fill(self.patch_to_token < 0, -1)
         prefix = torch.arange(self.prefix, device=indices.device).expand(len(indices), -1)
         return dataclasses.replace(
             self,
             hidden=gather(self.hidden, torch.cat([prefix, indices + self.prefix], dim=1)),
-            anchor=self.anchor.gather(1, indices),
-            owner=owner,
+            patch_index=self.patch_index.gather(1, indices),
+            patch_to_token=patch_to_token,
             valid=valid,
             protected=None if self.protected is None else self.protected.gather(1, indices),
             lengths=tuple(lengths),
@@ -201,22 +201,22 @@ class VisionTokens:
 class ImageFacts:
     """What the host knows of an image of a prompt.
 
-    `patches` it has, tokens that `entered` the decoder, `tokens` there are now, and `keys`, those of them that may not
-    be dropped.
+    `patches` it has, `tokens_in` that entered the decoder, `tokens` there are now, and `keys`, those of them that may
+    not be dropped.
     """
 
     patches: int
-    entered: int
+    tokens_in: int
     tokens: int
     keys: int = 0
 
 
 @dataclass(frozen=True)
 class PromptFacts:
-    """What the host knows of a prompt: its `text` tokens, `questions` of them after the first image, and its images."""
+    """What the host knows of a prompt: its `text`, `instruction_tokens` of it after the first image, and its images."""
 
     text: int
-    questions: int
+    instruction_tokens: int
     images: tuple[ImageFacts, ...]
 
     @property
@@ -238,37 +238,37 @@ class Tokens:
     ----------
     position : int64 `[..., batch, length]`
         Rotary position (leading axes for models with several position axes).
-    source : int64 `[batch, length]`
+    original_column : int64 `[batch, length]`
         Column the token had in the full prompt.
     image : int64 `[batch, length]`
         Which image of its prompt a vision token belongs to, -1 for text.
-    index : int64 `[batch, length]`
+    vision_index : int64 `[batch, length]`
         Which of its prompt's vision tokens (counted after the vision stage) it is, -1 for text.
     protected : bool `[batch, length]`
         Vision tokens that may not be dropped.
-    question : bool `[batch, length]`
+    instruction : bool `[batch, length]`
         Text tokens after the prompt's first image.
     valid : bool `[batch, length]` or None
         False for padding; None when there is none.
-    images, questions : int
-        Largest number of images, and of `question` tokens, in a prompt of the batch: known to the host, so that
+    images, instruction_tokens : int
+        Largest number of images, and of `instruction` tokens, in a prompt of the batch: known to the host, so that
         hooks can size their results without synchronising.
     row, column : int64 `[batch, length]` or None
-        Place of a vision token on the patch grid of its image, that of its anchor patch; -1 for text and for tokens
+        Place of a vision token on the patch grid of its image, that of its own patch; -1 for text and for tokens
         off the grid (CLS). None where nobody asks for it.
     prompts : tuple of PromptFacts or None
         What the host knows of every prompt, so that nothing has to be read from the device; None where that is lost.
     """
 
     position: Tensor
-    source: Tensor
+    original_column: Tensor
     image: Tensor
-    index: Tensor
+    vision_index: Tensor
     protected: Tensor
-    question: Tensor
+    instruction: Tensor
     valid: Tensor | None = None
     images: int = 0
-    questions: int = 0
+    instruction_tokens: int = 0
     row: Tensor | None = None
     column: Tensor | None = None
     prompts: tuple[PromptFacts, ...] | None = None
@@ -285,10 +285,10 @@ class Tokens:
             return self.valid.sum(-1)
         return torch.full((len(self.image),), self.image.shape[1], device=self.image.device)
 
-    def question_rows(self) -> tuple[Tensor, Tensor]:
-        """Rows of the text after the first image: int64 `[batch, questions]` and which of them are real (bool)."""
-        indices, valid = compact(self.question, length=self.questions)
-        return indices, self.question.gather(1, indices) if valid is None else valid
+    def instruction_rows(self) -> tuple[Tensor, Tensor]:
+        """Rows of the text after the first image: int64 `[batch, instruction_tokens]`, and which are real (bool)."""
+        indices, valid = compact(self.instruction, length=self.instruction_tokens)
+        return indices, self.instruction.gather(1, indices) if valid is None else valid
 
     def last_row(self) -> Tensor:
         """Row of every prompt's last token, int64 `[batch, 1]`."""
@@ -316,12 +316,12 @@ class Tokens:
             return self.prompts
         own = self.image[:, None] == torch.arange(self.images, device=self.image.device)[:, None]
         tokens, keys = own.sum(-1).tolist(), (own & self.protected[:, None]).sum(-1).tolist()
-        text, questions = (self.counts - self.vision.sum(-1)).tolist(), self.question.sum(-1).tolist()
+        text, instruction_tokens = (self.counts - self.vision.sum(-1)).tolist(), self.instruction.sum(-1).tolist()
         images = [
             tuple(ImageFacts(n, n, n, k) for n, k in zip(*prompt, strict=True))
             for prompt in zip(tokens, keys, strict=True)
         ]
-        return tuple(map(PromptFacts, text, questions, images))
+        return tuple(map(PromptFacts, text, instruction_tokens, images))
 
     def select(
         self, keep: Tensor, *, order: Tensor | None = None, prompts: tuple[PromptFacts, ...] | None = None
@@ -337,8 +337,8 @@ class Tokens:
         record = self.map(lambda value: value.gather(-1, indices.expand(*value.shape[:-1], -1)))
         if valid is not None:
             record.image = record.image.masked_fill(~valid, -1)
-            record.index = record.index.masked_fill(~valid, -1)
-            record.question = record.question & valid
+            record.vision_index = record.vision_index.masked_fill(~valid, -1)
+            record.instruction = record.instruction & valid
         record.valid, record.prompts = valid, prompts
         return indices, record
 

@@ -13,7 +13,7 @@ from mustdrop.neighbours import SplitRows
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mustdrop.hooks import Call
+    from mustdrop.hooks import ForwardState
     from mustdrop.tokens import Tokens
 
 
@@ -48,55 +48,59 @@ class Trace:
         `LayerPlan`, and `pairs`, the pairs of a vision row and a key that one head computed.
     """
 
-    def __init__(self, call: Call, row: int, prompt: int):
-        self._call, self._row, self._prompt = call, row, prompt
-        self._seconds, self._shares = call.seconds, _shares(call, prompt)
+    def __init__(self, state: ForwardState, row: int, prompt: int):
+        self._state, self._row, self._prompt = state, row, prompt
+        self._seconds, self._shares = state.seconds, _shares(state, prompt)
 
     @cached_property
     def _facts(self) -> dict:
         """Everything on the host, read once; the tensors are let go."""
-        call, row = self._call, self._row
-        images = call.images[self._prompt]
-        entered = call.entered[0]
-        owners = [_owner(images)]
-        for layer, tokens in enumerate(call.entered):
-            into = call.merged.get(layer)
-            owners.append(owners[-1] if into is None else _joined(owners[-1], tokens.index[row], into[row]))
-        alive = {id(call.left[layer]): (owners[layer + 1], call.left[layer]) for layer in call.decided}
-        for layer, tokens in enumerate(call.cached):
+        state, row = self._state, self._row
+        images = state.images[self._prompt]
+        tokens_in = state.tokens_in[0]
+        owners = [_patch_to_token(images)]
+        for layer, tokens in enumerate(state.tokens_in):
+            merge_into = state.merge_maps.get(layer)
+            owners.append(
+                owners[-1] if merge_into is None else _joined(owners[-1], tokens.vision_index[row], merge_into[row])
+            )
+        alive = {
+            id(state.tokens_out[layer]): (owners[layer + 1], state.tokens_out[layer]) for layer in state.pruned_layers
+        }
+        for layer, tokens in enumerate(state.cached):
             alive.setdefault(id(tokens), (owners[layer], tokens))
-        patches = {key: _patches(owner, tokens, row) for key, (owner, tokens) in alive.items()}
+        patches = {key: _patches(patch_to_token, tokens, row) for key, (patch_to_token, tokens) in alive.items()}
         kept: dict[str, dict[int, list[int]]] = {"vision": {}, "prefill": {}, "decode": {}}
         if images:
-            tiles = call.tiles[self._prompt]
-            kept["vision"] = {b: (o[tiles].reshape(-1) >= 0).nonzero()[:, 0].tolist() for b, o in call.vision.items()}
-            kept["prefill"] = {layer: patches[id(call.left[layer])] for layer in call.decided}
-            kept["decode"] = {layer: patches[id(tokens)] for layer, tokens in enumerate(call.cached)}
-        key = entered.protected[row] & entered.vision[row]
-        cache_lengths = [int(tokens.counts[row]) for tokens in call.cached]
+            tiles = state.tiles[self._prompt]
+            kept["vision"] = {b: (o[tiles].reshape(-1) >= 0).nonzero()[:, 0].tolist() for b, o in state.vision.items()}
+            kept["prefill"] = {layer: patches[id(state.tokens_out[layer])] for layer in state.pruned_layers}
+            kept["decode"] = {layer: patches[id(tokens)] for layer, tokens in enumerate(state.cached)}
+        key_tokens = tokens_in.protected[row] & tokens_in.vision[row]
+        cache_lengths = [int(tokens.counts[row]) for tokens in state.cached]
         facts = {
             "images": [
-                {"patches": len(owner), "tokens": tokens, "blocks": _blocks(call.vision, tile)}
-                for tile, (tokens, owner) in zip(call.tiles[self._prompt], images, strict=True)
+                {"patches": len(patch_to_token), "tokens": tokens, "blocks": _blocks(state.vision, tile)}
+                for tile, (tokens, patch_to_token) in zip(state.tiles[self._prompt], images, strict=True)
             ],
-            "before_mlp": call.does("inside_vision_block"),
-            "key_tokens": entered.index[row][key].tolist(),
-            "text_tokens": int(entered.counts[row] - entered.vision[row].sum()),
-            "vision_tokens": _vision_counts(call.entered, row),
-            "vision_tokens_after": _vision_counts(call.left, row),
+            "before_mlp": state.overrides("inside_vision_block"),
+            "key_tokens": tokens_in.vision_index[row][key_tokens].tolist(),
+            "text_tokens": int(tokens_in.counts[row] - tokens_in.vision[row].sum()),
+            "vision_tokens": _vision_counts(state.tokens_in, row),
+            "vision_tokens_after": _vision_counts(state.tokens_out, row),
             "kept": kept,
             "cache_lengths": cache_lengths,
-            "cache_bytes": sum(n * size for n, size in zip(cache_lengths, call.kv_bytes, strict=True)),
-            "plans": _plans(call, row) if images else {},
+            "cache_bytes": sum(n * size for n, size in zip(cache_lengths, state.kv_bytes, strict=True)),
+            "plans": _plans(state, row) if images else {},
         }
-        self._owner, self._call = owners[0], None
+        self._patch_to_token, self._state = owners[0], None
         return facts
 
     @cached_property
     def tokens(self) -> list[list[int]]:
         """For every vision token that entered the language model, the patches it stands for."""
         of_token: list[list[int]] = [[] for _ in range(sum(image["tokens"] for image in self.images))]
-        for patch, token in enumerate(self._owner.tolist()):
+        for patch, token in enumerate(self._patch_to_token.tolist()):
             if token >= 0:
                 of_token[token].append(patch)
         return of_token
@@ -120,7 +124,7 @@ class Trace:
     def times_ms(self) -> dict[str, float]:
         """Milliseconds per part (vision, prefill, selector, decode), a batch's time shared evenly by its prompts.
 
-        "vision" is what the prompt's own pictures took, even if other prompts of the batch shared their encoding. What
+        "vision" is what the prompt's own images took, even if other prompts of the batch shared their encoding. What
         the method itself needs, "selector", is also part of "vision" and "prefill". Empty unless the reducer was
         switched on with `timing=True`.
         """
@@ -135,18 +139,18 @@ class Trace:
         return f"Trace(vision_tokens={self.vision_tokens}, mean_tokens={self.mean_tokens:.1f})"
 
 
-def _plans(call: Call, row: int) -> dict[int, dict]:
+def _plans(state: ForwardState, row: int) -> dict[int, dict]:
     """The layers of a prompt that were computed by a plan, counted as if it had been alone."""
     pairs: dict[tuple, int] = {}
     plans = {}
-    for layer, plan in enumerate(call.plans):
+    for layer, plan in enumerate(state.plans):
         if plan is not None:
-            tokens = call.entered[layer]
-            alike = id(tokens), plan.window
-            if alike not in pairs:
+            tokens = state.tokens_in[layer]
+            key = id(tokens), plan.window
+            if key not in pairs:
                 rows = SplitRows.of(_alone(tokens, row), plan.window)
-                pairs[alike] = rows.pairs() if rows is not None else 0
-            plans[layer] = {**asdict(plan), "pairs": pairs[alike]}
+                pairs[key] = rows.pairs() if rows is not None else 0
+            plans[layer] = {**asdict(plan), "pairs": pairs[key]}
     return plans
 
 
@@ -156,39 +160,46 @@ def _alone(tokens: Tokens, row: int) -> Tokens:
     return own.select(torch.ones_like(own.image, dtype=torch.bool))[1]
 
 
-def _shares(call: Call, prompt: int) -> tuple[float, float]:
-    """A prompt's part of a batch's time, and of the time that its pictures took."""
-    encoded = len({tile for tiles in call.tiles for tile in tiles})
-    return 1 / len(call.images), len(call.tiles[prompt]) / max(encoded, 1)
+def _shares(state: ForwardState, prompt: int) -> tuple[float, float]:
+    """A prompt's part of a batch's time, and of the time that its images took."""
+    encoded = len({tile for tiles in state.tiles for tile in tiles})
+    return 1 / len(state.images), len(state.tiles[prompt]) / max(encoded, 1)
 
 
-def _owner(images: list[tuple[int, Tensor]]) -> Tensor:
+def _patch_to_token(images: list[tuple[int, Tensor]]) -> Tensor:
     """For every patch of a prompt, which of its vision tokens stands for it: int64 `[patches]`, -1 for none."""
     first, owners = 0, []
-    for count, owner in images:
-        owner = owner.cpu()
-        owners.append(torch.where(owner < 0, owner, owner + first))
+    for count, patch_to_token in images:
+        patch_to_token = patch_to_token.cpu()
+        owners.append(torch.where(patch_to_token < 0, patch_to_token, patch_to_token + first))
         first += count
     return torch.cat(owners) if owners else torch.empty(0, dtype=torch.long)
 
 
-def _joined(owner: Tensor, index: Tensor, into: Tensor) -> Tensor:
-    """`_owner` after a decoder layer in which tokens were merged into those at the columns `into` `[length]`."""
-    index, into = index.cpu(), into.cpu()
+def _joined(patch_to_token: Tensor, index: Tensor, merge_into: Tensor) -> Tensor:
+    """`_patch_to_token` after a decoder layer that merged tokens into those at the columns `merge_into` `[length]`."""
+    index, merge_into = index.cpu(), merge_into.cpu()
     stands = torch.arange(int(index.max()) + 1)
-    stands[index[index >= 0]] = index[into][index >= 0]
-    return torch.where((owner >= 0) & (owner < len(stands)), stands[owner.clamp(max=len(stands) - 1)], owner)
+    stands[index[index >= 0]] = index[merge_into][index >= 0]
+    return torch.where(
+        (patch_to_token >= 0) & (patch_to_token < len(stands)),
+        stands[patch_to_token.clamp(max=len(stands) - 1)],
+        patch_to_token,
+    )
 
 
 def _blocks(changed: dict[int, Tensor], tile: int) -> list[list[int]]:
-    """Vision blocks that changed a tile's tokens, and how many left them, from the owner maps after them."""
-    return [[block, len(owner[tile][owner[tile] >= 0].unique())] for block, owner in changed.items()]
+    """Vision blocks that changed a tile's tokens, and how many left them, from their patch_to_token maps."""
+    return [
+        [block, len(patch_to_token[tile][patch_to_token[tile] >= 0].unique())]
+        for block, patch_to_token in changed.items()
+    ]
 
 
-def _patches(owner: Tensor, tokens: Tokens, row: int) -> list[int]:
+def _patches(patch_to_token: Tensor, tokens: Tokens, row: int) -> list[int]:
     """Patches that the vision tokens of a record stand for, sorted."""
-    alive = tokens.index[row][tokens.vision[row]].cpu()
-    return ((owner >= 0) & torch.isin(owner, alive)).nonzero()[:, 0].tolist()
+    alive = tokens.vision_index[row][tokens.vision[row]].cpu()
+    return ((patch_to_token >= 0) & torch.isin(patch_to_token, alive)).nonzero()[:, 0].tolist()
 
 
 def _vision_counts(layers: list[Tokens], row: int) -> list[int]:

@@ -10,7 +10,7 @@ from tiny import LAYERS, SIDE, batch, ours, pictures, prompt, run
 
 from mustdrop import MustDrop, MustDropPlus, Reducer, load_reducer
 from mustdrop.compose import Compose
-from mustdrop.hooks import Call, Keep
+from mustdrop.hooks import ForwardState, Keep
 from mustdrop.macs import mean_tokens_official
 from mustdrop.methods import FastV
 from mustdrop.stages import DualAttentionFilter, KeyTokens, LocalSpatialMerge, OutputAwareCache
@@ -136,12 +136,12 @@ def test_nothing_waits_for_the_device(settings, side, prompts):
     model, reducer = ours(attn_implementation="eager"), MustDrop(**settings)
     images = pictures(sum(int((ids == -200).sum()) for ids in prompts))
     given = batch(prompts, side)
-    call = Call(reducer)
+    state = ForwardState(reducer)
     empty = copy.deepcopy(model).to("meta")
-    encoded = empty.encode_images(images.to("meta"), call)
+    encoded = empty.encode_images(images.to("meta"), state)
     with reducer.on(model):
         ready = model.splice(given["inputs"], given["attention_mask"], images=images, padding_side=side)
-    assert encoded.hidden.shape[1] == ready.call.images[0][0][0]
+    assert encoded.hidden.shape[1] == ready.state.images[0][0][0]
     tokens = ready.tokens.map(lambda value: value.to("meta"))
     output = empty(inputs_embeds=ready.embeds.to("meta"), prompt=ready_for(ready, tokens), use_cache=True)
     kept = [layer.keys.shape[2] for layer in output.past_key_values.layers]
@@ -152,9 +152,13 @@ def test_nothing_waits_for_the_device(settings, side, prompts):
 
 def ready_for(prompt_, tokens):
     """A spliced prompt with a call of its own that has seen the same images."""
-    call = Call(prompt_.call.reducer)
-    call.images, call.tiles, call.state = prompt_.call.images, prompt_.call.tiles, copy.deepcopy(prompt_.call.state)
-    return type(prompt_)(prompt_.embeds.to(tokens.image.device), tokens, None, call)
+    state = ForwardState(prompt_.state.reducer)
+    state.images, state.tiles, state.scratch = (
+        prompt_.state.images,
+        prompt_.state.tiles,
+        copy.deepcopy(prompt_.state.scratch),
+    )
+    return type(prompt_)(prompt_.embeds.to(tokens.image.device), tokens, None, state)
 
 
 def test_without_text_after_the_image_the_last_token_judges():

@@ -55,9 +55,9 @@ def test_calibration_reads_a_users_samples(tmp_path):
     assert len(pairs) == 2 and pairs[0][0].size == (20, 10) and pairs[0][1] == "what?"
 
 
-def test_a_method_that_reckons_itself_is_checked(checkpoint, tmp_path, capsys):
+def test_a_method_that_works_to_a_number_is_checked(checkpoint, tmp_path, capsys):
     argv = ["--model", str(checkpoint), "--method", "fastv", "--samples", "4", "--out", str(tmp_path)]
     assert calibrate.main([*argv, "--retain", "18"]) == 0
     assert read_method(str(tmp_path / "fastv_18.yaml")) == {"method": "fastv", "retain": 18}
     assert calibrate.main([*argv[:3], "yopo", "--retain", "18"]) == 2
-    assert "yopo has no knob to turn" in capsys.readouterr().err
+    assert "yopo has nothing to turn" in capsys.readouterr().err

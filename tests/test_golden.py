@@ -11,7 +11,7 @@ from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaConfig
 from mustdrop import MustDrop, load_reducer
-from mustdrop.hooks import Call, ImageFacts, PromptFacts, Reducer, Tokens
+from mustdrop.hooks import ForwardState, ImageFacts, PromptFacts, Reducer, Tokens
 from mustdrop.methods import DART
 
 CASES = ["img1A_192", "img1A_128", "img1A_64", "img2B_128", "edge_r0", "edge_nodrop"]
@@ -51,16 +51,16 @@ def test_plain_llava(golden, model, case):
 @torch.no_grad()
 def test_vision_stage(golden, model, picture):
     expected = load_file(golden / f"vision_{picture}.safetensors")
-    call = Call(MustDrop(compat="official"))
-    tokens = model.encode_images(expected["pixel_values"], call)
+    state = ForwardState(MustDrop(compat="official"))
+    tokens = model.encode_images(expected["pixel_values"], state)
     sources = [row[row >= 0].tolist() for row in expected["post_merge_source"]]
-    owned = [(tokens.owner[0] == column).nonzero()[:, 0].tolist() for column in range(len(sources))]
+    owned = [(tokens.patch_to_token[0] == column).nonzero()[:, 0].tolist() for column in range(len(sources))]
     assert owned == sources
     torch.testing.assert_close(tokens.hidden[0], expected["projected"], atol=1e-4, rtol=0)
     assert set(tokens.protected[0].nonzero()[:, 0].tolist()) == set(expected["key_set"].tolist())
-    features = model.get_vision_tower().encode(expected["pixel_values"], Call(MustDrop(compat="official")))
+    features = model.get_vision_tower().encode(expected["pixel_values"], ForwardState(MustDrop(compat="official")))
     torch.testing.assert_close(features.hidden[0], expected["selected_hidden"][1:], atol=1e-4, rtol=0)
-    plain = model.get_vision_tower().encode(expected["pixel_values"], Call(Reducer()))
+    plain = model.get_vision_tower().encode(expected["pixel_values"], ForwardState(Reducer()))
     assert plain.hidden.shape[1] == 576
 
 
@@ -84,7 +84,7 @@ def test_whole_runs(golden, model, manifest, monkeypatch, case, implementation):
             output_logits=True,
             return_dict_in_generate=True,
         )
-    trace, cache, (call,) = run.traces[-1], output.past_key_values, calls
+    trace, cache, (state,) = run.traces[-1], output.past_key_values, calls
     sources = vision["post_merge_source"]
 
     assert output.sequences[0].tolist() == expected["greedy_ids"].tolist()
@@ -97,7 +97,7 @@ def test_whole_runs(golden, model, manifest, monkeypatch, case, implementation):
     for number, layer in enumerate(FILTER_LAYERS):
         patches = sources[expected[f"prune{number}.vis_indices_postmerge"]]
         assert trace.kept["prefill"][layer] == sorted(patches[patches >= 0].tolist())
-        assert call.left[layer].position[0].tolist() == expected[f"prune{number}.position_ids_after"].tolist()
+        assert state.tokens_out[layer].position[0].tolist() == expected[f"prune{number}.position_ids_after"].tolist()
     for name, key in expected.items():
         if name.startswith("kv.") and name.endswith(".key"):
             layer = int(name.split(".")[1])
@@ -158,9 +158,9 @@ def test_visionzip(golden, model, dominant, contextual):
     joining = rest[~torch.isin(rest, targets)]
     groups = [[target, *joining[expected["assignment"] == number]] for number, target in enumerate(targets.tolist())]
     assert trace.tokens == [[], *([patch] for patch in stays.tolist()), *(sorted(map(int, group)) for group in groups)]
-    call = Call(load_reducer({**settings, "compat": "official"}))
+    state = ForwardState(load_reducer({**settings, "compat": "official"}))
     pixels = load_file(golden / "vision_img1.safetensors")["pixel_values"]
-    tokens = model.get_vision_tower().encode(pixels, call).hidden
+    tokens = model.get_vision_tower().encode(pixels, state).hidden
     torch.testing.assert_close(tokens[0], expected["tokens_out"], atol=1e-4, rtol=0)
 
 
@@ -173,10 +173,10 @@ def test_sparsevlm_with_recycling(golden, model, monkeypatch, retain):
     trace = run_rival(model, golden, {"method": "sparsevlm", "version": 1, "retain": retain}, expected)
     assert [count + trace.text_tokens for count in trace.vision_tokens] == expected["prefill_len_per_layer"].tolist()
     for stage, layer in enumerate((2, 6, 15)):
-        before, after = calls[0].entered[layer], calls[0].left[layer]
+        before, after = calls[0].tokens_in[layer], calls[0].tokens_out[layer]
         assert after.position[0].tolist() == expected[f"stage{stage}.position_ids_after"].tolist()
-        selected = before.index[0][before.vision[0]][expected[f"stage{stage}.selected_mask_current"].bool()]
-        assert after.index[0][after.vision[0]][: len(selected)].tolist() == selected.tolist()
+        selected = before.vision_index[0][before.vision[0]][expected[f"stage{stage}.selected_mask_current"].bool()]
+        assert after.vision_index[0][after.vision[0]][: len(selected)].tolist() == selected.tolist()
         assert int(after.vision.sum()) == len(selected) + len(expected[f"stage{stage}.merged_tokens"])
 
 
@@ -212,7 +212,9 @@ def test_dart(golden, budget):
         image = torch.where((column >= 35) & (column < 611), 0, -1)
         facts = (PromptFacts(59, 24, (ImageFacts(576, 576, 576),)),)
         none = torch.zeros_like(column, dtype=torch.bool)
-        tokens = Tokens(column, column, image, column, none, column >= 611, images=1, questions=24, prompts=facts)
+        tokens = Tokens(
+            column, column, image, column, none, column >= 611, images=1, instruction_tokens=24, prompts=facts
+        )
         method = DART(tokens=budget, compat="official")
         units = F.normalize(stored["in.hidden"], dim=-1)[None]
         norms = stored["in.keys"].abs().sum((0, 2))[None]

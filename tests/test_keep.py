@@ -19,7 +19,7 @@ def tokens(known: bool = True) -> Tokens:
     )
     question = IMAGE.flip(1).cummax(1).values.flip(1) < 0
     return Tokens(
-        column, column, IMAGE, column, KEY, question, images=2, questions=2, prompts=facts if known else None
+        column, column, IMAGE, column, KEY, question, images=2, instruction_tokens=2, prompts=facts if known else None
     )
 
 

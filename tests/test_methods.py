@@ -222,7 +222,7 @@ def test_decoder_layers_compute_on_the_tokens_the_trace_counts(reducer):
         linear = sum(n for op, n in counts[name].items() if "mm" in str(op) and "bmm" not in str(op))
         asked = (
             0
-            if not reducer.does("after_decoder_layer")
+            if not reducer.overrides("after_decoder_layer")
             else linear - 2 * length * (2 * width * width + 2 * width * kv_width + 3 * width * mlp)
         )
         assert linear - asked == 2 * length * (2 * width * width + 2 * width * kv_width + 3 * width * mlp)

@@ -9,7 +9,7 @@ import torch
 from tiny import LAYERS, SIDE, batch, ours, pictures, prompt, run
 
 from mustdrop import MustDrop, Reducer, ops
-from mustdrop.hooks import Attention, Call, LayerPlan, VisionStep, VisionTokens
+from mustdrop.hooks import Attention, ForwardState, LayerPlan, VisionStep, VisionTokens
 from mustdrop.stages import DualAttentionFilter, KeyTokens
 
 PATCHES = SIDE * SIDE
@@ -169,7 +169,7 @@ def positions_of(reducer: Reducer, new_tokens: int = 1):
             do_sample=False,
             return_dict_in_generate=True,
         ).past_key_values
-    entered = [tokens.position[0].tolist() for tokens in cache.call.entered]
+    entered = [tokens.position[0].tolist() for tokens in cache.state.tokens_in]
     return entered, [cache.positions(layer, 1)[0, 0].item() for layer in range(LAYERS)], cache
 
 
@@ -280,8 +280,8 @@ def test_a_layer_plan_gives_vision_tokens_a_thinner_mlp():
 
     model, layer = ours(), ours().model.layers[1]
     states = model.splice(prompt(3, 6), images=pictures(1))
-    call = replace_call(states, Thin())
-    got = model.model.prefill(states.embeds, states.tokens, call)
+    state = replace_call(states, Thin())
+    got = model.model.prefill(states.embeds, states.tokens, state)
     original = layer.mlp.forward
 
     def masked(hidden):
@@ -297,10 +297,10 @@ def test_a_layer_plan_gives_vision_tokens_a_thinner_mlp():
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
-def replace_call(states, reducer: Reducer) -> Call:
-    call = Call(reducer)
-    call.images = states.call.images
-    return call
+def replace_call(states, reducer: Reducer) -> ForwardState:
+    state = ForwardState(reducer)
+    state.images = states.state.images
+    return state
 
 
 @pytest.mark.parametrize(

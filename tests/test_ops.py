@@ -62,17 +62,17 @@ def test_merge_windows_means_places_and_owners(grid, window, by_score):
 
     per_row = grid[1] // window
     owners: dict[int, list[int]] = {}
-    for patch, column in enumerate(after.owner[0].tolist()):
+    for patch, column in enumerate(after.patch_to_token[0].tolist()):
         owners.setdefault(column, []).append(patch)
-    assert len(owners) == after.anchor.shape[1] == grid[0] * grid[1] - 2 * (window**2 - 1)
+    assert len(owners) == after.patch_index.shape[1] == grid[0] * grid[1] - 2 * (window**2 - 1)
     for column, members in owners.items():
         torch.testing.assert_close(after.patches[0, column], tokens.patches[0, members].mean(0))
-        assert after.anchor[0, column].item() in members
+        assert after.patch_index[0, column].item() in members
     merged = sorted(members for members in owners.values() if len(members) > 1)
     for number, members in zip([0, 2], merged, strict=True):
         top, left = number // per_row * window, number % per_row * window
         assert members == [(top + a) * grid[1] + left + b for a in range(window) for b in range(window)]
-    anchors = after.anchor[0].tolist()
+    anchors = after.patch_index[0].tolist()
     if by_score:
         best = [0, 2] if score[0, 0] >= score[0, 2] else [2, 0]
         assert [owners[0], owners[1]] == [merged[0 if number == 0 else 1] for number in best]
@@ -95,14 +95,14 @@ def test_merging_different_numbers_of_windows_in_a_batch():
 def test_selecting_twice_keeps_track_of_patches():
     tokens = VisionTokens.from_patches(torch.randn(1, 37, 4), (6, 6))
     merged = ops.merge_windows(tokens, torch.tensor([[True, False, False, True]]), 3)
-    keep = torch.zeros(1, merged.anchor.shape[1], dtype=torch.bool)
-    column = merged.owner[0, 35].item()
+    keep = torch.zeros(1, merged.patch_index.shape[1], dtype=torch.bool)
+    column = merged.patch_to_token[0, 35].item()
     keep[0, [2, column]] = True
     after = merged.select(keep)
-    assert after.owner[0, 35].item() == 1
-    assert sorted((after.owner[0] == 1).nonzero()[:, 0].tolist()) == [21, 22, 23, 27, 28, 29, 33, 34, 35]
-    assert (after.owner[0] == 0).sum() == 1
-    assert (after.owner[0] == -1).sum() == 26
+    assert after.patch_to_token[0, 35].item() == 1
+    assert sorted((after.patch_to_token[0] == 1).nonzero()[:, 0].tolist()) == [21, 22, 23, 27, 28, 29, 33, 34, 35]
+    assert (after.patch_to_token[0] == 0).sum() == 1
+    assert (after.patch_to_token[0] == -1).sum() == 26
 
 
 def test_top_share_rounds_up_as_python_does():
@@ -148,7 +148,7 @@ def test_attention_on_demand_is_rows_of_full_attention():
 def test_question_rows_of_a_padded_batch():
     flags = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 1]], dtype=torch.bool)
     zero = torch.zeros(2, 6, dtype=torch.long)
-    rows, real = Tokens(zero, zero, zero, zero, flags, flags, None, 1, 3).question_rows()
+    rows, real = Tokens(zero, zero, zero, zero, flags, flags, None, 1, 3).instruction_rows()
     assert rows[0].tolist() == [3, 4, 5] and real[0].all()
     assert rows[1, -1].item() == 5 and real[1].tolist() == [False, False, True]
 

@@ -292,13 +292,13 @@ def test_cdpruner_is_greedy_in_the_determinant():
 def test_cdpruner_weighs_likeness_by_what_the_question_is_about():
     tokens = VisionTokens.from_patches(torch.randn(2, 20, 12), (4, 5), prefix=0)
     question, real = torch.randn(2, 4, 12), torch.arange(4) < torch.tensor([[2], [4]])
-    kept = load_reducer({"method": "cdpruner", "retain": 4}).on_question(tokens, question, real, {})
+    kept = load_reducer({"method": "cdpruner", "retain": 4}).on_instruction(tokens, question, real, {})
     for row, length in enumerate((2, 4)):
         units, text = (torch.nn.functional.normalize(one[row]) for one in (tokens.hidden, question))
         relevance = torch.stack([(unit * text[:length]).sum(-1).mean() for unit in units])
         relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
         kernel = relevance[:, None] * (units @ units.T) * relevance + RIDGE * relevance.square().diag()
-        assert kept.anchor[row].tolist() == by_determinants(kernel.double(), 4)
+        assert kept.patch_index[row].tolist() == by_determinants(kernel.double(), 4)
     assert stretched(torch.zeros(1, 4)).tolist() == [[1.0] * 4]
 
 
@@ -340,7 +340,7 @@ def test_average_pooling_averages():
     pooled = load_reducer({"method": "avgpool", "retain": 4}).reduce(tokens)
     expected = torch.nn.functional.avg_pool2d(tokens.patches.transpose(1, 2).reshape(2, 5, 4, 4), 2)
     torch.testing.assert_close(pooled.patches, expected.flatten(2).transpose(1, 2))
-    assert pooled.owner[0].tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
+    assert pooled.patch_to_token[0].tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize(("grid", "count"), [((24, 24), 64), ((24, 24), 192), ((5, 7), 1), ((3, 3), 9), ((6, 4), 17)])
@@ -355,7 +355,13 @@ def test_merge_keeps_places_and_takes_means():
     tokens = VisionTokens.from_patches(torch.arange(8.0).view(1, 8, 1), (2, 4), prefix=0)
     merged = ops.merge(tokens, torch.tensor([[0, 0, 2, 3, 3, 3, 6, 7]]), 5)
     assert merged.hidden[0, :, 0].tolist() == [0.5, 2, 4, 6, 7]
-    assert merged.owner[0].tolist() == [0, 0, 1, 2, 2, 2, 3, 4] and merged.anchor[0].tolist() == [0, 2, 3, 6, 7]
+    assert merged.patch_to_token[0].tolist() == [0, 0, 1, 2, 2, 2, 3, 4] and merged.patch_index[0].tolist() == [
+        0,
+        2,
+        3,
+        6,
+        7,
+    ]
 
 
 def on_meta(*shape: int) -> torch.Tensor:
@@ -375,9 +381,9 @@ def test_the_host_waits_for_no_choice_in_the_tower(method):
         tokens = reducer.on_projected_features(tokens.without_prefix(), {})
     elif method == "cdpruner":
         real = torch.ones(2, 6, dtype=torch.bool, device="meta")
-        tokens = reducer.on_question(tokens.without_prefix(), on_meta(2, 6, 32), real, {})
+        tokens = reducer.on_instruction(tokens.without_prefix(), on_meta(2, 6, 32), real, {})
     elif method == "tome":
         tokens = replace(reducer, retain=80).inside_vision_block(step)
     else:
         tokens = reducer.after_vision_block(step)
-    assert tokens.hidden.device.type == "meta" and tokens.anchor.shape[1] == (80 if method == "tome" else 30)
+    assert tokens.hidden.device.type == "meta" and tokens.patch_index.shape[1] == (80 if method == "tome" else 30)

@@ -61,7 +61,8 @@ class Reference:
         more = self.model.get_input_embeddings()(new_ids[:, :-1])
         hidden, new = torch.cat([start.embeds, more], 1), more.shape[1]
         record = {
-            name: F.pad(getattr(tokens, name)[0], (0, new), value=-1) for name in ("image", "index", "row", "column")
+            name: F.pad(getattr(tokens, name)[0], (0, new), value=-1)
+            for name in ("image", "vision_index", "row", "column")
         }
         for name in ("row", "column"):  # CLS and text lie off the grid, out of every window
             record[name] = record[name].masked_fill(record[name] < 0, -SIDE)
@@ -73,7 +74,7 @@ class Reference:
                 there &= record["image"] < 0
             hidden = self.layer(number, layer, hidden, rotary, record, there)
             if number in self.keep:
-                there &= torch.isin(record["index"], self.keep[number]) | (record["image"] < 0)
+                there &= torch.isin(record["vision_index"], self.keep[number]) | (record["image"] < 0)
         hidden = self.model.model.norm(hidden)[:, -new - 1 :]
         return self.model.lm_head(hidden)[0]
 

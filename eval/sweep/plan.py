@@ -283,7 +283,7 @@ def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> I
             raise _wrong(file, "methods: name", name, "another name than that of a method that it is not")
         if budgets == []:
             raise _wrong(file, "methods: retain", budgets, "at least one number")
-        if budgets is None and (not retain or "retain" in own or not hasattr(reducer, "retain") or reducer.knobs):
+        if budgets is None and (not retain or "retain" in own or not hasattr(reducer, "retain") or reducer.thresholds):
             yield Method(name, own.get("retain"), own)
             return
         for number in retain if budgets is None else budgets:

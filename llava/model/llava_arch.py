@@ -15,7 +15,7 @@ from llava.constants import IGNORE_INDEX
 from llava.model.inputs import assign_images, distinct_stacks, image_stacks, split_at_images, text_ids
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from mustdrop.hooks import Call, ImageFacts, PromptFacts, Reducer, Run, Tokens, VisionTokens, active
+from mustdrop.hooks import ForwardState, ImageFacts, PromptFacts, Reducer, Tokens, TraceRecorder, VisionTokens, active
 
 
 @dataclass
@@ -29,14 +29,14 @@ class Prompt:
     embeds: Tensor
     tokens: Tokens
     labels: Tensor | None
-    call: Call
+    state: ForwardState
     positions: int = 0
 
-    def begin(self) -> Call:
+    def begin(self) -> ForwardState:
         """The forward pass; ValueError if it has been run: what the reducer noted in it belongs to that one."""
-        if self.call.entered:
+        if self.state.tokens_in:
             raise ValueError("prompt: it has been through the decoder already, splice the ids and images again")
-        return self.call
+        return self.state
 
 
 class LlavaMetaModel:
@@ -60,7 +60,7 @@ class LlavaMetaModel:
         return getattr(self, "vision_tower", None)
 
 
-class Seam:
+class HookKey:
     """What reducers know a model by: an object of its own, which a copy of the model does not share."""
 
 
@@ -69,40 +69,45 @@ class LlavaMetaForCausalLM:
 
     Attributes
     ----------
-    seam : object
+    hook_key : object
         What reducers that are on know this model by; a copy of the model has one of its own.
     """
 
-    def init_seam(self) -> None:
+    def init_hooks(self) -> None:
         """Let reducers be switched on."""
-        self.seam = Seam()
+        self.hook_key = HookKey()
 
     @property
     def reducer(self) -> Reducer:
         """What is called at the hook points here and now; does nothing outside of `reducer.on(model)`."""
-        return self.new_call().reducer
+        return self.new_state().reducer
 
     @property
-    def run(self) -> Run | None:
+    def run(self) -> TraceRecorder | None:
         """Where traces are collected here and now."""
-        return self.new_call().run
+        return self.new_state().recorder
 
-    def new_call(self) -> Call:
+    def new_state(self) -> ForwardState:
         """A forward pass of the reducer that is on here and now; it keeps that one to its end."""
-        found = active(self.seam)
-        return Call(Reducer()) if found is None else Call(found.reducer, found.run)
+        found = active(self.hook_key)
+        return ForwardState(Reducer()) if found is None else ForwardState(found.reducer, found.run)
 
     @property
-    def depths(self) -> tuple[int, int]:
-        """Number of decoder layers and of vision-encoder blocks."""
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return self.config.num_hidden_layers
+
+    @property
+    def num_vision_layers(self) -> int:
+        """Number of vision-encoder blocks, 0 without a vision tower."""
         tower = self.get_vision_tower()
-        return self.config.num_hidden_layers, tower.config.num_hidden_layers if tower is not None else 0
+        return 0 if tower is None else tower.config.num_hidden_layers
 
     def get_vision_tower(self) -> CLIPVisionTower | None:
         """The vision tower, None for a model without one."""
         return self.get_model().get_vision_tower()
 
-    def encode_images(self, images: Tensor, call: Call | None = None) -> Tensor | VisionTokens:
+    def encode_images(self, images: Tensor, state: ForwardState | None = None) -> Tensor | VisionTokens:
         """Projected features of preprocessed images `[images, 3, height, width]`.
 
         Returns the plain tensor `[images, tokens, width]` as in LLaVA, or the `VisionTokens` when a `call` is given.
@@ -110,17 +115,17 @@ class LlavaMetaForCausalLM:
         tower = self.get_vision_tower()
         if tower is None:
             raise ValueError("the prompt has images but the model has no vision tower (mm_vision_tower in config.json)")
-        asked = call
-        call = call or self.new_call()
+        asked = state
+        state = state or self.new_state()
         projector = self.get_model().mm_projector
-        with call.timed("vision", images.device):
-            tokens = tower.encode(images, call)
+        with state.timed("vision", images.device):
+            tokens = tower.encode(images, state)
             # A packed weight's dtype (uint8, int8) says nothing about what its layer computes in.
             types = (parameter.dtype for parameter in projector.parameters() if parameter.is_floating_point())
             tokens = tokens.with_hidden(projector(tokens.hidden.to(next(types, tokens.hidden.dtype))))
-            if call.does("on_projected_features"):
-                with call.timed("selector", images.device):
-                    tokens = call.reducer.on_projected_features(tokens, call.state) or tokens
+            if state.overrides("on_projected_features"):
+                with state.timed("selector", images.device):
+                    tokens = state.reducer.on_projected_features(tokens, state.scratch) or tokens
         return tokens if asked is not None else tokens.hidden
 
     def splice(
@@ -144,7 +149,7 @@ class LlavaMetaForCausalLM:
             configuration's `tokenizer_model_max_length` are cut, as in LLaVA's training.
         images : `[images, 3, height, width]`, or a list of images or of stacks of tiles `[tiles, 3, height, width]`
             In the order in which the prompts mention them. A text-only prompt of a mixed batch may bring a dummy. A
-            tensor that stands in a list several times is encoded once: questions about one picture share its encoding.
+            tensor that stands in a list several times is encoded once: questions about one image share its encoding.
         padding_side : {"left", "right"}
             Where shorter prompts are padded.
 
@@ -153,7 +158,7 @@ class LlavaMetaForCausalLM:
         ValueError
             If the number of images does not fit the image tokens.
         """
-        call = self.new_call()
+        state = self.new_state()
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             found, right = list(attention_mask.shape), list(input_ids.shape)
             raise ValueError(f"attention_mask: has shape {found}, expected that of the ids, {right}")
@@ -165,17 +170,17 @@ class LlavaMetaForCausalLM:
         distinct, first_tile = distinct_stacks(stacks, [i for own in assigned for i in own])
         # In training a batch without images encodes one, so that all processes gather and reduce the same parameters.
         dummies = stacks[:1] if labels is not None and not distinct else []
-        encoded = self.encode_images(torch.cat(distinct or dummies), call) if distinct or dummies else None
+        encoded = self.encode_images(torch.cat(distinct or dummies), state) if distinct or dummies else None
         embedding = self.get_input_embeddings()
         text = embedding(text_ids(chunks, embedding.num_embeddings).to(embedding.weight.device))
         if dummies:
             text = torch.cat([text, encoded.hidden[:0].flatten(0, 1).to(text)])
-        call.tiles.extend([first_tile[i] + tile for i in own for tile in range(len(stacks[i]))] for own in assigned)
-        places = call.tiles
-        if distinct and call.does("on_question"):
-            encoded, places = self._ask(encoded, text, chunks, call)
+        state.tiles.extend([first_tile[i] + tile for i in own for tile in range(len(stacks[i]))] for own in assigned)
+        places = state.tiles
+        if distinct and state.overrides("on_instruction"):
+            encoded, places = self._ask(encoded, text, chunks, state)
         counts = [] if encoded is None else encoded.known_lengths
-        sequences = [_Sequence(call.reducer.positions == "renumber") for _ in rows]
+        sequences = [_Sequence(state.reducer.positions == "renumber") for _ in rows]
         used = 0
         for number, (sequence, own, row) in enumerate(zip(sequences, assigned, chunks, strict=True)):
             targets = None if labels is None else labels[number][keep[number]].to(text.device)
@@ -188,24 +193,31 @@ class LlavaMetaForCausalLM:
                 end = start + len(chunk)
                 sequence.add_text(text[used : used + len(chunk)], None if targets is None else targets[start:end])
                 used, start = used + len(chunk), end + 1
-            call.images.append(sequence.images)
+            state.images.append(sequence.images)
         limit = getattr(self.config, "tokenizer_model_max_length", None) if labels is not None else None
-        return _pad(sequences, padding_side, limit, call)
+        return _pad(sequences, padding_side, limit, state)
 
     def _ask(
-        self, encoded: VisionTokens, text: Tensor, chunks: list[list[list[int]]], call: Call
+        self, encoded: VisionTokens, text: Tensor, chunks: list[list[list[int]]], state: ForwardState
     ) -> tuple[VisionTokens, list[list[int]]]:
         """What the reducer leaves of every prompt's images once it knows their text, and the rows of each prompt."""
-        rows = [tile for tiles in call.tiles for tile in tiles]
+        rows = [tile for tiles in state.tiles for tile in tiles]
         own = text.split([sum(map(len, row)) for row in chunks])
-        questions = [part[len(row[0]) :] for part, row in zip(own, chunks, strict=True)]
-        questions = [part for part, tiles in zip(questions, call.tiles, strict=True) for _ in tiles]
-        real = pad_sequence([torch.ones_like(part[:, 0], dtype=torch.bool) for part in questions], batch_first=True)
-        with call.timed("vision", text.device), call.timed("selector", text.device):
+        instruction_tokens = [part[len(row[0]) :] for part, row in zip(own, chunks, strict=True)]
+        instruction_tokens = [part for part, tiles in zip(instruction_tokens, state.tiles, strict=True) for _ in tiles]
+        real = pad_sequence(
+            [torch.ones_like(part[:, 0], dtype=torch.bool) for part in instruction_tokens], batch_first=True
+        )
+        with state.timed("vision", text.device), state.timed("selector", text.device):
             each = encoded.rows(rows)
-            asked = call.reducer.on_question(each, pad_sequence(questions, batch_first=True), real, call.state) or each
+            asked = (
+                state.reducer.on_instruction(
+                    each, pad_sequence(instruction_tokens, batch_first=True), real, state.scratch
+                )
+                or each
+            )
         numbers = iter(range(len(rows)))
-        return asked, [[next(numbers) for _ in tiles] for tiles in call.tiles]
+        return asked, [[next(numbers) for _ in tiles] for tiles in state.tiles]
 
     def prepare_inputs_labels_for_multimodal(
         self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
@@ -232,7 +244,11 @@ class LlavaMetaForCausalLM:
 
 
 def text_prompt(
-    embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, labels: Tensor | None, call: Call
+    embeds: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    labels: Tensor | None,
+    state: ForwardState,
 ) -> Prompt:
     """Prompts given as embeddings `[batch, length, width]`: all text, padded where `attention_mask` is zero."""
     batch, length = embeds.shape[:2]
@@ -240,9 +256,9 @@ def text_prompt(
     valid = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
     none, nothing = torch.full_like(column, -1), torch.zeros_like(column, dtype=torch.bool)
     position = column if position_ids is None else position_ids.expand(batch, -1)
-    call.images.extend([] for _ in range(batch))
-    call.tiles.extend([] for _ in range(batch))
-    return Prompt(embeds, Tokens(position, column, none, none, nothing, nothing, valid), labels, call, length)
+    state.images.extend([] for _ in range(batch))
+    state.tiles.extend([] for _ in range(batch))
+    return Prompt(embeds, Tokens(position, column, none, none, nothing, nothing, valid), labels, state, length)
 
 
 class _Sequence:
@@ -253,34 +269,40 @@ class _Sequence:
         self.parts: dict[str, list[Tensor]] = defaultdict(list)
         self.images: list[tuple[int, Tensor]] = []
         self.facts: list[ImageFacts] = []
-        self.position = self.index = self.text = self.questions = 0
+        self.position = self.vision_tokens = self.text = self.instruction_tokens = 0
 
     def add_text(self, embeds: Tensor, labels: Tensor | None) -> None:
         """Append text embeddings `[length, width]`."""
         count, device = len(embeds), embeds.device
-        question = bool(self.images)
+        instruction = bool(self.images)
         self.text += count
-        self.questions += count * question
+        self.instruction_tokens += count * instruction
         self._add(
             embeds,
             labels,
             position=torch.arange(self.position, self.position + count, device=device),
             image=torch.full((count,), -1, device=device),
-            index=torch.full((count,), -1, device=device),
+            vision_index=torch.full((count,), -1, device=device),
             row=torch.full((count,), -1, device=device),
             column=torch.full((count,), -1, device=device),
             protected=torch.zeros(count, dtype=torch.bool, device=device),
-            question=torch.full((count,), question, device=device),
+            instruction=torch.full((count,), instruction, device=device),
         )
         self.position += count
 
     def add_image(self, encoded: VisionTokens, row: int, count: int, wants_labels: bool) -> None:
         """Append the `count` tokens of one encoded image, and its prefix if it has one."""
         total = encoded.prefix + count
-        embeds, owner, anchor = encoded.hidden[row, :total], encoded.owner[row], encoded.anchor[row, :count]
+        embeds, patch_to_token, patch_index = (
+            encoded.hidden[row, :total],
+            encoded.patch_to_token[row],
+            encoded.patch_index[row, :count],
+        )
         device = embeds.device
         prefix = torch.arange(encoded.prefix, device=device)
-        place = torch.arange(total, device=device) if self.renumber else torch.cat([prefix, anchor + encoded.prefix])
+        place = (
+            torch.arange(total, device=device) if self.renumber else torch.cat([prefix, patch_index + encoded.prefix])
+        )
         protected = torch.zeros(total, dtype=torch.bool, device=device)
         if encoded.protected is not None:
             protected[encoded.prefix :] = encoded.protected[row, :count]
@@ -289,21 +311,21 @@ class _Sequence:
             torch.full((total,), IGNORE_INDEX, device=device) if wants_labels else None,
             position=self.position + place,
             image=torch.full((total,), len(self.images), device=device),
-            index=torch.arange(self.index, self.index + total, device=device),
-            row=F.pad(anchor // encoded.grid[1], (encoded.prefix, 0), value=-1),
-            column=F.pad(anchor % encoded.grid[1], (encoded.prefix, 0), value=-1),
+            vision_index=torch.arange(self.vision_tokens, self.vision_tokens + total, device=device),
+            row=F.pad(patch_index // encoded.grid[1], (encoded.prefix, 0), value=-1),
+            column=F.pad(patch_index % encoded.grid[1], (encoded.prefix, 0), value=-1),
             protected=protected,
-            question=torch.zeros(total, dtype=torch.bool, device=device),
+            instruction=torch.zeros(total, dtype=torch.bool, device=device),
         )
-        self.images.append((total, torch.where(owner < 0, owner, owner + encoded.prefix)))
+        self.images.append((total, torch.where(patch_to_token < 0, patch_to_token, patch_to_token + encoded.prefix)))
         keys = 0 if encoded.keys is None else encoded.keys[row]
-        self.facts.append(ImageFacts(len(owner), total, total, keys))
-        self.position += total if self.renumber else encoded.prefix + len(owner)
-        self.index += total
+        self.facts.append(ImageFacts(len(patch_to_token), total, total, keys))
+        self.position += total if self.renumber else encoded.prefix + len(patch_to_token)
+        self.vision_tokens += total
 
     def known(self) -> PromptFacts:
         """What the host knows of the prompt."""
-        return PromptFacts(self.text, self.questions, tuple(self.facts))
+        return PromptFacts(self.text, self.instruction_tokens, tuple(self.facts))
 
     def _add(self, embeds: Tensor, labels: Tensor | None, **record: Tensor) -> None:
         for name, value in {"embeds": embeds, "labels": labels, **record}.items():
@@ -311,9 +333,9 @@ class _Sequence:
                 self.parts[name].append(value)
 
 
-def _pad(sequences: list[_Sequence], side: str, limit: int | None, call: Call) -> Prompt:
+def _pad(sequences: list[_Sequence], side: str, limit: int | None, state: ForwardState) -> Prompt:
     """Stack prompts of different lengths."""
-    fillers = {"labels": IGNORE_INDEX, "image": -1, "index": -1, "row": -1, "column": -1}
+    fillers = {"labels": IGNORE_INDEX, "image": -1, "vision_index": -1, "row": -1, "column": -1}
     device = sequences[0].parts["embeds"][0].device
     columns: dict[str, list[Tensor]] = defaultdict(list)
     for sequence in sequences:
@@ -332,11 +354,11 @@ def _pad(sequences: list[_Sequence], side: str, limit: int | None, call: Call) -
         valid = pad_sequence(ones, batch_first=True, padding_side=side)
     tokens = Tokens(
         **stacked,
-        source=torch.arange(max(lengths), device=device).repeat(len(lengths), 1),
+        original_column=torch.arange(max(lengths), device=device).repeat(len(lengths), 1),
         valid=valid,
         images=max(len(sequence.images) for sequence in sequences),
-        questions=max(sequence.questions for sequence in sequences),
+        instruction_tokens=max(sequence.instruction_tokens for sequence in sequences),
         prompts=None if cut else tuple(sequence.known() for sequence in sequences),
     )
     positions = max(sequence.position for sequence in sequences)
-    return Prompt(embeds, tokens, labels, call, positions if limit is None else min(positions, limit))
+    return Prompt(embeds, tokens, labels, state, positions if limit is None else min(positions, limit))

@@ -1,4 +1,4 @@
-"""Other methods over the same seam, one file each."""
+"""Other methods over the same hooks, one file each."""
 
 from mustdrop.methods.cdpruner import CDPruner
 from mustdrop.methods.controls import AveragePool, Random, Uniform

@@ -38,7 +38,7 @@ class CDPruner(Reducer):
         If `retain` is not positive.
     """
 
-    counts_at: ClassVar[str] = "on_question"
+    counts_at: ClassVar[str] = "on_instruction"
 
     retain: int = 64
 
@@ -48,11 +48,13 @@ class CDPruner(Reducer):
     def leaves(self, grid: tuple[int, int], tokens: int) -> int:
         return min(tokens, self.retain)
 
-    def on_question(self, tokens: VisionTokens, question: Tensor, real: Tensor, state: dict) -> VisionTokens | None:
-        if self.retain >= tokens.anchor.shape[1]:
+    def on_instruction(
+        self, tokens: VisionTokens, instruction: Tensor, real: Tensor, scratch: dict
+    ) -> VisionTokens | None:
+        if self.retain >= tokens.patch_index.shape[1]:
             return None
         units = F.normalize(tokens.patches.float(), dim=-1)
-        relevance = stretched(mean_similarity(units, question, real), tokens.valid)
+        relevance = stretched(mean_similarity(units, instruction, real), tokens.valid)
         keep = most_probable(relevance[..., None] * units, relevance, self.retain, tokens.valid)
         return tokens.select(keep, length=self.retain if tokens.valid is None else None)
 
@@ -66,12 +68,12 @@ class CDPruner(Reducer):
         )
 
 
-def mean_similarity(units: Tensor, question: Tensor, real: Tensor) -> Tensor:
+def mean_similarity(units: Tensor, instruction: Tensor, real: Tensor) -> Tensor:
     """Mean cosine similarity of unit vectors `[rows, tokens, width]` with the real entries of a text `[rows, tokens]`.
 
-    `question` `[rows, length, width]`, `real` bool `[rows, length]`; zero where nothing is real.
+    `instruction` `[rows, length, width]`, `real` bool `[rows, length]`; zero where nothing is real.
     """
-    text = F.normalize(question.float(), dim=-1) * real[..., None]
+    text = F.normalize(instruction.float(), dim=-1) * real[..., None]
     return (units @ text.transpose(1, 2)).sum(-1) / real.sum(-1, keepdim=True).clamp(min=1)
 
 

@@ -1,4 +1,4 @@
-"""The plain controls of an honest table: fewer vision tokens without looking at the picture."""
+"""The plain controls of an honest table: fewer vision tokens without looking at the image."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Control(Reducer):
         return Touch(changes=frozenset({tower.last})) if self.retain < tower.patches else Touch()
 
     def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
-        return self.reduce(step.tokens) if step.last and self.retain < step.tokens.anchor.shape[1] else None
+        return self.reduce(step.tokens) if step.last and self.retain < step.tokens.patch_index.shape[1] else None
 
     def reduce(self, tokens: VisionTokens) -> VisionTokens:
         """The tokens that are left of more than `retain`."""
@@ -50,7 +50,7 @@ class Control(Reducer):
 class Random(Control):
     """A random subset, drawn evenly from all there are.
 
-    The draw depends on the seed and the grid alone: a picture keeps the same patches in any batch and with any
+    The draw depends on the seed and the grid alone: an image keeps the same patches in any batch and with any
     question. Several seeds show how much the draw matters.
 
     Parameters
@@ -67,8 +67,8 @@ class Random(Control):
 
     def reduce(self, tokens: VisionTokens) -> VisionTokens:
         generator = torch.Generator().manual_seed(self.seed)
-        score = torch.rand(tokens.owner.shape[1], generator=generator).to(tokens.hidden.device)
-        return ops.keep_best(tokens, score[tokens.anchor], self.retain)
+        score = torch.rand(tokens.patch_to_token.shape[1], generator=generator).to(tokens.hidden.device)
+        return ops.keep_best(tokens, score[tokens.patch_index], self.retain)
 
 
 @dataclass
@@ -77,8 +77,8 @@ class Uniform(Control):
 
     def reduce(self, tokens: VisionTokens) -> VisionTokens:
         _, middle = ops.grid_cells(tokens.grid, self.retain, tokens.hidden.device)
-        chosen = torch.zeros_like(tokens.owner[0]).scatter(0, middle, 1)
-        return ops.keep_best(tokens, chosen[tokens.anchor], self.retain)
+        chosen = torch.zeros_like(tokens.patch_to_token[0]).scatter(0, middle, 1)
+        return ops.keep_best(tokens, chosen[tokens.patch_index], self.retain)
 
 
 @dataclass
@@ -87,9 +87,9 @@ class AveragePool(Control):
 
     def reduce(self, tokens: VisionTokens) -> VisionTokens:
         cell, middle = ops.grid_cells(tokens.grid, self.retain, tokens.hidden.device)
-        column = torch.arange(tokens.anchor.shape[1], device=cell.device)
-        own = cell[tokens.anchor]
-        middle_first = column + len(column) * (tokens.anchor != middle[own])
+        column = torch.arange(tokens.patch_index.shape[1], device=cell.device)
+        own = cell[tokens.patch_index]
+        middle_first = column + len(column) * (tokens.patch_index != middle[own])
         first = torch.full_like(middle.expand(len(own), -1), 2 * len(column)).scatter_reduce(
             1, own, middle_first, "amin"
         )

@@ -87,22 +87,22 @@ class DART(LayerwiseDrop):
         images = torch.arange(tokens.images, device=norms.device)
         own = tokens.image[:, None] == images[:, None]
         of_image = norms[:, None].masked_fill(~own, float("-inf")).topk(min(self.pivots, norms.shape[1])).indices
-        rows, real = tokens.question_rows()
+        rows, real = tokens.instruction_rows()
         of_text = norms.gather(1, rows).masked_fill(~real, float("-inf"))
         of_text = rows.gather(1, of_text.topk(min(self.text_pivots, rows.shape[1])).indices)
         pivots = torch.cat([of_image, of_text[:, None].expand(-1, tokens.images, -1)], dim=-1)
         shares = torch.tensor(self._shares(tokens, counts, of_text.shape[1]), device=norms.device)
         if self.compat == "official":
             place = tokens.position.gather(-1, pivots.flatten(1)).view_as(pivots)
-            real = [self.pivots + min(self.text_pivots, prompt.questions) for prompt in tokens.facts()]
+            real = [self.pivots + min(self.text_pivots, prompt.instruction_tokens) for prompt in tokens.facts()]
             rows = zip(place.tolist(), real, strict=True)
             turn = torch.tensor([[_set_order(one, count) for one in own] for own, count in rows], device=norms.device)
             pivots, shares = pivots.gather(-1, turn), shares.gather(-1, turn)
 
         taken = torch.zeros_like(own).scatter(-1, of_image, True) & own
         similarity = gather(units, pivots.flatten(1)).unflatten(1, pivots.shape[1:]) @ units[:, None].transpose(-1, -2)
-        for likeness, share in zip(similarity.unbind(-2), shares.unbind(-1), strict=True):
-            rank = likeness.masked_fill(~own | taken, float("inf")).argsort(dim=-1, stable=True).argsort(-1)
+        for to_pivot, share in zip(similarity.unbind(-2), shares.unbind(-1), strict=True):
+            rank = to_pivot.masked_fill(~own | taken, float("inf")).argsort(dim=-1, stable=True).argsort(-1)
             taken = taken | ((rank < share[..., None]) & own)
         return taken.any(1)
 
@@ -110,7 +110,7 @@ class DART(LayerwiseDrop):
         """How many tokens each pivot takes, per prompt and image; `text` is the largest number of text pivots."""
         shares = []
         for prompt, wanted in zip(tokens.facts(), counts, strict=True):
-            number = self.pivots + min(text, prompt.questions)  # a short text has fewer
+            number = self.pivots + min(text, prompt.instruction_tokens)  # a short text has fewer
             rest = [max(0, count - self.pivots) for count in wanted] + [0] * (tokens.images - len(wanted))
             own = [[count // number + (place < count % number) for place in range(number)] for count in rest]
             shares.append([[*share, *[0] * (self.pivots + text - number)] for share in own])

@@ -40,8 +40,8 @@ class DivPrune(Reducer):
     def leaves(self, grid: tuple[int, int], tokens: int) -> int:
         return min(tokens, self.retain)
 
-    def on_projected_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
-        if self.retain >= tokens.anchor.shape[1]:
+    def on_projected_features(self, tokens: VisionTokens, scratch: dict) -> VisionTokens | None:
+        if self.retain >= tokens.patch_index.shape[1]:
             return None
         keep = most_diverse(tokens.patches, self.retain, tokens.valid)
         return tokens.select(keep, length=self.retain if tokens.valid is None else None)

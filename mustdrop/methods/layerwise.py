@@ -65,12 +65,12 @@ class LayerwiseDrop(Reducer):
         return self._mean(self.schedule(layers, tokens), layers, tokens)
 
     def after_decoder_layer(self, step: DecoderStep) -> Keep | None:
-        known = step.state.setdefault("stages", {})
+        known = step.scratch.setdefault("stages", {})
 
         def stage(image: ImageFacts) -> Stage | None:
-            if image.entered not in known:
-                known[image.entered] = self.stages(self.schedule(step.layers, image.entered), image.entered)
-            return known[image.entered].get(step.layer)
+            if image.tokens_in not in known:
+                known[image.tokens_in] = self.stages(self.schedule(step.layers, image.tokens_in), image.tokens_in)
+            return known[image.tokens_in].get(step.layer)
 
         stages = [[stage(image) for image in prompt.images] for prompt in step.tokens.facts()]
         return self.keep(step, stages) if any(one for own in stages for one in own) else None

@@ -24,8 +24,8 @@ class PruMerge(Reducer):
     In the block after the selected features, a patch token is salient if the attention that CLS pays it (mean over
     heads) is an outlier: above the third quartile by 1.5 interquartile ranges. Salient tokens stay; each one adds to
     itself the `neighbours` tokens whose keys are most similar to its own by cosine, weighted by their CLS attention.
-    All others go into one more token, their sum weighted alike, which takes the place of the most attended of them.
-    An encoder without CLS takes the attention that all tokens pay a token.
+    All others go into one more token, their sum weighted the same way, in the place of the most attended of them. An
+    encoder without CLS takes the attention that all tokens pay a token.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ class PruMerge(Reducer):
 
     def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
         tokens = step.tokens
-        if not step.last or (self.retain is not None and self.retain >= tokens.anchor.shape[1]):
+        if not step.last or (self.retain is not None and self.retain >= tokens.patch_index.shape[1]):
             return None
         attention = step.next_attention or step.attention
         score = cls_attention(attention, tokens)
@@ -76,11 +76,13 @@ class PruMerge(Reducer):
         rows, _ = compact(stays | extra, pad="right", length=length)
         merged = self._weights(attention, tokens, score, stays, rows) @ tokens.patches.float()
         column = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
-        into = torch.where(stays, column, rest.argmax(-1, keepdim=True))
-        return tokens.select(stays | extra, into=into, length=length).with_patches(merged.to(tokens.hidden.dtype))
+        merge_into = torch.where(stays, column, rest.argmax(-1, keepdim=True))
+        return tokens.select(stays | extra, merge_into=merge_into, length=length).with_patches(
+            merged.to(tokens.hidden.dtype)
+        )
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """CLS attention, keys once more, their likeness, and the merging."""
+        """CLS attention, keys once more, their similarity, and the merging."""
         total, d = 0, shape.vision_hidden
         for *_, tokens, left in work.tower_tokens:
             if left < tokens:
@@ -112,10 +114,10 @@ class PruMerge(Reducer):
         keys = attention.keys().transpose(1, 2).flatten(2)[:, tokens.prefix :]
         keys = F.normalize(keys.float(), dim=-1)
         own = rows[..., None] == torch.arange(stays.shape[1], device=rows.device)
-        likeness = (gather(keys, rows) @ keys.transpose(1, 2)).masked_fill(own, float("-inf"))
+        similarity = (gather(keys, rows) @ keys.transpose(1, 2)).masked_fill(own, float("-inf"))
         if tokens.valid is not None:
-            likeness = likeness.masked_fill(~tokens.valid[:, None], float("-inf"))
-        nearest = ops.top_count(likeness, self.neighbours) & ~own
+            similarity = similarity.masked_fill(~tokens.valid[:, None], float("-inf"))
+        nearest = ops.top_count(similarity, self.neighbours) & ~own
         share = score.clamp(min=0)[:, None]  # padding, whose score is -1, adds nothing
         rest = share * ~stays[:, None]
         return torch.where(stays.gather(1, rows)[..., None], own + nearest * share, rest)
@@ -126,6 +128,6 @@ def cls_attention(attention: Attention, tokens: VisionTokens) -> Tensor:
 
     Padding gets -1.
     """
-    rows = torch.arange(tokens.prefix or tokens.anchor.shape[1], device=tokens.hidden.device)
-    score = attention.mean_over_heads(rows.expand(len(tokens.anchor), -1)).mean(1)[:, tokens.prefix :]
+    rows = torch.arange(tokens.prefix or tokens.patch_index.shape[1], device=tokens.hidden.device)
+    score = attention.mean_over_heads(rows.expand(len(tokens.patch_index), -1)).mean(1)[:, tokens.prefix :]
     return score if tokens.valid is None else score.masked_fill(~tokens.valid, -1)

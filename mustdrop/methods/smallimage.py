@@ -1,4 +1,4 @@
-"""The control of a smaller picture: the vision encoder sees fewer patches because the picture has fewer pixels."""
+"""The control of a smaller image: the vision encoder sees fewer patches because the image has fewer pixels."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mustdrop.hooks import Reducer
 
 @dataclass
 class SmallImage(Reducer):
-    """A smaller input picture.
+    """A smaller input image.
 
-    Pictures are scaled down (bicubic, antialiased) before they are cut into patches, the position embeddings of the
+    Images are scaled down (bicubic, antialiased) before they are cut into patches, the position embeddings of the
     vision encoder are interpolated, and everything after that computes on fewer patches: the encoder too.
 
     Parameters
     ----------
     retain : int
-        Tokens per picture, as nearly as a grid of the picture's proportions gives them: of 24 x 24 patches, 192 are
+        Tokens per image, as nearly as a grid of the image's proportions gives them: of 24 x 24 patches, 192 are
         14 x 14, 128 are 11 x 12, 64 are 8 x 8 and 32 are 5 x 6. All patches, or more: nothing is done.
 
     Raises

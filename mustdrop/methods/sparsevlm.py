@@ -1,4 +1,4 @@
-"""SparseVLM (arXiv 2410.04417): the text tokens that look at the picture choose what stays of it."""
+"""SparseVLM (arXiv 2410.04417): the text tokens that look at the image choose what stays of it."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class SparseVLM(LayerwiseDrop):
         return recycled(dropped)[1] if self.version == 1 else 0
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """Likeness of text and picture, attention of the text (an upper bound: after the image), and recycling."""
+        """Likeness of text and image, attention of the text (an upper bound: after the image), and recycling."""
         if not work.filter_layers:
             return 0
         rows, tokens = work.text_tokens, max(work.image_tokens)
@@ -162,15 +162,15 @@ class SparseVLM(LayerwiseDrop):
     def before_decoder_layer(self, step: DecoderStep) -> None:
         """Choose the raters from the embeddings."""
         tokens = step.tokens
-        if step.layer == 0 and tokens.questions:
-            rows, real = tokens.question_rows()
-            step.state["raters"] = raters(step.hidden, tokens.vision, rows, real, self.compat == "official")
+        if step.layer == 0 and tokens.instruction_tokens:
+            rows, real = tokens.instruction_rows()
+            step.scratch["raters"] = raters(step.hidden, tokens.vision, rows, real, self.compat == "official")
 
     def after_decoder_layer(self, step: DecoderStep) -> Keep | None:
-        return super().after_decoder_layer(step) if "raters" in step.state else None
+        return super().after_decoder_layer(step) if "raters" in step.scratch else None
 
     def keep(self, step: DecoderStep, stages: list[list[Stage | None]]) -> Keep:
-        tokens, rating = step.tokens, step.state["raters"].to(step.hidden.device)
+        tokens, rating = step.tokens, step.scratch["raters"].to(step.hidden.device)
         score, rated = self._score(step, rating)
         score = score.masked_fill(tokens.protected, float("inf"))
         now = each_image(tokens, lambda image: image.tokens)
@@ -191,7 +191,7 @@ class SparseVLM(LayerwiseDrop):
     def _noise(self, step: DecoderStep, now: list[list[int]], counts: list[list[int]], most: int) -> Tensor:
         """Random numbers for the recycled tokens of each image, as if it were alone, `[batch, images, tokens]`."""
         noise = torch.zeros(len(now), step.tokens.images, recycled(most)[0])
-        generators = step.state.setdefault("noise", {})
+        generators = step.scratch.setdefault("noise", {})
         for row, (before, after) in enumerate(zip(now, counts, strict=True)):
             for image, (tokens, stay) in enumerate(zip(before, after, strict=True)):
                 generator = generators.setdefault((row, image), torch.Generator().manual_seed(0))
@@ -202,7 +202,7 @@ class SparseVLM(LayerwiseDrop):
     def _counts(self, step: DecoderStep, stages: list[list[Stage | None]]) -> list[list[int]]:
         """Tokens of each image that stay as they are; all where no text after the image could choose."""
         return [
-            [max(number, image.keys) if prompt.questions else image.tokens for number, image in pairs]
+            [max(number, image.keys) if prompt.instruction_tokens else image.tokens for number, image in pairs]
             for prompt, own in zip(step.tokens.facts(), self.wanted(step, stages), strict=True)
             for pairs in [zip(own, prompt.images, strict=True)]
         ]
@@ -216,8 +216,8 @@ class SparseVLM(LayerwiseDrop):
         return torch.where(rating.any(-1, keepdim=True), torch.minimum(wanted, now), now)
 
     def _score(self, step: DecoderStep, rating: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean attention of the raters `[batch, length]`; in version 1 also of each, `[batch, questions, length]`."""
-        rows, _ = step.tokens.question_rows()
+        """Mean attention of the raters `[batch, length]`; in version 1 also of each, `[batch, raters, length]`."""
+        rows, _ = step.tokens.instruction_rows()
         count = rating.sum(1).clamp(min=1)
         if self.version == 1:
             rated = self.mean_over_heads(step.attention, rows, step.hidden.dtype) * rating[..., None]

@@ -65,7 +65,9 @@ def recycle(
     exists = torch.arange(size[1], device=keep.device) < clusters[..., None]
     targets = torch.where(exists, columns.gather(2, centres), spare)
     everywhere = torch.arange(spare + 1, device=keep.device).expand(len(hidden), -1)
-    into = everywhere.scatter(1, torch.where(real, columns, spare).flatten(1), targets.gather(2, cluster).flatten(1))
+    merge_into = everywhere.scatter(
+        1, torch.where(real, columns, spare).flatten(1), targets.gather(2, cluster).flatten(1)
+    )
     merged = F.pad(hidden, (0, 0, 0, 1)).scatter(
         1,
         targets.flatten(1)[..., None].expand(-1, -1, hidden.shape[-1]),
@@ -78,7 +80,7 @@ def recycle(
         end = (own * everywhere[:, None, :spare]).amax(-1)
         behind = end[..., None] * step + 1 + torch.arange(size[1], device=keep.device)
         order = (everywhere * step).scatter(1, targets.flatten(1), behind.flatten(1))[:, :spare]
-    stays, more = stays[:, :spare], {"states": merged[:, :spare], "merge_into": into[:, :spare], "order": order}
+    stays, more = stays[:, :spare], {"states": merged[:, :spare], "merge_into": merge_into[:, :spare], "order": order}
     if counts is None:
         return Keep.where(stays, **more)
     now = each_image(tokens, lambda image: image.tokens)
@@ -163,14 +165,14 @@ def raters(embeds: Tensor, vision: Tensor, rows: Tensor, real: Tensor, in_model_
     ----------
     embeds : `[batch, length, width]`
     vision : bool `[batch, length]`
-    rows : int64 `[batch, questions]`
+    rows : int64 `[batch, instruction_tokens]`
         The text tokens, some of them padding (False in `real`).
     in_model_dtype : bool
         Whether to compute in the precision of `embeds` instead of float32.
 
     Returns
     -------
-    bool `[batch, questions]`
+    bool `[batch, instruction_tokens]`
     """
     embeds = embeds if in_model_dtype else embeds.float()
     similarity = embeds @ gather(embeds, rows).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""ToMe (arXiv 2210.09461): in every vision block, merge the pairs of tokens that are most alike."""
+"""ToMe (arXiv 2210.09461): in every vision block, merge the pairs of tokens that are most similar."""
 
 from __future__ import annotations
 
@@ -58,21 +58,23 @@ class ToMe(Reducer):
 
     def inside_vision_block(self, step: VisionStep) -> VisionTokens | None:
         tokens = step.tokens
-        left = schedule(tokens.owner.shape[1], self.retain, step.run)[step.block]
+        left = schedule(tokens.patch_to_token.shape[1], self.retain, step.run)[step.block]
         pairs = [max(0, min(length - left, length // 2)) for length in tokens.known_lengths]
         if not any(pairs):
             return None
         keys = step.attention.keys().mean(1)[:, tokens.prefix :]
-        into = match(keys, torch.tensor(pairs, device=keys.device), tokens.valid)
-        total = torch.zeros_like(tokens.size).scatter_add(1, into, tokens.size)
-        return replace(ops.merge(tokens, into, left, tokens.size / total.gather(1, into)), proportional=True)
+        merge_into = match(keys, torch.tensor(pairs, device=keys.device), tokens.valid)
+        total = torch.zeros_like(tokens.size).scatter_add(1, merge_into, tokens.size)
+        return replace(
+            ops.merge(tokens, merge_into, left, tokens.size / total.gather(1, merge_into)), proportional=True
+        )
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """In every block that merges: keys once more, their likeness, and the merging."""
+        """In every block that merges: keys once more, their similarity, and the merging."""
         total, d = 0, shape.vision_hidden
         for tokens, left in (pair for counts in work.tower_tokens for pair in pairwise(counts) if pair[0] > pair[1]):
-            likeness = (tokens + 1) // 2 * (tokens // 2) * d // shape.vision_heads
-            total += (tokens + 1) * d * d + likeness + left * tokens * d
+            similarity = (tokens + 1) // 2 * (tokens // 2) * d // shape.vision_heads
+            total += (tokens + 1) * d * d + similarity + left * tokens * d
         return total
 
 
@@ -110,11 +112,11 @@ def match(keys: Tensor, pairs: Tensor, valid: Tensor | None = None) -> Tensor:
         Column of the token that each goes into, its own if it stays.
     """
     units = F.normalize(keys.float(), dim=-1)
-    likeness = units[:, ::2] @ units[:, 1::2].transpose(1, 2)
+    similarity = units[:, ::2] @ units[:, 1::2].transpose(1, 2)
     if valid is not None:
         pair = valid[:, ::2, None] & valid[:, None, 1::2]
-        likeness = likeness.masked_fill(~pair, float("-inf"))
-    likeness, partner = likeness.max(-1)
-    into = torch.arange(keys.shape[1], device=keys.device).repeat(len(keys), 1)
-    into[:, ::2] = torch.where(ops.top_count(likeness, pairs[:, None]), 2 * partner + 1, into[:, ::2])
-    return into
+        similarity = similarity.masked_fill(~pair, float("-inf"))
+    similarity, partner = similarity.max(-1)
+    merge_into = torch.arange(keys.shape[1], device=keys.device).repeat(len(keys), 1)
+    merge_into[:, ::2] = torch.where(ops.top_count(similarity, pairs[:, None]), 2 * partner + 1, merge_into[:, ::2])
+    return merge_into

@@ -37,7 +37,7 @@ class VisionZip(Reducer):
     compat : {"default", "official"}
         "official": CLS itself is one of the dominant tokens and comes first, contextual tokens come last, positions
         are consecutive, and a contextual token is its target plus the mean of the others. By default all tokens stay
-        where they are in the picture, and a contextual token is the mean of all its members.
+        where they are in the image, and a contextual token is the mean of all its members.
 
     Raises
     ------
@@ -82,7 +82,7 @@ class VisionZip(Reducer):
 
     def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
         tokens, (dominant, contextual) = step.tokens, self.numbers
-        if not step.last or dominant + contextual >= tokens.anchor.shape[1]:
+        if not step.last or dominant + contextual >= tokens.patch_index.shape[1]:
             return None
         official = self.compat == "official" and tokens.prefix == 1
         stays = ops.top_count(self._score(step), dominant - official)
@@ -98,38 +98,42 @@ class VisionZip(Reducer):
         column = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
         is_target = torch.zeros_like(stays).scatter(1, targets, True)
         few = torch.tensor([length <= dominant + contextual for length in tokens.known_lengths], device=stays.device)
-        into = torch.where(stays | is_target | ~real | few[:, None], column, targets.gather(1, nearest))
-        return self._official(tokens, into, is_target) if official else ops.merge(tokens, into, dominant + contextual)
+        merge_into = torch.where(stays | is_target | ~real | few[:, None], column, targets.gather(1, nearest))
+        return (
+            self._official(tokens, merge_into, is_target)
+            if official
+            else ops.merge(tokens, merge_into, dominant + contextual)
+        )
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """CLS attention, keys once more, their likeness with the targets', and the merging."""
+        """CLS attention, keys once more, their similarity with the targets', and the merging."""
         total, d = 0, shape.vision_hidden
         for *_, tokens, left in work.tower_tokens:
-            likeness = tokens * self.numbers[1] * d // shape.vision_heads
+            similarity = tokens * self.numbers[1] * d // shape.vision_heads
             if left < tokens:
-                total += key_probe_macs(shape, tokens) + (tokens + 1) * d * d + likeness + left * tokens * d
+                total += key_probe_macs(shape, tokens) + (tokens + 1) * d * d + similarity + left * tokens * d
         return total
 
     def _score(self, step: VisionStep) -> Tensor:
         """Attention that CLS (without one: every token) pays each patch token, `[images, tokens]`."""
         tokens = step.tokens
-        rows = torch.arange(tokens.prefix or tokens.anchor.shape[1], device=tokens.hidden.device)
-        probabilities = step.attention.probabilities(rows.expand(len(tokens.anchor), -1))
+        rows = torch.arange(tokens.prefix or tokens.patch_index.shape[1], device=tokens.hidden.device)
+        probabilities = step.attention.probabilities(rows.expand(len(tokens.patch_index), -1))
         score = probabilities.sum((1, 2))[:, tokens.prefix :]
         return score if tokens.valid is None else score.masked_fill(~tokens.valid, float("-inf"))
 
-    def _official(self, tokens: VisionTokens, into: Tensor, is_target: Tensor) -> VisionTokens:
+    def _official(self, tokens: VisionTokens, merge_into: Tensor, is_target: Tensor) -> VisionTokens:
         """Merge as the authors' code does; CLS becomes a token that stands for no patch."""
-        column = torch.arange(into.shape[1], device=into.device)
-        joins = into != column
-        joiners = torch.zeros_like(into).scatter_add(1, into, joins.long())
-        weight = torch.where(joins, 1 / joiners.gather(1, into), 1.0)
+        column = torch.arange(merge_into.shape[1], device=merge_into.device)
+        joins = merge_into != column
+        joiners = torch.zeros_like(merge_into).scatter_add(1, merge_into, joins.long())
+        weight = torch.where(joins, 1 / joiners.gather(1, merge_into), 1.0)
         order = column + is_target * len(column)
-        merged = ops.merge(tokens, into, sum(self.numbers) - 1, weight, order)
+        merged = ops.merge(tokens, merge_into, sum(self.numbers) - 1, weight, order)
         return replace(
             merged,
-            anchor=F.pad(merged.anchor, (1, 0)),
-            owner=merged.owner + (merged.owner >= 0),
+            patch_index=F.pad(merged.patch_index, (1, 0)),
+            patch_to_token=merged.patch_to_token + (merged.patch_to_token >= 0),
             valid=merged.valid_with_prefix,
             protected=None if merged.protected is None else F.pad(merged.protected, (1, 0)),
             lengths=tuple(length + 1 for length in merged.known_lengths),

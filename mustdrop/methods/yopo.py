@@ -23,7 +23,7 @@ class YOPO(Reducer):
     window : int, optional
         Neighbour-aware attention, in prefill: of the vision tokens, a vision token attends to those of its image at
         most `(window - 1) / 2` rows and columns away on the patch grid, also those after it. A merged token sits where
-        its anchor does; of dropped ones nothing is left to attend to. None: ordinary causal attention. Published: 5.
+        its patch does; of dropped ones nothing is left to attend to. None: ordinary causal attention. Published: 5.
     heads : float, str or sequence of sequences of bool
         Active visual heads: a .npy file (or nested lists) `[layers, heads]`, true where a head is active; or a share,
         counted from the first head, for models trained with it. An inactive head gives vision rows nothing and ignores
@@ -124,7 +124,7 @@ class HeadAttention(Reducer):
             rows = torch.arange(start, min(start + self.ROWS, length), device=real.device).expand(len(real), -1)
             total = total + (step.attention.probabilities(rows) * real.gather(1, rows)[:, None, :, None]).sum(2)
         to_vision, to_text = ((total * columns[:, None]).sum(-1) for columns in (tokens.vision, real & ~tokens.vision))
-        layers = step.state.setdefault("ratios", [])
+        layers = step.scratch.setdefault("ratios", [])
         layers.append((to_vision / to_text)[tokens.vision.any(-1)])
         if step.layer + 1 == step.layers:
             self.ratios.extend(torch.stack(layers, dim=1).cpu().numpy())

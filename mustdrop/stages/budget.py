@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from mustdrop.checks import require
 
-MERGED_SHARE = 0.65  # of the patches: what the published threshold leaves of the embedded model's pictures
+MERGED_SHARE = 0.65  # of the patches: what the published threshold leaves of the embedded model's images
 TAPER = 0.73  # what the last filter leaves of what the first left: as the published thresholds do
 
 

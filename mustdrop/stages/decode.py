@@ -45,8 +45,8 @@ class OutputAwareCache(Reducer):
     def reads_output_attention(self) -> bool:
         return self.output_threshold is not None
 
-    def does(self, hook: str) -> bool:
-        return super().does(hook) and (hook != "after_decode_layer" or self.output_threshold is not None)
+    def overrides(self, hook: str) -> bool:
+        return super().overrides(hook) and (hook != "after_decode_layer" or self.output_threshold is not None)
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         layers = () if self.output_threshold is None else range(shape.layers)
@@ -75,5 +75,8 @@ class OutputAwareCache(Reducer):
 def are_in(later: Tokens, tokens: Tokens) -> Tensor:
     """Which positions of a record reached a later one of the same prompts, bool `[batch, length]`."""
     reached = torch.ones_like(later.vision) if later.valid is None else later.valid
-    later_source, reached = later.source.to(tokens.source.device), reached.to(tokens.source.device)
-    return (tokens.source[..., None] == later_source.masked_fill(~reached, -1)[:, None]).any(-1)
+    later_source, reached = (
+        later.original_column.to(tokens.original_column.device),
+        reached.to(tokens.original_column.device),
+    )
+    return (tokens.original_column[..., None] == later_source.masked_fill(~reached, -1)[:, None]).any(-1)

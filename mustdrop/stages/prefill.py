@@ -31,7 +31,7 @@ class DualAttentionFilter(Reducer):
     With `budget` or `retain` the same two numbers rank the tokens instead, each relative to its threshold, and a token
     is as good as the better of them. The thresholds would keep the same tokens if both were multiplied by one factor
     chosen for that image and layer. Counts follow from the image's own number of tokens and are known beforehand, so
-    that nothing waits for the device; a prompt with no text after its image is judged by its last token.
+    that nothing synchronises with the GPU; a prompt with no text after its image is judged by its last token.
 
     Parameters
     ----------
@@ -121,9 +121,9 @@ class DualAttentionFilter(Reducer):
         tokens = step.tokens
         if self.budgeted:
             return self._best(step)
-        if step.layer not in self.layers_of(step.layers) or not tokens.questions:
+        if step.layer not in self.layers_of(step.layers) or not tokens.instruction_tokens:
             return None
-        attention = self._attention(step, *tokens.question_rows())
+        attention = self._attention(step, *tokens.instruction_rows())
         return Keep.where(ops.dual_attention_keep(attention, tokens.image, tokens.images, *self._thresholds))
 
     @property
@@ -135,14 +135,16 @@ class DualAttentionFilter(Reducer):
         tokens = step.tokens
 
         def count(image: ImageFacts) -> int:
-            return self.schedule(step.layers, image.patches, image.entered, strict=False).get(step.layer, image.tokens)
+            return self.schedule(step.layers, image.patches, image.tokens_in, strict=False).get(
+                step.layer, image.tokens
+            )
 
         counts = each_image(tokens, count)
         if counts == each_image(tokens, lambda image: image.tokens):
             return None
         rows, real = tokens.last_row(), torch.ones_like(tokens.vision[:, :1])
-        if tokens.questions:
-            of_text, real = tokens.question_rows()
+        if tokens.instruction_tokens:
+            of_text, real = tokens.instruction_rows()
             rows = torch.cat([of_text, rows], dim=1)
             real = torch.cat([real, ~real.any(-1, keepdim=True)], dim=1)
         attention = self._attention(step, rows, real)

@@ -20,7 +20,7 @@ from mustdrop.stages.budget import key_count, windows_to_merge
 
 @dataclass
 class LocalSpatialMerge(Reducer):
-    """Local spatial merging (MustDrop, section 3.2): windows of look-alike patches become one token each.
+    """Local spatial merging (MustDrop, section 3.2): windows of similar patches become one token each.
 
     Once, on the output of one encoder block; the blocks after it run on fewer tokens. CLS is not touched. A rim of the
     grid that the window does not divide is never merged.
@@ -34,13 +34,13 @@ class LocalSpatialMerge(Reducer):
     block : int
         Encoder block after which to merge, counted from 0.
     order : {"raster", "score"}
-        "raster": a merged token takes its window's place in the picture. "score" (the authors'): merged tokens come
-        first, the most alike first.
+        "raster": a merged token takes its window's place in the image. "score" (the authors'): merged tokens come
+        first, the most similar first.
     count : {"per_image", "batch_minimum"}
         "batch_minimum" (the authors'): every image of the batch merges as many windows as the one with fewest.
     merge_to : int or float, optional
         Instead of the threshold: exactly so many tokens are left of every image (a float is a share of its patches),
-        those windows being merged that are most alike. Shapes then depend on nothing in the picture.
+        those windows being merged that are most similar. Shapes then depend on nothing in the image.
     retain : int, optional
         Instead of both: a number of tokens to merge to that suits so many per decoder layer; see `windows_to_merge`.
 
@@ -109,8 +109,8 @@ class LocalSpatialMerge(Reducer):
         if step.block != self.block or min(tokens.grid) < self.window:
             return None
         if self.budgeted:
-            left = self.merged(tokens.anchor.shape[1], tokens.grid)
-            if left == tokens.anchor.shape[1]:
+            left = self.merged(tokens.patch_index.shape[1], tokens.grid)
+            if left == tokens.patch_index.shape[1]:
                 return None
             score = ops.window_similarity(tokens.patches, tokens.grid, self.window)
             return merge_most_alike(tokens, score, left, self.window, self.order == "score")
@@ -139,19 +139,23 @@ def merge_most_alike(
     by_score : bool
         Merged tokens come first, by falling score; otherwise raster order is kept.
     """
-    patches, windows = tokens.anchor.shape[1], score.shape[1]
+    patches, windows = tokens.patch_index.shape[1], score.shape[1]
     merge = ops.top_count(score, (patches - left) // (window**2 - 1))[..., None]
-    inside = ops.cut_windows(tokens.anchor[..., None], tokens.grid, window)[..., 0]
+    inside = ops.cut_windows(tokens.patch_index[..., None], tokens.grid, window)[..., 0]
     columns, middle = inside.flatten(1), inside[..., (window // 2) * (window + 1), None]
     means = ops.cut_windows(tokens.patches, tokens.grid, window).mean(2)
     merged, row = tokens.patches.clone(), torch.arange(len(inside), device=inside.device)[:, None]
     merged[row, middle[..., 0]] = torch.where(merge, means, merged[row, middle[..., 0]])
-    into = tokens.anchor.scatter(1, columns, torch.where(merge, middle, inside).flatten(1))
+    merge_into = tokens.patch_index.scatter(1, columns, torch.where(merge, middle, inside).flatten(1))
     order = None
     if by_score:
         rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)[..., None]
-        order = (windows + tokens.anchor).scatter(1, columns, torch.where(merge, rank, windows + inside).flatten(1))
-    return tokens.with_patches(merged).select(into == tokens.anchor, into=into, order=order, length=left)
+        order = (windows + tokens.patch_index).scatter(
+            1, columns, torch.where(merge, rank, windows + inside).flatten(1)
+        )
+    return tokens.with_patches(merged).select(
+        merge_into == tokens.patch_index, merge_into=merge_into, order=order, length=left
+    )
 
 
 @dataclass
@@ -199,7 +203,7 @@ class KeyTokens(Reducer):
 
     def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
         block = self.block % step.blocks
-        if self._keeps_all(step.tokens.owner.shape[1]):
+        if self._keeps_all(step.tokens.patch_to_token.shape[1]):
             return None
         if step.block == block:
             attention = step.attention
@@ -225,7 +229,7 @@ class DiverseTokens(Reducer):
     """Tokens that repeat others do not enter the decoder; not part of the published method.
 
     After the projector every image keeps so many, the key tokens first; see `ops.least_redundant`. What DivPrune (arXiv
-    2503.02175) chooses one token at a time is here chosen at once, by the same measure of likeness.
+    2503.02175) chooses one token at a time is here chosen at once, by the same measure of similarity.
 
     Parameters
     ----------
@@ -241,8 +245,8 @@ class DiverseTokens(Reducer):
     def leaves(self, grid: tuple[int, int], tokens: int) -> int:
         return min(tokens, self.count)
 
-    def on_projected_features(self, tokens: VisionTokens, state: dict) -> VisionTokens | None:
-        if self.count >= tokens.anchor.shape[1]:
+    def on_projected_features(self, tokens: VisionTokens, scratch: dict) -> VisionTokens | None:
+        if self.count >= tokens.patch_index.shape[1]:
             return None
         keep = ops.least_redundant(tokens.patches, self.count, tokens.valid, tokens.protected)
         return tokens.select(keep, length=self.count if tokens.valid is None else None, keeps_keys=True)

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from mustdrop.hooks import Call, Tokens, gather
+from mustdrop.hooks import ForwardState, Tokens, gather
 
 # What transformers calls a cache, in forward's arguments and in its outputs: the second name until 5.23.
 CACHE_NAME = next(
@@ -95,7 +95,7 @@ class VisionCache(DynamicCache):
 
     Attributes
     ----------
-    call : Call
+    state : ForwardState
         The forward pass that filled the cache.
     records : list of Tokens
         Per layer, the cached prompt positions; layers with equal contents share one record.
@@ -107,10 +107,10 @@ class VisionCache(DynamicCache):
         Positions that will be appended at most, as far as is known.
     """
 
-    def __init__(self, config, call: Call | None = None):
+    def __init__(self, config, state: ForwardState | None = None):
         super().__init__()
         self.layers = [GrowingLayer() for _ in range(config.num_hidden_layers)]
-        self.call = call
+        self.state = state
         self.records: list[Tokens] = []
         self.next_position: list[Tensor] = []
         self.generated = 0
@@ -133,9 +133,9 @@ class VisionCache(DynamicCache):
         for layer in self.layers:
             layer.room = max(1, min(new_tokens, ROOM))
 
-    def start_decoding(self, call: Call) -> None:
+    def start_decoding(self, state: ForwardState) -> None:
         """Take over the records of a finished prefill."""
-        self.call, self.records, self.generated = call, list(call.entered), 0
+        self.state, self.records, self.generated = state, list(state.tokens_in), 0
         following = {id(record): record.last_position() + 1 for record in self.records}
         self.next_position = [following[id(record)] for record in self.records]
 
@@ -148,7 +148,7 @@ class VisionCache(DynamicCache):
 
     def positions(self, layer: int, new: int) -> Tensor:
         """Rotary positions of `new` positions about to be appended, int64 `[..., batch, new]`."""
-        if self.call.reducer.decode_positions == "cache_length":
+        if self.state.reducer.decode_positions == "cache_length":
             record = self.records[layer]
             first = record.counts + (self.length(layer) - record.image.shape[1])
         else:
@@ -172,9 +172,11 @@ class VisionCache(DynamicCache):
         new = self.length(layer) - record.image.shape[1]
         if not new:
             return record
-        fill = {"image": -1, "index": -1}
+        fill = {"image": -1, "vision_index": -1}
         columns = {name: F.pad(getattr(record, name), (0, new), value=fill.get(name, 0)) for name in _COLUMNS}
-        return Tokens(**columns, valid=self.valid(layer, 0), images=record.images, questions=record.questions)
+        return Tokens(
+            **columns, valid=self.valid(layer, 0), images=record.images, instruction_tokens=record.instruction_tokens
+        )
 
     def keep(self, layer: int, keep: Tensor) -> None:
         """Drop a layer's entries that are False in `keep` `[batch, keys]`."""
@@ -220,4 +222,4 @@ class VisionCache(DynamicCache):
         self.next_position = [positions[id(position)] for position in self.next_position]
 
 
-_COLUMNS = ("position", "source", "image", "index", "protected", "question")
+_COLUMNS = ("position", "original_column", "image", "vision_index", "protected", "instruction")

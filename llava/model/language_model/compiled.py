@@ -80,7 +80,7 @@ class Compiled:
 
     def decodes(self, config, hidden: Tensor, cache: VisionCache) -> bool:
         """Whether there is a compiled step for this."""
-        plain = not cache.call.does("after_decode_layer") and all(plan is None for plan in cache.call.plans)
+        plain = not cache.state.overrides("after_decode_layer") and all(plan is None for plan in cache.state.plans)
         known = config._attn_implementation in WITH_4D_MASKS
         return plain and known and hidden.shape[1] == 1
 
@@ -91,12 +91,12 @@ class Compiled:
         for index in range(len(cache.layers)):
             self._reserve(index, cache)
             used = cache.length(index)
-            alike = id(cache.records[index]), id(cache.next_position[index]), used
-            if alike not in groups:
-                groups[alike] = len(groups)
+            key = id(cache.records[index]), id(cache.next_position[index]), used
+            if key not in groups:
+                groups[key] = len(groups)
                 slot = torch.arange(used, used + 1, device=hidden.device)
                 shared.append((cache.records[index].valid, slot, cache.positions(index, 1)))
-            which.append(groups[alike])
+            which.append(groups[key])
         torch.compiler.cudagraph_mark_step_begin()
         with torch._dynamo.config.patch(_SETTINGS):
             hidden = self._step(model, hidden, shared, tuple(which), [layer.buffers for layer in cache.layers])

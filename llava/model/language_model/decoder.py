@@ -9,7 +9,7 @@ from llava.model.language_model.cache import VisionCache
 from llava.model.language_model.layers import LlamaDecoderLayer
 from llava.model.language_model.loop import DecoderLoop, Record
 from llava.model.llava_arch import LlavaMetaModel
-from mustdrop.hooks import Call, Tokens
+from mustdrop.hooks import ForwardState, Tokens
 
 
 class LlavaConfig(LlamaConfig):
@@ -46,7 +46,7 @@ class LlavaLlamaModel(DecoderLoop, LlavaMetaModel, LlamaModel):
         self,
         inputs_embeds: Tensor,
         tokens: Tokens | None = None,
-        call: Call | None = None,
+        state: ForwardState | None = None,
         cache: VisionCache | None = None,
         attention_mask: Tensor | None = None,
         record: Record | None = None,
@@ -58,7 +58,7 @@ class LlavaLlamaModel(DecoderLoop, LlavaMetaModel, LlamaModel):
         if cache is not None and cache.filled:
             hidden = self.decode(inputs_embeds, cache, record)
         else:
-            hidden = self.prefill(inputs_embeds, tokens, call, cache, attention_mask, record)
+            hidden = self.prefill(inputs_embeds, tokens, state, cache, attention_mask, record)
         hidden = self.norm(hidden)
         if record is not None and record.hidden is not None:
             record.hidden[-1] = hidden  # as in transformers, the last of the hidden states is the normalised one

@@ -42,7 +42,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         self.model = LlavaLlamaModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.init_seam()
+        self.init_hooks()
         self.post_init()
 
     @classmethod
@@ -143,14 +143,14 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         """
         cache = one_cache(past_key_values, cache)
         record = self._record(output_attentions, output_hidden_states)
-        tokens = call = None
+        tokens = state = None
         if cache is not None and cache.filled:
             inputs_embeds = self._new_embeds(input_ids, inputs_embeds, images)
         else:
             if prompt is None:
                 prompt = self._prompt(input_ids, attention_mask, position_ids, inputs_embeds, labels, images)
                 self.check_positions(prompt)
-            call, labels = prompt.begin(), prompt.labels
+            state, labels = prompt.begin(), prompt.labels
             inputs_embeds = prompt.embeds if inputs_embeds is None else inputs_embeds
             tokens = prompt.tokens.repeated(len(inputs_embeds))
             if cache is None and self._caches(use_cache):
@@ -158,7 +158,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         hidden = self.model(
             inputs_embeds,
             tokens,
-            call,
+            state,
             cache,
             attention_mask if attention_mask is not None and attention_mask.dim() == 4 else None,
             record,
@@ -169,7 +169,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         loss = None
         if labels is not None:
             extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-            labels = labels_of(call.left[-1], labels)
+            labels = labels_of(state.tokens_out[-1], labels)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **extra)
         output = CausalLMOutputWithPast(
             loss=loss,
@@ -216,7 +216,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             side = getattr(self.config, "tokenizer_padding_side", "right")
             return self.splice(input_ids, attention_mask, labels, images, side)
         padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-        return text_prompt(inputs_embeds, padding, position_ids, labels, self.new_call())
+        return text_prompt(inputs_embeds, padding, position_ids, labels, self.new_state())
 
     def check_positions(self, prompt: Prompt, new_tokens: int = 0) -> None:
         """Warn if a prompt and what is generated after it need more positions than the model was trained for."""
@@ -298,9 +298,9 @@ def position_limit(config: LlavaConfig) -> float:
 
 def labels_of(tokens: Tokens, labels: Tensor) -> Tensor:
     """Labels of the tokens that are left, from those of the whole prompt `[batch, length]`."""
-    if tokens.source.shape == labels.shape and tokens.valid is None:
+    if tokens.original_column.shape == labels.shape and tokens.valid is None:
         return labels
-    left = labels.gather(1, tokens.source)
+    left = labels.gather(1, tokens.original_column)
     return left if tokens.valid is None else left.masked_fill(~tokens.valid, IGNORE_INDEX)
 
 

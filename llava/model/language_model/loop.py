@@ -13,7 +13,7 @@ from llava.model.language_model.packed import PackedRows
 from llava.model.language_model.projections import query_key_value, rotated
 from llava.model.language_model.stream import Stream
 from llava.model.masks import attention_mask, expand_mask
-from mustdrop.hooks import Attention, CacheStep, Call, DecoderStep, LayerPlan, Tokens, gather
+from mustdrop.hooks import Attention, CacheStep, DecoderStep, ForwardState, LayerPlan, Tokens, gather
 
 
 @dataclass
@@ -26,11 +26,11 @@ class Asked:
     reads: bool
 
     @classmethod
-    def of(cls, call: Call, tokens: Tokens, cache: VisionCache | None) -> Asked:
+    def of(cls, state: ForwardState, tokens: Tokens, cache: VisionCache | None) -> Asked:
         hooks = "before_decoder_layer", "after_decoder_layer", "after_prefill"
-        plans, drops, cuts = (tokens.images > 0 and call.does(hook) for hook in hooks)
+        plans, drops, cuts = (tokens.images > 0 and state.overrides(hook) for hook in hooks)
         cuts = cuts and cache is not None
-        return cls(plans, drops, cuts, cuts and call.reducer.reads_output_attention)
+        return cls(plans, drops, cuts, cuts and state.reducer.reads_output_attention)
 
 
 @dataclass
@@ -75,7 +75,7 @@ class DecoderLoop:
         self,
         hidden: Tensor,
         tokens: Tokens,
-        call: Call,
+        state: ForwardState,
         cache: VisionCache | None = None,
         mask: Tensor | None = None,
         record: Record | None = None,
@@ -88,7 +88,7 @@ class DecoderLoop:
             Embeddings.
         tokens : Tokens
             What they are.
-        call : Call
+        state : ForwardState
             The forward pass; its reducer says after each layer which tokens go on.
         cache : VisionCache, optional
             Filled with keys and values, then cut to what the reducer keeps.
@@ -102,7 +102,7 @@ class DecoderLoop:
         `[batch, kept, width]`
             Hidden states of the tokens that reach the end, padded on the left where prompts keep fewer.
         """
-        asked, record = Asked.of(call, tokens, cache), record or Record()
+        asked, record = Asked.of(state, tokens, cache), record or Record()
         if mask is not None and (asked.plans or asked.drops):
             raise ValueError("attention_mask: 4-D masks cannot be combined with a reducer, pass [batch, length]")
         record.note(hidden)
@@ -113,36 +113,36 @@ class DecoderLoop:
         final: Tokens | None = None
         last_rows: list[Attention] = []
         last: Stream | None = None
-        with call.timed("prefill", hidden.device):
+        with state.timed("prefill", hidden.device):
             for index, layer in enumerate(self.layers):
                 if asked.plans:
-                    plan = self.plan(index, stream, call)
+                    plan = self.plan(index, stream, state)
                     if plan is not None and plan.skip:
-                        final, stream = stream.tokens, self.without_vision(index, stream, call)
+                        final, stream = stream.tokens, self.without_vision(index, stream, state)
                         asked.plans = asked.drops = False
-                call.plans.append(plan)
-                call.entered.append(stream.tokens)
+                state.plans.append(plan)
+                state.tokens_in.append(stream.tokens)
                 entering = stream
                 hidden = layer(stream.hidden, stream, cache, plan, compiled)
                 record.note(hidden)
                 stream = replace(stream, hidden=hidden, tokens=stream.tokens.to(hidden.device))
                 if asked.drops:
-                    with call.timed("selector", hidden.device):
-                        stream = self.reduce(index, entering, stream, cache, call)
-                call.left.append(stream.tokens)
+                    with state.timed("selector", hidden.device):
+                        stream = self.reduce(index, entering, stream, cache, state)
+                state.tokens_out.append(stream.tokens)
                 if asked.reads:
                     last = entering.last_row(last)
                     last_rows.append(self.attention(index, last, cache))
             if cache is None:
-                call.finish_prefill([], [])
+                state.finish_prefill([], [])
             else:
-                self.finish_prefill(cache, final or stream.tokens, last_rows if asked.cuts else None, call)
+                self.finish_prefill(cache, final or stream.tokens, last_rows if asked.cuts else None, state)
         return stream.hidden
 
     def decode(self, hidden: Tensor, cache: VisionCache, record: Record | None = None) -> Tensor:
         """Run newly generated positions `[batch, new, width]` through the decoder, against each layer's own cache."""
-        call, record = cache.call, record or Record()
-        with call.timed("decode", hidden.device):
+        state, record = cache.state, record or Record()
+        with state.timed("decode", hidden.device):
             if record == Record() and self._decodes_compiled(hidden, cache):
                 hidden = self.compiled.decode(self, hidden, cache)
             else:
@@ -151,9 +151,9 @@ class DecoderLoop:
         return hidden
 
     def _decode(self, hidden: Tensor, cache: VisionCache, record: Record) -> Tensor:
-        call, new = cache.call, hidden.shape[1]
+        state, new = cache.state, hidden.shape[1]
         record.note(hidden)
-        evicts = call.does("after_decode_layer")
+        evicts = state.overrides("after_decode_layer")
         contexts: dict[tuple, tuple] = {}
         for index, layer in enumerate(self.layers):
             same = id(cache.records[index]), id(cache.next_position[index]), cache.length(index)
@@ -163,7 +163,7 @@ class DecoderLoop:
                 contexts[same] = mask, self.rotary_emb(hidden, cache.positions(index, new))
             mask, rotary = contexts[same]
             entering = Stream(hidden, cache.records[index], mask, rotary, weights=record.attentions)
-            hidden = layer(hidden, entering, cache, call.plans[index])
+            hidden = layer(hidden, entering, cache, state.plans[index])
             record.note(hidden)
             if evicts:
                 self.evict(index, entering, hidden, cache)
@@ -184,23 +184,25 @@ class DecoderLoop:
             mask = expand_mask(self.config, mask, hidden.dtype)
         return Stream(hidden, tokens, mask, self.rotary_emb(hidden, tokens.position))
 
-    def plan(self, index: int, stream: Stream, call: Call) -> LayerPlan | None:
+    def plan(self, index: int, stream: Stream, state: ForwardState) -> LayerPlan | None:
         """Ask the reducer what a layer shall compute for vision tokens."""
-        step = DecoderStep(index, len(self.layers), stream.tokens, stream.hidden, None, None, call.state)
-        return call.reducer.before_decoder_layer(step)
+        step = DecoderStep(index, len(self.layers), stream.tokens, stream.hidden, None, None, state.scratch)
+        return state.reducer.before_decoder_layer(step)
 
-    def without_vision(self, index: int, stream: Stream, call: Call) -> Stream:
+    def without_vision(self, index: int, stream: Stream, state: ForwardState) -> Stream:
         """The text alone: from layer `index` on nothing is computed for vision tokens, protected ones included.
 
         Nothing was decided against them, so those that got here are the ones that survived the prefill.
         """
-        call.decided.append(index)
+        state.pruned_layers.append(index)
         prompts = tuple(prompt.with_tokens([0] * len(prompt.images)) for prompt in stream.tokens.facts())
         indices, tokens = stream.tokens.select(~stream.tokens.vision, prompts=prompts)
-        tokens = replace(tokens.renumbered() if call.reducer.positions == "renumber" else tokens, images=0)
+        tokens = replace(tokens.renumbered() if state.reducer.positions == "renumber" else tokens, images=0)
         return self.stream(gather(stream.hidden, indices), tokens)
 
-    def reduce(self, index: int, entering: Stream, stream: Stream, cache: VisionCache | None, call: Call) -> Stream:
+    def reduce(
+        self, index: int, entering: Stream, stream: Stream, cache: VisionCache | None, state: ForwardState
+    ) -> Stream:
         """Ask the reducer which tokens go on after a layer, and compact to them; text and key tokens always do."""
         last = index + 1 == len(self.layers)
         step = DecoderStep(
@@ -210,20 +212,20 @@ class DecoderLoop:
             hidden=stream.hidden,
             attention=self.attention(index, entering, cache),
             next_attention=None if last else self.attention(index + 1, stream),
-            state=call.state,
+            scratch=state.scratch,
             norm=self.norm,
         )
-        keep = call.reducer.after_decoder_layer(step)
+        keep = state.reducer.after_decoder_layer(step)
         if keep is None:
             return stream
-        call.decided.append(index)
+        state.pruned_layers.append(index)
         if keep.merge_into is not None:
-            call.merged[index] = keep.merge_into
+            state.merge_maps[index] = keep.merge_into
         stays, prompts = keep.choose(stream.tokens)
         if prompts == stream.tokens.facts() and keep.order is None:
             return stream
         indices, tokens = stream.tokens.select(stays, order=keep.order, prompts=prompts)
-        if call.reducer.positions == "renumber":
+        if state.reducer.positions == "renumber":
             tokens = tokens.renumbered()
         hidden, weights = stream.hidden if keep.states is None else keep.states, stream.weights
         stream = self.stream(gather(hidden, indices), tokens)
@@ -234,10 +236,10 @@ class DecoderLoop:
 
     def evict(self, index: int, entering: Stream, hidden: Tensor, cache: VisionCache) -> None:
         """Ask the reducer in a decode step which entries of a layer's cache stay, and cut it to them."""
-        call, tokens = cache.call, cache.extended(index)
+        state, tokens = cache.state, cache.extended(index)
         attention = self.attention(index, replace(entering, tokens=tokens), cache)
-        step = DecoderStep(index, len(self.layers), tokens, hidden, attention, None, call.state)
-        keep = call.reducer.after_decode_layer(step)
+        step = DecoderStep(index, len(self.layers), tokens, hidden, attention, None, state.scratch)
+        keep = state.reducer.after_decode_layer(step)
         if keep is not None:
             cache.keep(index, keep | ~tokens.vision)
 
@@ -259,30 +261,32 @@ class DecoderLoop:
         length = hidden.shape[1]
         return Attention(queries, keys, attention.scaling, tokens.valid, first_row=tokens.image.shape[1] - length)
 
-    def finish_prefill(self, cache: VisionCache, final: Tokens, last_rows: list[Attention] | None, call: Call) -> None:
+    def finish_prefill(
+        self, cache: VisionCache, final: Tokens, last_rows: list[Attention] | None, state: ForwardState
+    ) -> None:
         """Note positions for decoding, ask the reducer what each layer's cache keeps, and cut it."""
-        cache.start_decoding(call)
+        cache.start_decoding(state)
         cache.check_filled()
         if last_rows is not None:
-            step = CacheStep(list(call.entered), final, last_rows, call.state)
+            step = CacheStep(list(state.tokens_in), final, last_rows, state.scratch)
             cuts: dict[tuple[int, int], tuple[Tensor, Tokens]] = {}
-            for layer, keep in enumerate(call.reducer.after_prefill(step) or []):
+            for layer, keep in enumerate(state.reducer.after_prefill(step) or []):
                 if keep is not None:
                     record = cache.records[layer]
-                    alike = id(record), id(keep)
-                    if alike not in cuts:
+                    key = id(record), id(keep)
+                    if key not in cuts:
                         later = isinstance(keep, Tokens)
-                        cuts[alike] = columns_of(keep, record) if later else record.select(keep | ~record.vision)
-                    cache.select(layer, *cuts[alike])
-        call.finish_prefill(cache.records, [cache.bytes_per_position(layer) for layer in range(len(self.layers))])
+                        cuts[key] = columns_of(keep, record) if later else record.select(keep | ~record.vision)
+                    cache.select(layer, *cuts[key])
+        state.finish_prefill(cache.records, [cache.bytes_per_position(layer) for layer in range(len(self.layers))])
 
 
 def columns_of(later: Tokens, tokens: Tokens) -> tuple[Tensor, Tokens]:
     """Where the tokens of a later record stand in an earlier one of the same prompts, int64 `[batch, kept]`.
 
-    And the record of these columns; nothing waits for the device.
+    And the record of these columns; nothing synchronises with the GPU.
     """
-    later = later.to(tokens.source.device)
-    columns = (tokens.source[:, None] == later.source[..., None]).byte().argmax(-1)
+    later = later.to(tokens.original_column.device)
+    columns = (tokens.original_column[:, None] == later.original_column[..., None]).byte().argmax(-1)
     position = tokens.position.gather(-1, columns.expand(*tokens.position.shape[:-1], -1))
     return columns, replace(later, position=position)

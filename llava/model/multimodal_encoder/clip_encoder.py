@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava.model.masks import attention_mask
-from mustdrop.hooks import Attention, Call, Reducer, VisionStep, VisionTokens, gather
+from mustdrop.hooks import Attention, ForwardState, Reducer, VisionStep, VisionTokens, gather
 
 
 class CLIPVisionTower(nn.Module):
@@ -47,14 +47,14 @@ class CLIPVisionTower(nn.Module):
         self.image_processor = None
         self.is_loaded = True
 
-    def encode(self, images: Tensor, call: Call | None = None) -> VisionTokens:
+    def encode(self, images: Tensor, state: ForwardState | None = None) -> VisionTokens:
         """Features of every image and where each of them comes from.
 
         Parameters
         ----------
         images : `[images, 3, height, width]`
             Preprocessed pixels.
-        call : Call, optional
+        state : ForwardState, optional
             The forward pass this belongs to; without one nothing is reduced.
 
         Returns
@@ -62,12 +62,12 @@ class CLIPVisionTower(nn.Module):
         VisionTokens
             `hidden` `[images, tokens, width]`; `prefix` is 1 if the CLS token is part of the features, else 0.
         """
-        call = call or Call(Reducer())
+        state = state or ForwardState(Reducer())
         model = self.vision_tower
         patches = model.embeddings.patch_embedding
         images = images.to(device=patches.weight.device, dtype=patches.weight.dtype)
-        if call.does("on_pixels"):
-            changed = call.reducer.on_pixels(images, patches.stride[0])
+        if state.overrides("on_pixels"):
+            changed = state.reducer.on_pixels(images, patches.stride[0])
             images = images if changed is None else changed
         grid = tuple(size // patches.stride[0] for size in images.shape[-2:])
         hidden = model.pre_layrnorm(model.embeddings(images, interpolate_pos_encoding=grid != self._native_grid))
@@ -75,22 +75,22 @@ class CLIPVisionTower(nn.Module):
         mask = None
         for index, block in enumerate(model.encoder.layers[: self.blocks_run]):
             before = tokens
-            if call.does("inside_vision_block"):
-                tokens = self._run_in_two(index, tokens, mask, call)
-                mask = mask if tokens.owner is before.owner else self._mask(tokens)
+            if state.overrides("inside_vision_block"):
+                tokens = self._run_in_two(index, tokens, mask, state)
+                mask = mask if tokens.patch_to_token is before.patch_to_token else self._mask(tokens)
             else:
                 tokens = tokens.with_hidden(block(tokens.hidden, attention_mask=mask))
-            if call.does("after_vision_block"):
-                with call.timed("selector", hidden.device):
-                    reduced = call.reducer.after_vision_block(self._step(index, before, tokens, call))
+            if state.overrides("after_vision_block"):
+                with state.timed("selector", hidden.device):
+                    reduced = state.reducer.after_vision_block(self._step(index, before, tokens, state))
                 if reduced is not None:
-                    if reduced.owner is not tokens.owner:
+                    if reduced.patch_to_token is not tokens.patch_to_token:
                         mask = self._mask(reduced)
-                        call.vision[index] = reduced.owner
+                        state.vision[index] = reduced.patch_to_token
                     tokens = reduced
-        if call.does("on_vision_features"):
-            with call.timed("selector", hidden.device):
-                tokens = call.reducer.on_vision_features(tokens, call.state) or tokens
+        if state.overrides("on_vision_features"):
+            with state.timed("selector", hidden.device):
+                tokens = state.reducer.on_vision_features(tokens, state.scratch) or tokens
         return tokens if self.select_feature == "cls_patch" else tokens.without_prefix()
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
@@ -99,19 +99,19 @@ class CLIPVisionTower(nn.Module):
             return [self(image[None]) for image in images]
         return self.encode(images).hidden.to(images.dtype)
 
-    def _run_in_two(self, index: int, tokens: VisionTokens, mask, call: Call) -> VisionTokens:
+    def _run_in_two(self, index: int, tokens: VisionTokens, mask, state: ForwardState) -> VisionTokens:
         """A block whose tokens may be merged or dropped between attention and MLP."""
         block = self.vision_tower.encoder.layers[index]
         attended = tokens.hidden + block.self_attn(block.layer_norm1(tokens.hidden), attention_mask=mask)[0]
         before, tokens = tokens, tokens.with_hidden(attended)
-        with call.timed("selector", attended.device):
-            step = replace(self._step(index, before, tokens, call), next_attention=None)
-            reduced = call.reducer.inside_vision_block(step) or tokens
-        if reduced.owner is not tokens.owner:
-            call.vision[index] = reduced.owner
+        with state.timed("selector", attended.device):
+            step = replace(self._step(index, before, tokens, state), next_attention=None)
+            reduced = state.reducer.inside_vision_block(step) or tokens
+        if reduced.patch_to_token is not tokens.patch_to_token:
+            state.vision[index] = reduced.patch_to_token
         return reduced.with_hidden(reduced.hidden + block.mlp(block.layer_norm2(reduced.hidden)))
 
-    def _step(self, index: int, before: VisionTokens, tokens: VisionTokens, call: Call) -> VisionStep:
+    def _step(self, index: int, before: VisionTokens, tokens: VisionTokens, state: ForwardState) -> VisionStep:
         blocks = self.vision_tower.encoder.layers
         following = self._attention(index + 1, tokens) if index + 1 < len(blocks) else None
         return VisionStep(
@@ -121,7 +121,7 @@ class CLIPVisionTower(nn.Module):
             tokens=tokens,
             attention=self._attention(index, before),
             next_attention=following,
-            state=call.state,
+            scratch=state.scratch,
             run=self.blocks_run,
         )
 
