@@ -14,8 +14,11 @@ from itertools import pairwise, zip_longest
 
 import torch
 
-from mustdrop.hooks import LayerPlan, Reducer, SplitRows, Tokens
+from mustdrop.compute_plan import LayerPlan
+from mustdrop.neighbours import SplitRows
+from mustdrop.reach import Fitting
 from mustdrop.shape import ModelShape
+from mustdrop.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Workload:
         tower_tokens: Sequence[Mapping[int, int]] | None = None,
         before_mlp: bool = False,
         plans: Mapping[int, LayerPlan | Mapping] | None = None,
-        reducer: Reducer | None = None,
+        reducer: Fitting | None = None,
     ) -> Workload:
         """A prompt, by default of one image of which nothing is dropped.
 
@@ -131,7 +134,7 @@ class Workload:
         return replace(work, selector_macs=selector(shape, work))
 
     @classmethod
-    def of_trace(cls, shape: ModelShape, trace: Mapping, reducer: Reducer | None = None) -> Workload:
+    def of_trace(cls, shape: ModelShape, trace: Mapping, reducer: Fitting | None = None) -> Workload:
         """The prompt that a trace (`Trace.to_dict`) tells of, up to the first new token."""
         return cls.of(
             shape,
