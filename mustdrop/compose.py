@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from mustdrop.hooks import CacheStep, DecoderStep, Keep, LayerPlan, Reducer, Tokens, VisionStep, VisionTokens
 from mustdrop.reach import Tower, check_counts, check_steps, square
 from mustdrop.stages.decode import are_in
-
-if TYPE_CHECKING:
-    from mustdrop.macs import Workload
-    from mustdrop.shape import ModelShape
 
 
 class Compose(Reducer):
@@ -58,9 +53,6 @@ class Compose(Reducer):
 
     def check_tokens(self, layers: int, tokens: int) -> None:
         check_counts(self.flat(), layers, square(tokens), tokens)
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        return sum(part.selector_macs(shape, work) for part in self.parts)
 
     @property
     def reads_output_attention(self) -> bool:

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,10 +37,6 @@ from mustdrop.neighbours import SplitRows
 from mustdrop.reach import Fitting
 from mustdrop.recording import ForwardState, TraceRecorder
 from mustdrop.tokens import ImageFacts, PromptFacts, Tokens, VisionTokens, compact, gather
-
-if TYPE_CHECKING:
-    from mustdrop.macs import Workload
-    from mustdrop.shape import ModelShape
 
 __all__ = [
     "Attention",
@@ -139,10 +135,6 @@ class Reducer(Fitting):
     reads_output_attention: bool = True
     thresholds: ClassVar[Mapping[str, float]] = {}
 
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """Multiply-adds of what the method itself computes on a prompt to choose and merge; matrix products only."""
-        return 0
-
     def overrides(self, hook: str) -> bool:
         """Whether a hook is overridden; models skip idle ones altogether."""
         return getattr(type(self), hook) is not getattr(Reducer, hook)
@@ -187,7 +179,9 @@ class Reducer(Fitting):
         """Return which entries of the layer's cache stay, bool `[batch, length]`, or None for all."""
 
     @contextmanager
-    def on(self, model, timing: bool = False, keep: int | None = None) -> Iterator[TraceRecorder]:
+    def on(
+        self, model, timing: bool = False, keep: int | None = None, count: bool = False
+    ) -> Iterator[TraceRecorder]:
         """Reduce everything `model` computes inside the `with` block, and in threads that are started there.
 
         Other threads and tasks are not concerned, see `mustdrop.active`. A call that is under way when the block ends
@@ -202,6 +196,9 @@ class Reducer(Fitting):
             Also measure `Trace.times_ms` (synchronises with the device; leave off when timing from outside).
         keep : int, optional
             Only the newest so many traces are kept, for a block that lives long. Default: all.
+        count : bool
+            Also count the matrix products of the reducer itself (`Trace.selector_macs`) in the first forward pass of
+            the block, which must be of one prompt and without beams.
 
         Raises
         ------
@@ -217,7 +214,7 @@ class Reducer(Fitting):
         self.check_sizes(
             model.num_layers, model.num_vision_layers, *sizes, heads=getattr(config, "num_attention_heads", None)
         )
-        run = TraceRecorder(timing, keep)
+        run = TraceRecorder(timing, keep, count)
         with activated(model.hook_key, self, run):
             yield run
 

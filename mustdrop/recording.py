@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
 from mustdrop.checks import fits_type, require
+from mustdrop.counting import counted_products
 from mustdrop.reach import Fitting
 from mustdrop.tokens import Tokens
 from mustdrop.trace import Record, Trace
 
+HOOKS = (
+    "on_pixels", "after_vision_block", "inside_vision_block", "on_vision_features", "on_projected_features",
+    "on_instruction", "before_decoder_layer", "after_decoder_layer", "after_prefill", "after_decode_layer",
+)  # fmt: skip
+
 
 @dataclass
 class TraceRecorder:
-    """Collects one `Trace` per prompt while a reducer is on, of which the newest `keep` stay (None: all)."""
+    """Collects one `Trace` per prompt while a reducer is on, of which the newest `keep` stay (None: all).
+
+    While `count` is set, forward passes count what the reducer computes; the first that finishes takes it back.
+    """
 
     timing: bool = False
     keep: int | None = None
+    count: bool = False
     traces: list[Trace] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -41,7 +51,11 @@ class ForwardState(Record):
     """
 
     def __init__(self, reducer: Fitting, recorder: TraceRecorder | None = None):
-        super().__init__(before_mlp=reducer.overrides("inside_vision_block"))
+        self.counts = recorder is not None and recorder.count
+        idle = not any(map(reducer.overrides, HOOKS))
+        super().__init__(
+            before_mlp=reducer.overrides("inside_vision_block"), selector_macs=0 if self.counts or idle else None
+        )
         self.reducer = reducer
         self.recorder = recorder
         self.scratch: dict = {}
@@ -51,8 +65,19 @@ class ForwardState(Record):
         return self.reducer.overrides(hook)
 
     def timed(self, part: str, device: torch.device):
-        """Context that adds its duration to `seconds[part]` when the run asks for timing."""
-        return self._clock(part, device) if self.recorder is not None and self.recorder.timing else nullcontext()
+        """Context that adds its duration to `seconds[part]` when the run asks for timing.
+
+        What is computed in the part "selector" is the reducer's own, and counted if the run asks for that.
+        """
+        timing = self.recorder is not None and self.recorder.timing
+        clock = self._clock(part, device) if timing else nullcontext()
+        return self._counted(clock) if self.counts and part == "selector" else clock
+
+    @contextmanager
+    def _counted(self, clock: AbstractContextManager) -> Iterator[None]:
+        with counted_products() as counted, clock:
+            yield
+        self.selector_macs += counted.macs
 
     @contextmanager
     def _clock(self, part: str, device: torch.device) -> Iterator[None]:
@@ -64,7 +89,17 @@ class ForwardState(Record):
         self.seconds[part] += time.perf_counter() - start
 
     def finish_prefill(self, cached: list[Tokens], kv_bytes: list[int]) -> None:
-        """Note what the cache holds and hand the prompts' traces to the run."""
+        """Note what the cache holds and hand the prompts' traces to the run.
+
+        Raises
+        ------
+        ValueError
+            If the reducer's work was to be counted, and the batch is more than one row: whose it is cannot be told.
+        """
+        if self.counts:
+            rows = len(self.tokens_in[0].image)
+            require(rows == 1, "count", f"{rows} prompts or beams", "one prompt alone")
+            self.counts = self.recorder.count = False
         self.cached, self.kv_bytes = list(cached), kv_bytes
         if self.recorder is not None:
             prompts = len(self.images)

@@ -42,6 +42,8 @@ class Record:
         Bytes of one cached position, per layer.
     seconds : dict of str to float
         Time per part, where it is measured.
+    selector_macs : int or None
+        Multiply-adds of the reducer's own work up to the first new token, None where they are not counted.
     """
 
     before_mlp: bool = False
@@ -56,6 +58,7 @@ class Record:
     cached: list[Tokens] = field(default_factory=list)
     kv_bytes: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    selector_macs: int | None = None
 
 
 class Trace:
@@ -87,6 +90,9 @@ class Trace:
     plans : dict
         `plans[layer]` -> what the decoder layer computed for vision tokens, where that is not everything: the fields of
         `LayerPlan`, and `pairs`, the pairs of a vision row and a key that one head computed.
+    selector_macs : int or None
+        Multiply-adds of the method's own matrix products up to the first new token; None where nobody counted, see
+        `Reducer.on`.
     """
 
     def __init__(self, record: Record, row: int, prompt: int):
@@ -132,6 +138,7 @@ class Trace:
             "cache_lengths": cache_lengths,
             "cache_bytes": sum(n * size for n, size in zip(cache_lengths, record.kv_bytes, strict=True)),
             "plans": _plans(record, row) if images else {},
+            "selector_macs": record.selector_macs,
         }
         self._patch_to_token, self._record = owners[0], None
         return facts

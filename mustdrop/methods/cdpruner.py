@@ -11,8 +11,6 @@ from torch import Tensor
 
 from mustdrop.checks import require
 from mustdrop.hooks import Reducer, VisionTokens
-from mustdrop.macs import Workload
-from mustdrop.shape import ModelShape
 
 RIDGE = 1e-3  # once features span no further direction, relevance decides, not rounding
 
@@ -57,15 +55,6 @@ class CDPruner(Reducer):
         relevance = stretched(mean_similarity(units, instruction, real), tokens.valid)
         keep = most_probable(relevance[..., None] * units, relevance, self.retain, tokens.valid)
         return tokens.select(keep, length=self.retain if tokens.valid is None else None)
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """All pairs of features, all pairs with the text (an upper bound), and the rounds of choosing."""
-        encoded = zip(work.tower_tokens, work.image_tokens, strict=True)
-        return sum(
-            tokens * ((tokens + work.text_tokens) * shape.hidden + left * (left - 1) // 2)
-            for (*_, tokens), left in encoded
-            if left < tokens
-        )
 
 
 def mean_similarity(units: Tensor, instruction: Tensor, real: Tensor) -> Tensor:

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from mustdrop.checks import check_layers, one_of, require
 from mustdrop.hooks import DecoderStep, Keep, Tokens, gather
-from mustdrop.macs import Workload
 from mustdrop.methods.layerwise import LayerwiseDrop, Stage, layer_number
-from mustdrop.shape import ModelShape
 
 
 @dataclass
@@ -115,12 +113,6 @@ class DART(LayerwiseDrop):
             own = [[count // number + (place < count % number) for place in range(number)] for count in rest]
             shares.append([[*share, *[0] * (self.pivots + text - number)] for share in own])
         return shares
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """The similarity of all tokens with the pivots of each image (an upper bound: the text may be shorter)."""
-        pivots = len(work.image_tokens) * (self.pivots + min(self.text_pivots, work.text_tokens))
-        tokens = sum(work.vision_tokens[layer] + work.text_tokens for layer in work.filter_layers)
-        return pivots * tokens * shape.hidden
 
 
 def _set_order(positions: list[int], count: int) -> list[int]:

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from mustdrop.checks import require
 from mustdrop.hooks import Reducer, VisionTokens
-from mustdrop.macs import Workload
-from mustdrop.shape import ModelShape
 
 
 @dataclass
@@ -45,11 +43,6 @@ class DivPrune(Reducer):
             return None
         keep = most_diverse(tokens.patches, self.retain, tokens.valid)
         return tokens.select(keep, length=self.retain if tokens.valid is None else None)
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """All pairs of features; the rounds of choosing need no product."""
-        encoded = zip(work.tower_tokens, work.image_tokens, strict=True)
-        return sum(tokens**2 * shape.hidden for (*_, tokens), left in encoded if left < tokens)
 
 
 def most_diverse(features: Tensor, count: int, valid: Tensor | None = None) -> Tensor:

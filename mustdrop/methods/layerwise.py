@@ -12,8 +12,6 @@ from torch import Tensor
 from mustdrop import ops
 from mustdrop.checks import require
 from mustdrop.hooks import Attention, DecoderStep, ImageFacts, Keep, Reducer
-from mustdrop.macs import Workload, filters_macs
-from mustdrop.shape import ModelShape
 
 
 class Stage(NamedTuple):
@@ -55,10 +53,6 @@ class LayerwiseDrop(Reducer):
 
     def check_tokens(self, layers: int, tokens: int) -> None:
         self.schedule(layers, tokens)
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """Attention of the prompt's last token after every layer in which tokens go."""
-        return filters_macs(shape, work, rows=1)
 
     def expected(self, layers: int, tokens: int) -> float:
         """Vision tokens per decoder layer, a layer counting after its drop (the authors' meter)."""

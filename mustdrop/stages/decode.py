@@ -10,8 +10,6 @@ from torch import Tensor
 from mustdrop import ops
 from mustdrop.checks import check_layers, require
 from mustdrop.hooks import Attention, CacheStep, DecoderStep, Reducer, Tokens
-from mustdrop.macs import Workload, filters_macs
-from mustdrop.shape import ModelShape
 
 
 @dataclass
@@ -47,10 +45,6 @@ class OutputAwareCache(Reducer):
 
     def overrides(self, hook: str) -> bool:
         return super().overrides(hook) and (hook != "after_decode_layer" or self.output_threshold is not None)
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        layers = () if self.output_threshold is None else range(shape.layers)
-        return filters_macs(shape, work, 1, layers)
 
     def after_prefill(self, step: CacheStep) -> list[Tensor | Tokens | None] | None:
         first = ops.layer_index(self.first_layer, len(step.cached))

@@ -187,7 +187,8 @@ class DecoderLoop:
     def plan(self, index: int, stream: Stream, state: ForwardState) -> LayerPlan | None:
         """Ask the reducer what a layer shall compute for vision tokens."""
         step = DecoderStep(index, len(self.layers), stream.tokens, stream.hidden, None, None, state.scratch)
-        return state.reducer.before_decoder_layer(step)
+        with state.timed("selector", stream.hidden.device):
+            return state.reducer.before_decoder_layer(step)
 
     def without_vision(self, index: int, stream: Stream, state: ForwardState) -> Stream:
         """The text alone: from layer `index` on nothing is computed for vision tokens, protected ones included.
@@ -270,7 +271,9 @@ class DecoderLoop:
         if last_rows is not None:
             step = CacheStep(list(state.tokens_in), final, last_rows, state.scratch)
             cuts: dict[tuple[int, int], tuple[Tensor, Tokens]] = {}
-            for layer, keep in enumerate(state.reducer.after_prefill(step) or []):
+            with state.timed("selector", cache.layers[0].keys.device):
+                keeps = state.reducer.after_prefill(step) or []
+            for layer, keep in enumerate(keeps):
                 if keep is not None:
                     record = cache.records[layer]
                     key = id(record), id(keep)

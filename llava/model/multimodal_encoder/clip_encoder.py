@@ -67,7 +67,8 @@ class CLIPVisionTower(nn.Module):
         patches = model.embeddings.patch_embedding
         images = images.to(device=patches.weight.device, dtype=patches.weight.dtype)
         if state.overrides("on_pixels"):
-            changed = state.reducer.on_pixels(images, patches.stride[0])
+            with state.timed("selector", images.device):
+                changed = state.reducer.on_pixels(images, patches.stride[0])
             images = images if changed is None else changed
         grid = tuple(size // patches.stride[0] for size in images.shape[-2:])
         hidden = model.pre_layrnorm(model.embeddings(images, interpolate_pos_encoding=grid != self._native_grid))
