@@ -179,9 +179,7 @@ class Reducer(Fitting):
         """Return which entries of the layer's cache stay, bool `[batch, length]`, or None for all."""
 
     @contextmanager
-    def on(
-        self, model, timing: bool = False, keep: int | None = None, count: bool = False
-    ) -> Iterator[TraceRecorder]:
+    def on(self, model, timing: bool = False, keep: int | None = None, count: bool = False) -> Iterator[TraceRecorder]:
         """Reduce everything `model` computes inside the `with` block, and in threads that are started there.
 
         Other threads and tasks are not concerned, see `mustdrop.active`. A call that is under way when the block ends

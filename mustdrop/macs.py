@@ -293,7 +293,8 @@ def filter_macs(shape: ModelShape, rows: int, keys: int) -> int:
 def mustdrop_selector_macs(shape: ModelShape, work: Workload) -> int:
     """MustDrop's choosing: if there are filter layers, the key tokens' probe and attention on demand of the text.
 
-    Of all text, an upper bound: only what follows the first image asks. Window similarities need no matrix product.
+    Of all text, an upper bound: only what follows the first image asks. Window similarities need no matrix product, and
+    several images are not padded to the longest.
     """
     if not work.filter_layers:
         return 0

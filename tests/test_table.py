@@ -12,7 +12,7 @@ from fabricated import BUDGETS, results_folder, write_cell
 from scipy.stats import t as student
 
 from eval import published, significance, table
-from eval.collect import collect, merge_seeds
+from eval.collect import collect, merge_seeds, uncounted
 from eval.layout import Layout, lines, read_layout
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +92,19 @@ def test_collect_finds_cells_at_any_depth_and_computes_shares(folder):
     assert shares["mini_gqa", "vanilla"] == 1 and shares["mini_gqa", "fastv_9"] == 0.5
     assert results[0].samples.is_file() and results[0].picture_folder.is_dir()
     assert len(collect([folder, folder])[0]) == 9
+
+
+def test_results_in_which_nobody_counted_what_choosing_costs_say_so(tmp_path):
+    for method, retain in (("vanilla", 36), ("mustdrop", 18), ("fastv", 9)):
+        file = write_cell(tmp_path, "mini_gqa", method, retain)
+        content = json.loads(file.read_text())
+        if method != "fastv":
+            del content["row"]["selector_macs"], content["row"]["selector_prompt"]
+        file.write_text(json.dumps(content))
+    results, notes = collect([tmp_path])
+    assert len(results) == 3 and len(notes) == 1
+    assert notes[0].startswith("what choosing costs is not known") and notes[0].endswith(": mustdrop_18")
+    assert uncounted([{"method": "old"}]) and not uncounted([{"method": "vanilla"}])
 
 
 def test_collect_keeps_the_newest_and_the_largest(tmp_path):
