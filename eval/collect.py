@@ -242,8 +242,8 @@ def _quantised(results: Iterable[Result]) -> list[str]:
 
 def uncounted(rows: Iterable[Mapping]) -> list[str]:
     """One line about rows in which nobody counted what choosing costs; older results hold an estimate of it."""
-    unknown = [row for row in rows if row["method"] != VANILLA and row.get("selector_macs") is None]
-    names = dict.fromkeys(label(row["method"], row.get("retain")) for row in unknown)
+    unknown = [row for row in rows if "flops_reduction" in row and row.get("selector_macs") is None]
+    names = dict.fromkeys(label(row["method"], row["retain"]) for row in unknown if row["method"] != VANILLA)
     about = "what choosing costs is not known, nobody counted it (FLOPs saved hold an estimate, or are left out)"
     return [f"{about}: {', '.join(names)}"] if names else []
 

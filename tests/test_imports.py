@@ -41,7 +41,9 @@ def graph(known):
     return edges
 
 
-@pytest.mark.parametrize("folders", [["mustdrop"], ["llava/model"], ["llava", "mustdrop"]])
+@pytest.mark.parametrize(
+    "folders", [["mustdrop"], ["llava/model"], ["llava", "mustdrop"], ["eval", "llava", "mustdrop"]]
+)
 def test_no_module_imports_itself_in_a_circle(folders):
     try:
         TopologicalSorter(graph(modules(*folders))).prepare()

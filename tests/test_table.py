@@ -12,7 +12,7 @@ from fabricated import BUDGETS, results_folder, write_cell
 from scipy.stats import t as student
 
 from eval import published, significance, table
-from eval.collect import collect, merge_seeds, uncounted
+from eval.collect import collect, merge_seeds
 from eval.layout import Layout, lines, read_layout
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,7 +104,6 @@ def test_results_in_which_nobody_counted_what_choosing_costs_say_so(tmp_path):
     results, notes = collect([tmp_path])
     assert len(results) == 3 and len(notes) == 1
     assert notes[0].startswith("what choosing costs is not known") and notes[0].endswith(": mustdrop_18")
-    assert uncounted([{"method": "old"}]) and not uncounted([{"method": "vanilla"}])
 
 
 def test_collect_keeps_the_newest_and_the_largest(tmp_path):

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mustdrop.checks import check_layers, one_of, require
+from mustdrop.checks import one_of, require
 from mustdrop.hooks import DecoderStep, Keep, Tokens, gather
-from mustdrop.methods.layerwise import LayerwiseDrop, Stage, layer_number
+from mustdrop.methods.layerwise import SingleDrop, Stage
 
 
 @dataclass
-class DART(LayerwiseDrop):
+class DART(SingleDrop):
     """DART.
 
     Before one decoder layer, by the keys of the layer before it: pivots are the vision tokens of an image, and the text
@@ -58,18 +58,11 @@ class DART(LayerwiseDrop):
         require(self.text_pivots >= 0, "text_pivots", self.text_pivots, "0 or more")
         require(self.retain is None or self.tokens is None, "retain", self.retain, "left out where tokens is given")
 
-    def check(self, layers: int, blocks: int) -> None:
-        if self.layer is not None:
-            check_layers("layer", [self.layer], layers, least=1)
-
-    def schedule(self, layers: int, tokens: int) -> dict[int, int]:
-        after = layer_number(2 / 32 if self.layer is None else self.layer, layers) - 1
-        if self.retain is not None:
-            return self.solve(self.retain, layers, tokens, lambda share: {after: max(1, round(share * tokens))})
+    def kept(self, tokens: int) -> int:
         number = 64 if self.tokens is None else self.tokens
         if self.compat == "official":
             number = self.pivots + number - number % (self.pivots + self.text_pivots)
-        return {after: number}
+        return number
 
     def keep(self, step: DecoderStep, stages: list[list[Stage | None]]) -> Keep:
         counts = self.wanted(step, stages)
