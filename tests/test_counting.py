@@ -16,6 +16,7 @@ from mustdrop.cost import CONVENTIONS
 from mustdrop.counting import counted_products
 from mustdrop.macs import Workload
 from mustdrop.methods import YOPO, FastV
+from mustdrop.recording import HOOKS
 from mustdrop.shape import ModelShape
 from mustdrop.stages import OutputAwareCache
 
@@ -61,6 +62,11 @@ def test_who_chooses_nothing_costs_nothing_counted_or_not():
     for count in (True, False):
         assert traces(Reducer(), prompt(3, 4, seed=1), count=count)[0].selector_macs == 0
     assert traces(YOPO(layer_cut=6), prompt(3, 4, seed=1))[0].selector_macs == 0
+
+
+def test_every_hook_is_known_where_idle_reducers_are_told():
+    of_reducer = {name for name in vars(Reducer) if name.startswith(("on_", "after_", "before_", "inside_"))}
+    assert of_reducer == set(HOOKS)
 
 
 def test_parts_of_a_composition_add_up():
