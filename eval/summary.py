@@ -17,8 +17,8 @@ CI95 = (
     "other scores, percentile bootstrap over questions (scipy.stats.bootstrap)"
 )
 SELECTOR = (
-    "selector: what choosing costs is counted by torch on one prompt of every row, the first with an image "
-    "(selector_prompt), and taken for all its prompts."
+    "selector: what choosing costs is counted by torch on one prompt of every row (of each process), the first with an "
+    "image, see selector_prompt, and taken for all its prompts."
 )
 
 
