@@ -13,7 +13,7 @@ from mustdrop.checks import fits_type, require
 from mustdrop.counting import counted_products
 from mustdrop.reach import Fitting
 from mustdrop.tokens import Tokens
-from mustdrop.trace import Record, Trace
+from mustdrop.trace import PassRecord, Trace
 
 HOOKS = (
     "on_pixels", "after_vision_block", "inside_vision_block", "on_vision_features", "on_projected_features",
@@ -44,7 +44,7 @@ class TraceRecorder:
             del self.traces[: max(0, len(self.traces) - self.keep)]
 
 
-class ForwardState(Record):
+class ForwardState(PassRecord):
     """Everything one forward pass (and the decoding that follows it) needs to remember.
 
     Beside what traces are made from, each reducer's scratch and whom the traces go to.

@@ -15,7 +15,7 @@ from mustdrop.tokens import Tokens
 
 
 @dataclass(eq=False, repr=False)
-class Record:
+class PassRecord:
     """What is noted of one forward pass over a batch of prompts, and all that their traces are made from.
 
     Attributes
@@ -95,7 +95,7 @@ class Trace:
         `Reducer.on`.
     """
 
-    def __init__(self, record: Record, row: int, prompt: int):
+    def __init__(self, record: PassRecord, row: int, prompt: int):
         self._record, self._row, self._prompt = record, row, prompt
         self._seconds, self._shares = record.seconds, _shares(record, prompt)
 
@@ -186,7 +186,7 @@ class Trace:
         return f"Trace(vision_tokens={self.vision_tokens}, mean_tokens={self.mean_tokens:.1f})"
 
 
-def _plans(record: Record, row: int) -> dict[int, dict]:
+def _plans(record: PassRecord, row: int) -> dict[int, dict]:
     """The layers of a prompt that were computed by a plan, counted as if it had been alone."""
     pairs: dict[tuple, int] = {}
     plans = {}
@@ -207,7 +207,7 @@ def _alone(tokens: Tokens, row: int) -> Tokens:
     return own.select(torch.ones_like(own.image, dtype=torch.bool))[1]
 
 
-def _shares(record: Record, prompt: int) -> tuple[float, float]:
+def _shares(record: PassRecord, prompt: int) -> tuple[float, float]:
     """A prompt's part of a batch's time, and of the time that its images took."""
     encoded = len({tile for tiles in record.tiles for tile in tiles})
     return 1 / len(record.images), len(record.tiles[prompt]) / max(encoded, 1)
