@@ -155,7 +155,7 @@ def reduction(shape: ModelShape, retain: int | float | Sequence[int], text_token
 def report(shape: ModelShape, work: Workload, batch: int = 1) -> dict:
     """Everything above, ready for JSON. Parts and cache are those of a batch of equal prompts, the rest is of one."""
     full = work.unreduced(shape)
-    least = floor_tokens(sum(work.image_tokens) + shape.feature_cls * len(work.image_tokens), shape.layers)
+    least = floor_tokens(sum(work.image_tokens), shape.layers)
     return {
         "model": shape.name,
         "shape": asdict(shape),
@@ -319,14 +319,14 @@ def _workload(shape: ModelShape, args: argparse.Namespace) -> Workload:
     tokens = args.retain if args.tokens_per_layer is None else args.tokens_per_layer
     if args.schedule:
         check("schedule", list(args.schedule), most=shape.layers - 2)
-        tokens = [sum(images) + shape.feature_cls * args.images] * shape.layers
+        tokens = [sum(images)] * shape.layers
         for layer, left in args.schedule.items():
             check("schedule", [left], most=tokens[layer])
             tokens[layer + 1 :] = [left] * (shape.layers - layer - 1)
     work = Workload.of(
         shape,
         tokens,
-        text_tokens=args.text_tokens,
+        text_tokens=args.text_tokens + shape.feature_cls * args.images,
         image_tokens=images,
         filter_layers=args.schedule and list(args.schedule),
         new_tokens=args.new_tokens,

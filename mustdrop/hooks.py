@@ -36,9 +36,10 @@ from mustdrop.keep import Keep
 from mustdrop.neighbours import SplitRows
 from mustdrop.reach import Fitting
 from mustdrop.recording import ForwardState, TraceRecorder
-from mustdrop.tokens import ImageFacts, PromptFacts, Tokens, VisionTokens, compact, gather
+from mustdrop.tokens import APART, ImageFacts, PromptFacts, Tokens, VisionTokens, compact, gather
 
 __all__ = [
+    "APART",
     "Attention",
     "CacheStep",
     "ForwardState",

@@ -37,7 +37,7 @@ class Workload:
     vision_tokens : tuple of int
         Vision tokens entering each decoder layer (`Trace.vision_tokens`).
     text_tokens : int
-        Text tokens before and after the images.
+        Text tokens before and after the images, and CLS where it comes with them.
     image_tokens : tuple of int
         Per image: patch tokens that enter the decoder, fewer than the patches if some were merged or dropped before.
     cache_lengths : tuple of int
@@ -98,7 +98,7 @@ class Workload:
             If a number cannot be; it is named.
         """
         image_tokens = image_tokens or [shape.patches]
-        spliced = sum(image_tokens) + shape.feature_cls * len(image_tokens)
+        spliced = sum(image_tokens)
         if vision_tokens is None:
             vision_tokens = spliced
         if not isinstance(vision_tokens, Sequence):
@@ -140,7 +140,7 @@ class Workload:
             shape,
             trace["vision_tokens"],
             text_tokens=trace["text_tokens"],
-            image_tokens=[image["tokens"] - shape.feature_cls for image in trace["images"]],
+            image_tokens=[image["tokens"] for image in trace["images"]],
             tower_tokens=[{-1: image["patches"], **dict(image["blocks"])} for image in trace["images"]],
             before_mlp=trace["before_mlp"],
             plans=trace["plans"],

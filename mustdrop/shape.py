@@ -85,8 +85,8 @@ class ModelShape:
 
     @property
     def vision_tokens(self) -> int:
-        """Vision tokens of one image in an unchanged decoder."""
-        return self.patches + self.feature_cls
+        """Vision tokens of one image in an unchanged decoder; CLS, where it comes along, counts as text."""
+        return self.patches
 
     @property
     def cache_bytes_per_token(self) -> int:

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+APART = 1024
+"""Rows between grids of one image that are no neighbours: two tiles or frames, or the overview and what is below it."""
+
 
 def compact(
     keep: Tensor, *, pad: str = "left", order: Tensor | None = None, length: int | Sequence[int] | None = None
@@ -59,7 +62,9 @@ def gather(values: Tensor, indices: Tensor) -> Tensor:
 
 @dataclass
 class VisionTokens:
-    """The tokens of a vision encoder, one row per image (or tile, or frame).
+    """The tokens of a vision encoder: in it one row per view (an image, a tile, a frame), after it one per image.
+
+    Patches of an image of several views are numbered through these.
 
     Attributes
     ----------
@@ -70,12 +75,16 @@ class VisionTokens:
     patch_to_token : int64 `[images, patches]`
         Column of the token that stands for each patch, -1 once nothing does.
     grid : (rows, columns)
-        Patch grid.
+        Patch grid of a view.
     valid, protected : bool `[images, tokens]` or None
         False for padding (None: no padding); True for tokens that no later stage may drop (None: none).
     lengths, keys : tuple of int or None
         What the host knows: tokens of each image, None where that is all there are; and how many of them are protected,
         None where none are.
+    views : tuple of int or None
+        Views of each image; None where it is one.
+    extras : `[images, views, prefix, width]` or None
+        After the vision encoder, the prefix of every view: neither scored nor counted, it goes on in any case.
     """
 
     hidden: Tensor
@@ -87,6 +96,8 @@ class VisionTokens:
     protected: Tensor | None = None
     lengths: tuple[int, ...] | None = None
     keys: tuple[int, ...] | None = None
+    views: tuple[int, ...] | None = None
+    extras: Tensor | None = None
 
     @classmethod
     def from_patches(cls, hidden: Tensor, grid: tuple[int, int], prefix: int = 1) -> VisionTokens:
@@ -127,13 +138,58 @@ class VisionTokens:
         """`valid` for all of `hidden`, bool `[images, prefix + tokens]` or None."""
         return None if self.valid is None else F.pad(self.valid, (self.prefix, 0), value=True)
 
+    @property
+    def known_views(self) -> tuple[int, ...]:
+        """Views of each image, for the host."""
+        return self.views or (1,) * len(self.patch_index)
+
+    def joined(self, views: Sequence[int]) -> VisionTokens:
+        """One row per image, made of so many neighbouring rows each, padded on the right; the prefix becomes extras.
+
+        Nothing is read from the device.
+        """
+        prefix = self.hidden[:, : self.prefix] if self.prefix else None
+        alone = dataclasses.replace(self.without_prefix(), views=tuple(views))
+        most, device = max(views), self.device
+        if most == 1:
+            return dataclasses.replace(alone, extras=None if prefix is None else prefix[:, None])
+        starts = [sum(views[:number]) for number in range(len(views))]
+        index = torch.tensor(
+            [[start + min(v, n - 1) for v in range(most)] for start, n in zip(starts, views, strict=True)]
+        )
+        real = torch.tensor([[v < n for v in range(most)] for n in views])
+        index, real = index.to(device), real.to(device)
+        (_, tokens), patches = self.patch_index.shape, self.patch_to_token.shape[1]
+        view = torch.arange(most, device=device)[:, None]
+        stays = real[..., None].expand(-1, -1, tokens)
+        stays = (stays if self.valid is None else stays & self.valid[index]).flatten(1)
+        stands = self.patch_to_token[index]
+        stands = torch.where((stands >= 0) & real[..., None], stands + view * tokens, -1).flatten(1)
+        lengths = [sum(self.known_lengths[start : start + n]) for start, n in zip(starts, views, strict=True)]
+        keys = (
+            None
+            if self.keys is None
+            else [sum(self.keys[start : start + n]) for start, n in zip(starts, views, strict=True)]
+        )
+        wide = dataclasses.replace(
+            alone,
+            hidden=alone.hidden[index].flatten(1, 2),
+            patch_index=(self.patch_index[index] + view * patches).flatten(1),
+            patch_to_token=stands,
+            valid=None,
+            protected=None if self.protected is None else self.protected[index].flatten(1),
+            keys=None if keys is None else tuple(keys),
+            extras=None if prefix is None else prefix[index],
+        )
+        return wide.select(stays, lengths)
+
     def rows(self, numbers: Sequence[int]) -> VisionTokens:
         """The tokens of these images; an image may come several times."""
         index = torch.tensor(numbers, device=self.hidden.device)
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         known = {
             name: None if fields[name] is None else tuple(fields[name][number] for number in numbers)
-            for name in ("lengths", "keys")
+            for name in ("lengths", "keys", "views")
         }
         return dataclasses.replace(
             self, **{name: value[index] for name, value in fields.items() if isinstance(value, Tensor)}, **known
@@ -254,7 +310,8 @@ class Tokens:
     original_column : int64 `[batch, length]`
         Column the token had in the full prompt.
     image : int64 `[batch, length]`
-        Which image of its prompt a vision token belongs to, -1 for text.
+        Which image of its prompt a vision token belongs to, with all its tiles or frames; -1 for text and for what
+        comes with an image without showing a patch (CLS).
     vision_index : int64 `[batch, length]`
         Which of its prompt's vision tokens (counted after the vision stage) it is, -1 for text.
     protected : bool `[batch, length]`
@@ -267,8 +324,8 @@ class Tokens:
         Largest number of images, and of `instruction` tokens, in a prompt of the batch: known to the host, so that
         hooks can size their results without synchronising.
     row, column : int64 `[batch, length]` or None
-        Place of a vision token on the patch grid of its image, that of its own patch; -1 for text and for tokens
-        off the grid (CLS). None where nobody asks for it.
+        Place of a vision token on the patch grid of its image, that of its own patch; -1 for text. Rows of views that
+        are no neighbours lie `APART`. None where nobody asks for it.
     prompts : tuple of PromptFacts or None
         What the host knows of every prompt, so that nothing has to be read from the device; None where that is lost.
     """
@@ -295,6 +352,11 @@ class Tokens:
     def vision(self) -> Tensor:
         """True for vision tokens, bool `[batch, length]`."""
         return self.image >= 0
+
+    @property
+    def view(self) -> Tensor:
+        """Which grid of its image (tile, frame) a vision token is on, int64 `[batch, length]`, -1 off all of them."""
+        return self.row // APART
 
     @property
     def counts(self) -> Tensor:

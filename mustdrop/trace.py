@@ -26,8 +26,8 @@ class PassRecord:
         After each vision block that changed the tokens, the `patch_to_token` map of every row.
     images : list of list of (int, Tensor)
         Per prompt and image: tokens that entered the language model, and their `patch_to_token` map.
-    tiles : list of list of int
-        Per prompt and image: its row in what the vision encoder computed.
+    views : list of list of list of int
+        Per prompt and image: the rows of its views (tiles, frames) in what the vision encoder computed.
     pruned_layers : list of int
         Decoder layers after which the reducer chose.
     plans : list of LayerPlan or None
@@ -49,7 +49,7 @@ class PassRecord:
     before_mlp: bool = False
     vision: dict[int, Tensor] = field(default_factory=dict)
     images: list[list[tuple[int, Tensor]]] = field(default_factory=list)
-    tiles: list[list[int]] = field(default_factory=list)
+    views: list[list[list[int]]] = field(default_factory=list)
     pruned_layers: list[int] = field(default_factory=list)
     plans: list[LayerPlan | None] = field(default_factory=list)
     merge_maps: dict[int, Tensor] = field(default_factory=dict)
@@ -70,14 +70,14 @@ class Trace:
     Attributes
     ----------
     images : list of dict
-        Per image: `patches` it was cut into, `tokens` that entered the language model, and `blocks`, a pair for every
-        vision block that changed the tokens: its number and how many tokens left it.
+        Per image: `patches` it was cut into, in how many `views` (tiles, frames), `tokens` that entered the language
+        model, and `blocks`, a pair for every vision block that changed the tokens: its number and how many left it.
     before_mlp : bool
         Whether vision blocks changed the tokens between attention and MLP instead of after both.
     key_tokens : list of int
         Which of these may not be dropped.
     text_tokens : int
-        Text tokens of the prompt.
+        Text tokens of the prompt, and those that come with an image without showing a patch (CLS).
     vision_tokens, vision_tokens_after : list of int
         Vision tokens entering, and leaving, each decoder layer.
     kept : dict
@@ -118,16 +118,21 @@ class Trace:
         patches = {key: _patches(patch_to_token, tokens, row) for key, (patch_to_token, tokens) in alive.items()}
         kept: dict[str, dict[int, list[int]]] = {"vision": {}, "prefill": {}, "decode": {}}
         if images:
-            tiles = record.tiles[self._prompt]
-            kept["vision"] = {b: (o[tiles].reshape(-1) >= 0).nonzero()[:, 0].tolist() for b, o in record.vision.items()}
+            rows = [row for views in record.views[self._prompt] for row in views]
+            kept["vision"] = {b: (o[rows].reshape(-1) >= 0).nonzero()[:, 0].tolist() for b, o in record.vision.items()}
             kept["prefill"] = {layer: patches[id(tokens)] for layer, tokens in pruned.items()}
             kept["decode"] = {layer: patches[id(tokens)] for layer, tokens in enumerate(record.cached)}
         key_tokens = tokens_in.protected[row] & tokens_in.vision[row]
         cache_lengths = [int(tokens.counts[row]) for tokens in record.cached]
         facts = {
             "images": [
-                {"patches": len(patch_to_token), "tokens": tokens, "blocks": _blocks(record.vision, tile)}
-                for tile, (tokens, patch_to_token) in zip(record.tiles[self._prompt], images, strict=True)
+                {
+                    "patches": len(patch_to_token),
+                    "views": len(views),
+                    "tokens": tokens,
+                    "blocks": _blocks(record.vision, views),
+                }
+                for views, (tokens, patch_to_token) in zip(record.views[self._prompt], images, strict=True)
             ],
             "before_mlp": record.before_mlp,
             "key_tokens": tokens_in.vision_index[row][key_tokens].tolist(),
@@ -209,8 +214,8 @@ def _alone(tokens: Tokens, row: int) -> Tokens:
 
 def _shares(record: PassRecord, prompt: int) -> tuple[float, float]:
     """A prompt's part of a batch's time, and of the time that its images took."""
-    encoded = len({tile for tiles in record.tiles for tile in tiles})
-    return 1 / len(record.images), len(record.tiles[prompt]) / max(encoded, 1)
+    encoded = len({view for images in record.views for views in images for view in views})
+    return 1 / len(record.images), sum(map(len, record.views[prompt])) / max(encoded, 1)
 
 
 def _patch_to_token(images: list[tuple[int, Tensor]]) -> Tensor:
@@ -235,10 +240,10 @@ def _joined(patch_to_token: Tensor, index: Tensor, merge_into: Tensor) -> Tensor
     )
 
 
-def _blocks(changed: dict[int, Tensor], tile: int) -> list[list[int]]:
-    """Vision blocks that changed a tile's tokens, and how many left them, from their patch_to_token maps."""
+def _blocks(changed: dict[int, Tensor], views: list[int]) -> list[list[int]]:
+    """Vision blocks that changed an image's tokens, and how many left them, from their patch_to_token maps."""
     return [
-        [block, len(patch_to_token[tile][patch_to_token[tile] >= 0].unique())]
+        [block, sum(len(own[own >= 0].unique()) for own in patch_to_token[views])]
         for block, patch_to_token in changed.items()
     ]
 

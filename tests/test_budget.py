@@ -153,9 +153,9 @@ def test_nothing_waits_for_the_device(settings, side, prompts):
 def ready_for(prompt_, tokens):
     """A spliced prompt with a call of its own that has seen the same images."""
     state = ForwardState(prompt_.state.reducer)
-    state.images, state.tiles, state.scratch = (
+    state.images, state.views, state.scratch = (
         prompt_.state.images,
-        prompt_.state.tiles,
+        prompt_.state.views,
         copy.deepcopy(prompt_.state.scratch),
     )
     return type(prompt_)(prompt_.embeds.to(tokens.image.device), tokens, None, state)

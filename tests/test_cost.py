@@ -309,12 +309,12 @@ def test_original_format_reads_the_tower_beside_it(tmp_path, small, nested, rela
 def test_features_decide_what_runs_and_what_enters():
     config = {**LLAMA, "mm_vision_config": CLIP, "mm_projector_type": "linear", "mm_vision_select_layer": -1}
     shape = ModelShape.from_config({**config, "mm_vision_select_feature": "cls_patch"})
-    assert (shape.vision_layers, shape.vision_tokens, shape.projector_widths) == (3, 37, (24, 32))
-    assert Workload.of(shape).vision_tokens == (37,) * 4
+    assert (shape.vision_layers, shape.vision_tokens, shape.projector_widths) == (3, 36, (24, 32))
+    assert Workload.of(shape).vision_tokens == (36,) * 4
     two = Workload.of(shape, image_tokens=[20, 12])
-    assert two.vision_tokens == (34,) * 4
+    assert two.vision_tokens == (32,) * 4
     assert macs.costs(shape, two)["projector"] == macs.projector_macs(shape, 34)
-    assert cost.report(shape, two)["tokens"]["mustdrop_floor"]["mean"] == (3 * 34 + 3) / 4
+    assert cost.report(shape, two)["tokens"]["mustdrop_floor"]["mean"] == (3 * 32 + 3) / 4
     both = ModelShape.from_config({**HUGGING_FACE, "vision_feature_layer": [-2, 1], "text_config": LLAMA})
     assert (both.vision_layers, both.projector_widths) == (2, (48, 32, 32))
 

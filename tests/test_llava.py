@@ -91,7 +91,7 @@ def test_questions_about_one_picture_share_its_encoding(method, monkeypatch):
     monkeypatch.setattr(
         type(ours()),
         "encode_images",
-        lambda self, images, state: encoded.append(len(images)) or encode(self, images, state),
+        lambda self, images, *more: encoded.append(len(images)) or encode(self, images, *more),
     )
     shared = [(first, second)[number] for number in order]
     _, together, shared_traces = run(ours(), load_reducer(method), **batch(prompts), images=shared)

@@ -56,18 +56,17 @@ def image_stacks(images: Tensor | list[Tensor] | None) -> list[Tensor]:
 
 
 def distinct_stacks(stacks: list[Tensor], used: list[int]) -> tuple[list[Tensor], dict[int, int]]:
-    """The different stacks among the used ones, and for each used number where its first tile comes to lie."""
+    """The different stacks among the used ones, and for each used number which of these it is."""
     places: dict[tuple, int] = {}
-    distinct, first_tile, tiles = [], {}, 0
+    distinct, which = [], {}
     for number in used:
         stack = stacks[number]
         memory = stack.device, stack.data_ptr(), stack.shape, stack.stride()
         if memory not in places:
-            places[memory] = tiles
+            places[memory] = len(distinct)
             distinct.append(stack)
-            tiles += len(stack)
-        first_tile[number] = places[memory]
-    return distinct, first_tile
+        which[number] = places[memory]
+    return distinct, which
 
 
 def assign_images(images: int, wanted: list[int]) -> list[list[int]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPVisionConfig
@@ -16,6 +17,7 @@ from llava.model.inputs import assign_images, distinct_stacks, image_stacks, spl
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from mustdrop.hooks import (
+    APART,
     ForwardState,
     ImageFacts,
     PromptFacts,
@@ -117,10 +119,13 @@ class LlavaMetaForCausalLM:
         """The vision tower, None for a model without one."""
         return self.get_model().get_vision_tower()
 
-    def encode_images(self, images: Tensor, state: ForwardState | None = None) -> Tensor | VisionTokens:
+    def encode_images(
+        self, images: Tensor, state: ForwardState | None = None, views: Sequence[int] | None = None
+    ) -> Tensor | VisionTokens:
         """Projected features of preprocessed images `[images, 3, height, width]`.
 
-        Returns the plain tensor `[images, tokens, width]` as in LLaVA, or the `VisionTokens` when a `call` is given.
+        Returns the plain tensor `[images, tokens, width]` as in LLaVA, or the `VisionTokens` when a `state` is given;
+        with `views`, how many neighbouring ones are the tiles or frames of one image, in one row for each image.
         """
         tower = self.get_vision_tower()
         if tower is None:
@@ -133,6 +138,7 @@ class LlavaMetaForCausalLM:
             # A packed weight's dtype (uint8, int8) says nothing about what its layer computes in.
             types = (parameter.dtype for parameter in projector.parameters() if parameter.is_floating_point())
             tokens = tokens.with_hidden(projector(tokens.hidden.to(next(types, tokens.hidden.dtype))))
+            tokens = tokens if views is None else tokens.joined(views)
             tokens = state.choose("on_projected_features", VisionStep(tokens))
         return tokens if asked is not None else tokens.hidden
 
@@ -175,29 +181,29 @@ class LlavaMetaForCausalLM:
         chunks = [split_at_images(row) for row in rows]
         stacks = image_stacks(images)
         assigned = assign_images(len(stacks), [len(row) - 1 for row in chunks])
-        distinct, first_tile = distinct_stacks(stacks, [i for own in assigned for i in own])
+        distinct, which = distinct_stacks(stacks, [i for own in assigned for i in own])
         # In training a batch without images encodes one, so that all processes gather and reduce the same parameters.
         dummies = stacks[:1] if labels is not None and not distinct else []
-        encoded = self.encode_images(torch.cat(distinct or dummies), state) if distinct or dummies else None
+        encoded, shown = None, distinct or dummies
+        if shown:
+            encoded = self.encode_images(torch.cat(shown), state, [len(stack) for stack in shown])
         embedding = self.get_input_embeddings()
         text = embedding(text_ids(chunks, embedding.num_embeddings).to(embedding.weight.device))
         if dummies:
             text = torch.cat([text, encoded.hidden[:0].flatten(0, 1).to(text)])
-        state.tiles.extend([first_tile[i] + tile for i in own for tile in range(len(stacks[i]))] for own in assigned)
-        places = state.tiles
+        places = [[which[i] for i in own] for own in assigned]
+        first = [0, *accumulate(map(len, distinct))]
+        state.views.extend([list(range(*first[place : place + 2])) for place in own] for own in places)
         if distinct and state.overrides("on_instruction"):
-            encoded, places = self._ask(encoded, text, chunks, state)
-        counts = [] if encoded is None else encoded.known_lengths
+            encoded, places = self._ask(encoded, places, text, chunks, state)
         sequences = [_Sequence(state.reducer.positions == "renumber") for _ in rows]
         used = 0
-        for number, (sequence, own, row) in enumerate(zip(sequences, assigned, chunks, strict=True)):
+        for number, (sequence, own, row) in enumerate(zip(sequences, places, chunks, strict=True)):
             targets = None if labels is None else labels[number][keep[number]].to(text.device)
             start = 0
-            tiles = iter(places[number])
             for place, chunk in enumerate(row):
-                for _ in range(len(stacks[own[place - 1]]) if place else 0):
-                    tile = next(tiles)
-                    sequence.add_image(encoded, tile, counts[tile], wants_labels=targets is not None)
+                if place:
+                    sequence.add_image(encoded, own[place - 1], wants_labels=targets is not None)
                 end = start + len(chunk)
                 sequence.add_text(text[used : used + len(chunk)], None if targets is None else targets[start:end])
                 used, start = used + len(chunk), end + 1
@@ -206,22 +212,24 @@ class LlavaMetaForCausalLM:
         return _pad(sequences, padding_side, limit, state)
 
     def _ask(
-        self, encoded: VisionTokens, text: Tensor, chunks: list[list[list[int]]], state: ForwardState
+        self,
+        encoded: VisionTokens,
+        places: list[list[int]],
+        text: Tensor,
+        chunks: list[list[list[int]]],
+        state: ForwardState,
     ) -> tuple[VisionTokens, list[list[int]]]:
         """What the reducer leaves of every prompt's images once it knows their text, and the rows of each prompt."""
-        rows = [tile for tiles in state.tiles for tile in tiles]
         own = text.split([sum(map(len, row)) for row in chunks])
-        instruction_tokens = [part[len(row[0]) :] for part, row in zip(own, chunks, strict=True)]
-        instruction_tokens = [part for part, tiles in zip(instruction_tokens, state.tiles, strict=True) for _ in tiles]
-        real = pad_sequence(
-            [torch.ones_like(part[:, 0], dtype=torch.bool) for part in instruction_tokens], batch_first=True
-        )
-        instruction = pad_sequence(instruction_tokens, batch_first=True)
+        after = [part[len(row[0]) :] for part, row in zip(own, chunks, strict=True)]
+        after = [part for part, images in zip(after, places, strict=True) for _ in images]
+        real = pad_sequence([torch.ones_like(part[:, 0], dtype=torch.bool) for part in after], batch_first=True)
+        rows = encoded.rows([place for images in places for place in images])
         with state.timed("vision", text.device):
-            step = VisionStep(encoded.rows(rows), instruction=instruction, real=real)
+            step = VisionStep(rows, instruction=pad_sequence(after, batch_first=True), real=real)
             asked = state.choose("on_instruction", step)
-        numbers = iter(range(len(rows)))
-        return asked, [[next(numbers) for _ in tiles] for tiles in state.tiles]
+        numbers = iter(range(len(real)))
+        return asked, [[next(numbers) for _ in images] for images in places]
 
     def prepare_inputs_labels_for_multimodal(
         self, input_ids, position_ids, attention_mask, past_key_values, labels, images, image_sizes=None
@@ -261,7 +269,7 @@ def text_prompt(
     none, nothing = torch.full_like(column, -1), torch.zeros_like(column, dtype=torch.bool)
     position = column if position_ids is None else position_ids.expand(batch, -1)
     state.images.extend([] for _ in range(batch))
-    state.tiles.extend([] for _ in range(batch))
+    state.views.extend([] for _ in range(batch))
     return Prompt(embeds, Tokens(position, column, none, none, nothing, nothing, valid), labels, state, length)
 
 
@@ -294,38 +302,43 @@ class _Sequence:
         )
         self.position += count
 
-    def add_image(self, encoded: VisionTokens, row: int, count: int, wants_labels: bool) -> None:
-        """Append the `count` tokens of one encoded image, and its prefix if it has one."""
-        total = encoded.prefix + count
-        embeds, patch_to_token, patch_index = (
-            encoded.hidden[row, :total],
-            encoded.patch_to_token[row],
-            encoded.patch_index[row, :count],
-        )
-        device = embeds.device
-        prefix = torch.arange(encoded.prefix, device=device)
-        place = (
-            torch.arange(total, device=device) if self.renumber else torch.cat([prefix, patch_index + encoded.prefix])
-        )
-        protected = torch.zeros(total, dtype=torch.bool, device=device)
-        if encoded.protected is not None:
-            protected[encoded.prefix :] = encoded.protected[row, :count]
-        self._add(
-            embeds,
-            torch.full((total,), IGNORE_INDEX, device=device) if wants_labels else None,
-            position=self.position + place,
-            image=torch.full((total,), len(self.images), device=device),
-            vision_index=torch.arange(self.vision_tokens, self.vision_tokens + total, device=device),
-            row=F.pad(patch_index // encoded.grid[1], (encoded.prefix, 0), value=-1),
-            column=F.pad(patch_index % encoded.grid[1], (encoded.prefix, 0), value=-1),
-            protected=protected,
-            instruction=torch.zeros(total, dtype=torch.bool, device=device),
-        )
-        self.images.append((total, torch.where(patch_to_token < 0, patch_to_token, patch_to_token + encoded.prefix)))
+    def add_image(self, encoded: VisionTokens, row: int, wants_labels: bool) -> None:
+        """Append the tokens of an encoded image, and in front of those of each view the tokens it comes with (CLS)."""
+        count, views = encoded.known_lengths[row], encoded.known_views[row]
+        patch_to_token, place = encoded.patch_to_token[row], encoded.patch_index[row, :count]
+        patches, width = encoded.grid[0] * encoded.grid[1], encoded.grid[1]
+        device, extras = place.device, 0 if encoded.extras is None else encoded.extras.shape[2]
+        view = place // patches
+        protected = torch.zeros_like(place, dtype=torch.bool)
+        record = {
+            "embeds": encoded.hidden[row, :count],
+            "position": place + extras * (view + 1),
+            "image": torch.full_like(place, len(self.images)),
+            "vision_index": torch.arange(self.vision_tokens, self.vision_tokens + count, device=device),
+            "row": place % patches // width + APART * view,
+            "column": place % width,
+            "protected": protected if encoded.protected is None else encoded.protected[row, :count],
+        }
+        if extras:
+            before = torch.arange(views, device=device).repeat_interleave(extras)
+            states = encoded.extras[row, :views].flatten(0, 1)
+            order = torch.cat([2 * before, 2 * view + 1]).argsort(stable=True)
+            position = torch.arange(extras, device=device).repeat(views) + before * (extras + patches)
+            first = {"embeds": states, "position": position, "protected": torch.zeros_like(before, dtype=torch.bool)}
+            none = torch.full_like(before, -1)
+            record = {name: torch.cat([first.get(name, none), value])[order] for name, value in record.items()}
+        total = count + extras * views
+        if self.renumber:
+            record["position"] = torch.arange(total, device=device)
+        record["position"] = record["position"] + self.position
+        ignored = torch.full((total,), IGNORE_INDEX, device=device) if wants_labels else None
+        self._add(labels=ignored, instruction=torch.zeros(total, dtype=torch.bool, device=device), **record)
         keys = 0 if encoded.keys is None else encoded.keys[row]
-        self.facts.append(ImageFacts(len(patch_to_token), total, total, keys))
-        self.position += total if self.renumber else encoded.prefix + len(patch_to_token)
-        self.vision_tokens += total
+        self.images.append((count, patch_to_token[: views * patches]))
+        self.facts.append(ImageFacts(views * patches, count, count, keys))
+        self.position += total if self.renumber else views * (extras + patches)
+        self.vision_tokens += count
+        self.text += extras * views
 
     def known(self) -> PromptFacts:
         """What the host knows of the prompt."""
