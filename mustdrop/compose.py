@@ -66,6 +66,10 @@ class Compose(Reducer):
     def reads_output_attention(self) -> bool:
         return any(part.reads_output_attention for _, part in self._at("after_prefill"))
 
+    def asks_after(self, layers: int) -> set[int] | None:
+        each = [part.asks_after(layers) for _, part in self._at("after_decoder_layer")]
+        return None if None in each else set().union(*each)
+
     def overrides(self, hook: str) -> bool:
         return any(part.overrides(hook) for part in self.parts)
 

@@ -84,6 +84,8 @@ class Attention:
         False for padded keys.
     first_row : int or None
         Position in `keys` of row 0 of a causal attention; None when the attention is not causal.
+    hides : callable, int64 rows `[batch, rows]` -> bool `[batch, rows, tokens]`, or None
+        True for keys that these rows do not see besides (a sliding window).
     """
 
     queries: Callable[[Tensor], Tensor]
@@ -91,6 +93,7 @@ class Attention:
     scale: float
     valid: Tensor | None = None
     first_row: int | None = None
+    hides: Callable[[Tensor], Tensor] | None = None
 
     def probabilities(self, rows: Tensor) -> Tensor:
         """Softmax over all visible keys for the given rows, float32 `[batch, heads, rows, tokens]`."""
@@ -103,6 +106,8 @@ class Attention:
             scores.masked_fill_((columns > rows[..., None] + self.first_row)[:, None], torch.finfo(scores.dtype).min)
         if self.valid is not None:
             scores.masked_fill_(~self.valid[:, None, None], torch.finfo(scores.dtype).min)
+        if self.hides is not None:
+            scores.masked_fill_(self.hides(rows)[:, None], torch.finfo(scores.dtype).min)
         return scores.softmax(-1)
 
     def mean_over_heads(self, rows: Tensor) -> Tensor:
@@ -238,6 +243,10 @@ class Reducer(Fitting):
     def overrides(self, hook: str) -> bool:
         """Whether a hook is overridden; models skip idle ones altogether."""
         return getattr(type(self), hook) is not getattr(Reducer, hook)
+
+    def asks_after(self, layers: int) -> set[int] | None:
+        """Decoder layers, of so many, after which `after_decoder_layer` has something to say; None for all."""
+        return None
 
     def on_pixels(self, images: Tensor, patch_size: int) -> Tensor | None:
         """Change the preprocessed images `[images, 3, height, width]`, their sizes too, or None."""

@@ -73,7 +73,7 @@ class Compiled:
     def layer(self, layer: nn.Module, stream: Stream, cache: VisionCache | None) -> Tensor:
         """Output of a decoder layer `[batch, length, width]` in prefill."""
         with torch._dynamo.config.patch(_SETTINGS):
-            hidden, keys, values = self._layer(layer, stream.hidden, stream.mask, stream.rotary)
+            hidden, keys, values = self._layer(layer, stream.hidden, stream.mask_of(layer), stream.rotary)
         if cache is not None:
             cache.update(keys, values, layer.self_attn.layer_idx)
         return hidden
