@@ -127,6 +127,7 @@ class DecoderLoop:
                 state.plans.append(plan)
                 state.tokens_in.append(stream.tokens)
                 entering = stream
+                entering.queries = [] if index in asked.after else None
                 stream = entering.with_hidden(layer(entering.hidden, entering, cache, plan, compiled))
                 stream = self.after_layer(index, stream)
                 record.note(stream.hidden)
@@ -191,14 +192,22 @@ class DecoderLoop:
             return False
         return windows_of(self.config, self.layers) is None and compiled.decodes(self.config, hidden, cache)
 
-    def stream(self, hidden: Tensor, tokens: Tokens, state: ForwardState, mask: Tensor | None = None) -> Stream:
+    def stream(
+        self,
+        hidden: Tensor,
+        tokens: Tokens,
+        state: ForwardState,
+        mask: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Stream:
         """Hidden states with their masks and rotary tables; the caller's own mask serves all layers."""
         if mask is not None:
             mask, windows = expand_mask(self.config, mask, hidden.dtype), None
         else:
             mask = attention_mask(self.config, hidden, valid=tokens.valid, keys=hidden.shape[1], causal=True)
             windows = self.windows(hidden, tokens, state)
-        return Stream(hidden, tokens, mask, self.rotary_emb(hidden, tokens.position), windows=windows)
+        rotary = self.rotary_emb(hidden, tokens.position) if rotary is None else rotary
+        return Stream(hidden, tokens, mask, rotary, windows=windows)
 
     def windows(self, hidden: Tensor, tokens: Tokens, state: ForwardState) -> Windows | None:
         """What layers with a sliding window see of the tokens; None if all of them see everything before."""
@@ -250,13 +259,14 @@ class DecoderLoop:
         if prompts == stream.tokens.facts() and keep.order is None:
             return stream
         indices, tokens = stream.tokens.select(stays, order=keep.order, prompts=prompts)
-        if state.reducer.positions == "renumber":
-            tokens = tokens.renumbered()
         hidden, weights = stream.hidden if keep.states is None else keep.states, stream.weights
-        stream = self.stream(gather(hidden, indices), tokens, state)
+        if state.reducer.positions == "renumber":
+            stream = self.stream(gather(hidden, indices), tokens.renumbered(), state)
+        else:
+            stream = self.stream(gather(hidden, indices), tokens, state, rotary=stream.rotary_of(indices))
         stream.weights = weights
         if keep.mask is not None and weights is None:  # ragged: where numbers were given, prompts are of one length
-            stream.packed = PackedRows.of(tokens.valid, stream.rotary, self.config._attn_implementation)
+            stream.packed = PackedRows.of(stream.tokens.valid, stream.rotary, self.config._attn_implementation)
         return stream
 
     def evict(self, index: int, entering: Stream, hidden: Tensor, cache: VisionCache) -> None:
