@@ -40,7 +40,7 @@ VANILLA, HUGGING_FACE = "vanilla", "huggingface"
 MOST = {"text": 1 << 15, "new_tokens": 1 << 15, "repeats": 10_000, "warmup": 10_000, "layers": 1000, "threads": 1024}
 """Options that are whole numbers from 1 to so many."""
 
-ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2")
+ATTENTION = ("sdpa", "eager", "cpu_matmul", "flex_attention", "flash_attention_2")
 
 
 @dataclass

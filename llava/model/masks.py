@@ -13,6 +13,8 @@ from transformers.masking_utils import (
     causal_mask_function,
 )
 
+from llava.model import cpu_attention
+
 
 def attention_mask(
     config,
@@ -72,6 +74,6 @@ def _within(place: Tensor, window: int) -> Callable[[Tensor, Tensor, Tensor, Ten
 
 def expand_mask(config, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean 4-D mask (True: attend) in the form the attention implementation wants; float masks pass unchanged."""
-    if mask.dtype != torch.bool or config._attn_implementation == "sdpa":
+    if mask.dtype != torch.bool or config._attn_implementation in ("sdpa", cpu_attention.NAME):
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
