@@ -192,7 +192,7 @@ class Forgets(Reducer):
         self.seen.append(step.attention.probabilities(torch.zeros_like(step.tokens.image[:, :1])))
         keep = torch.ones_like(step.tokens.vision)
         keep[:, int(step.tokens.vision[0].nonzero()[0])] = False
-        return keep
+        return Keep.where(keep)
 
 
 @pytest.mark.parametrize("name", WINDOWED)

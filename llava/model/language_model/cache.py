@@ -191,10 +191,6 @@ class VisionCache(DynamicCache):
         counts = {name: getattr(record, name) for name in ("images", "instruction_tokens")}
         return Tokens(**columns, **goes_on, valid=self.valid(layer, 0), **counts)
 
-    def keep(self, layer: int, keep: Tensor) -> None:
-        """Drop a layer's entries that are False in `keep` `[batch, keys]`."""
-        self.select(layer, *self.extended(layer).select(keep))
-
     def select(self, layer: int, indices: Tensor, record: Tokens) -> None:
         """Reduce a layer's entries to the columns `indices` `[batch, kept]`, described by `record`."""
         entry = self.layers[layer]

@@ -58,7 +58,7 @@ def run_layer(
         return _run_packed(layer, stream, cache)
     elif compiled is not None:
         return compiled.layer(layer, stream, cache)
-    hidden, weights = whole_layer(layer, stream.hidden, stream.mask_of(layer), stream.rotary, cache, stream.queries)
+    hidden, weights = whole_layer(layer, stream.hidden, stream.mask_of(layer), stream.rotary, cache)
     if stream.weights is not None:
         stream.weights.append(weights)
     return hidden

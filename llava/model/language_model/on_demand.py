@@ -29,8 +29,6 @@ class OnDemand:
 
     def queries(self, rows: Tensor) -> Tensor:
         """Rotated queries of some rows `[batch, rows]`: `[batch, heads, rows, head_dim]`."""
-        if self.entering.queries:
-            return gather(self.entering.queries[0].transpose(1, 2), rows).transpose(1, 2)
         attention = self.layer.self_attn
         states = self.layer.input_layernorm(gather(self.entering.hidden, rows))
         return rotated(query_key_value(attention)[0](states), attention, self.entering.rotary_of(rows), "q")

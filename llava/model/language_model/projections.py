@@ -119,37 +119,24 @@ def activation(mlp: nn.Module) -> nn.Module:
 
 
 def whole_layer(
-    layer: nn.Module,
-    hidden: Tensor,
-    mask,
-    rotary: tuple[Tensor, Tensor],
-    cache=None,
-    queries: list[Tensor] | None = None,
+    layer: nn.Module, hidden: Tensor, mask, rotary: tuple[Tensor, Tensor], cache=None
 ) -> tuple[Tensor, Tensor | None]:
     """A decoder layer in full: its output `[batch, rows, width]`, and the attention probabilities that `attend` gives.
 
     `cache` has `update(keys, values, layer)` as transformers' caches do: it takes new keys and values `[batch,
-    kv_heads, rows, head_dim]` and returns all there are. A list `queries` gets the rotated queries `[batch, heads,
-    rows, head_dim]`, for those who would compute some of them again.
+    kv_heads, rows, head_dim]` and returns all there are.
     """
-    seen, weights = self_attention(layer.self_attn, layer.input_layernorm(hidden), mask, rotary, cache, queries)
+    seen, weights = self_attention(layer.self_attn, layer.input_layernorm(hidden), mask, rotary, cache)
     hidden = hidden + seen
     del seen  # what is let go now is memory that the MLP need not ask the system for
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), weights
 
 
 def self_attention(
-    attention: nn.Module,
-    states: Tensor,
-    mask,
-    rotary: tuple[Tensor, Tensor],
-    cache=None,
-    queries: list[Tensor] | None = None,
+    attention: nn.Module, states: Tensor, mask, rotary: tuple[Tensor, Tensor], cache=None
 ) -> tuple[Tensor, Tensor | None]:
-    """`attend` for normalised states `[batch, rows, width]`, all of them; `cache`, `queries` as in `whole_layer`."""
+    """`attend` for normalised states `[batch, rows, width]`, all of them; `cache` as in `whole_layer`."""
     query, key, value = heads_of(attention, states, rotary)
-    if queries is not None:
-        queries.append(query)
     if cache is not None:
         key, value = cache.update(key, value, attention.layer_idx)
     return attend(attention, query, key, value, mask)

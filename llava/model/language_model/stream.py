@@ -35,8 +35,6 @@ class Stream:
         Where eager layers leave their attention probabilities, if somebody asked for them.
     windows : Windows or None
         What layers with a sliding window see, where that is less.
-    queries : list of `[batch, heads, length, head_dim]` or None
-        Where a layer leaves its queries, if a reducer is asked after it: attention on demand reads them.
     """
 
     hidden: Tensor
@@ -47,7 +45,6 @@ class Stream:
     packed: PackedRows | None = None
     weights: list[Tensor] | None = None
     windows: Windows | None = None
-    queries: list[Tensor] | None = None
 
     def with_hidden(self, hidden: Tensor) -> Stream:
         """The same tokens with other hidden states `[batch, length, width]`, on the device of these."""
@@ -93,7 +90,7 @@ class Stream:
         windows = self.windows and self.windows.only(rows)
         kept = before is not None and before.tokens is self.tokens
         rotary = before.rotary if kept else self.rotary_of(rows)
-        return replace(self, hidden=gather(self.hidden, rows), rotary=rotary, windows=windows, queries=None)
+        return replace(self, hidden=gather(self.hidden, rows), rotary=rotary, windows=windows)
 
     def rotary_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary tables of some rows `[batch, rows]`: `[batch, rows, head_dim]`."""
