@@ -24,7 +24,8 @@ class Contestant:
     """What one row is about.
 
     `settings` are a reducer's, None for Hugging Face's LLaVA; `compiled` says whether the decoder goes through
-    torch.compile; `passes` and `floors` hold what every round measured.
+    torch.compile; `passes` and `floors` hold what every round measured, `selector_macs` what choosing costs a prompt,
+    counted apart.
     """
 
     method: str
@@ -34,6 +35,7 @@ class Contestant:
     compiled: bool = False
     passes: list = field(default_factory=list)
     floors: list = field(default_factory=list)
+    selector_macs: int = 0
 
     @property
     def label(self) -> str:

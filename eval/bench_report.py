@@ -7,7 +7,6 @@ from statistics import fmean, median, quantiles
 from tabulate import tabulate
 
 from eval.bench_cases import EAGER, VANILLA, Contestant
-from mustdrop import load_reducer
 
 _COMPARED = {"vision_ms": "in the tower", "prefill_ms": "in prefill", "ttft_ms": "to the first token"}
 
@@ -21,8 +20,8 @@ def row_of(one: Contestant, every: list[Contestant], shape, new_tokens: int, wei
     vanilla = next(row for row in every if row.label == VANILLA and row.batch_size == one.batch_size)
     times = {part: [done.times[part] for done in one.passes if part in done.times] for part in PARTS}
     traces = (one.passes[0].traces or vanilla.passes[0].traces)[: one.batch_size]
-    records = [trace.to_dict() for trace in traces]
-    counted = [flops(record, shape, one.settings and load_reducer(one.settings)) for record in records]
+    records = [{**trace.to_dict(), "selector_macs": one.selector_macs} for trace in traces]
+    counted = [flops(record, shape) for record in records]
 
     def implied(convention: str) -> float:
         return sum(c[convention]["full"] for c in counted) / sum(c[convention]["used"] for c in counted)
@@ -48,6 +47,7 @@ def row_of(one: Contestant, every: list[Contestant], shape, new_tokens: int, wei
         "mean_tokens": fmean(record["mean_tokens"] for record in records),
         "mean_tokens_official": fmean(record["mean_tokens_official"] for record in records),
         "vision_tokens": records[0]["vision_tokens"],
+        "selector_macs": one.selector_macs,
         **{part: _median(times[part]) for part in PARTS},
         "decode_tokens_per_s": 1000 * generated / decode if generated else None,
         "peak_bytes": max((done.peak_bytes for done in one.passes if done.peak_bytes is not None), default=None),

@@ -104,6 +104,7 @@ def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestan
     """Build the model, run all rounds and return the report: rows, settings, provenance."""
     import torch
 
+    from eval import bench_passes
     from eval.bench_model import Inputs, hugging_face_twin, random_model, read_shape
     from eval.inference import LoadedModel, resolve_device, resolve_dtype
     from eval.progress import progress
@@ -137,6 +138,10 @@ def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestan
         batch: Inputs.random(shape, batch, numbers["text"], dtype, device)
         for batch in dict.fromkeys(one.batch_size for one in rows_wanted)
     }
+    for one in rows_wanted:
+        if one.settings is not None:
+            own = load_reducer(one.settings), inputs[one.batch_size]
+            one.selector_macs = bench_passes.selector_macs(model, *own)
     with torch.no_grad():
         compiled = compile_model(model).get_model().compiled if args.compile else None
 

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from mustdrop.hooks import Reducer
 from mustdrop.reach import Tower, check_counts, check_steps, square
-
-if TYPE_CHECKING:
-    from mustdrop.macs import Workload
-    from mustdrop.shape import ModelShape
 
 
 class Compose(Reducer):
@@ -54,9 +49,6 @@ class Compose(Reducer):
 
     def check_tokens(self, layers: int, tokens: int) -> None:
         check_counts(self.flat(), layers, square(tokens), tokens)
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        return sum(part.selector_macs(shape, work) for part in self.parts)
 
     def overrides(self, hook: str) -> bool:
         return bool(self.asked_at(hook))
