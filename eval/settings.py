@@ -132,7 +132,7 @@ def loading_choices() -> dict[str, tuple[str, ...]]:
 
     return {
         "dtype": ("auto", "float32", "float16", "bfloat16"),
-        "attn_implementation": ("sdpa", "eager", "flash_attention_2"),
+        "attn_implementation": ("sdpa", "eager", "flash_attention_2", "cpu_matmul"),
         "conv_template": tuple(conv_templates),
         "device_map": ("auto", "balanced", "balanced_low_0", "sequential"),
     }

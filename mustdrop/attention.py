@@ -27,6 +27,8 @@ class Attention:
         False for padded keys.
     first_row : int or None
         Position in `keys` of row 0 of a causal attention; None when the attention is not causal.
+    hides : callable, int64 rows `[batch, rows]` -> bool `[batch, rows, tokens]`, or None
+        True for keys that these rows do not see besides (a sliding window).
     """
 
     queries: Callable[[Tensor], Tensor]
@@ -34,6 +36,7 @@ class Attention:
     scale: float
     valid: Tensor | None = None
     first_row: int | None = None
+    hides: Callable[[Tensor], Tensor] | None = None
 
     def probabilities(self, rows: Tensor) -> Tensor:
         """Softmax over all visible keys for the given rows, float32 `[batch, heads, rows, tokens]`."""
@@ -46,6 +49,8 @@ class Attention:
             scores.masked_fill_((columns > rows[..., None] + self.first_row)[:, None], torch.finfo(scores.dtype).min)
         if self.valid is not None:
             scores.masked_fill_(~self.valid[:, None, None], torch.finfo(scores.dtype).min)
+        if self.hides is not None:
+            scores.masked_fill_(self.hides(rows)[:, None], torch.finfo(scores.dtype).min)
         return scores.softmax(-1)
 
     def mean_over_heads(self, rows: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ a call needs to remember lives in a `ForwardState` made for it; reducers and mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -160,6 +160,10 @@ class Reducer(Fitting):
     def overrides(self, hook: str) -> bool:
         """Whether a hook is overridden; models skip idle ones altogether."""
         return getattr(type(self), hook) is not getattr(Reducer, hook)
+
+    def asks_after(self, layers: int) -> Collection[int]:
+        """Decoder layers, of so many, after which `after_decoder_layer` may have something to say; by default all."""
+        return range(layers)
 
     def asked_at(self, hook: str) -> list[Reducer]:
         """The reducers that are asked at a hook, one after the other: itself, or the parts it is made of."""

@@ -71,6 +71,10 @@ class ForwardState(PassRecord):
         """Whether an attribute is true of one of the reducers that are asked at some hooks, by default at any."""
         return any(getattr(part, attribute) for hook in hooks for part, _ in self._asked_at(hook))
 
+    def asks_after(self, layers: int) -> set[int]:
+        """Decoder layers, of so many, after which a reducer may have something to say."""
+        return set().union(*(part.asks_after(layers) for part, _ in self._asked_at("after_decoder_layer")))
+
     def ask(self, hook: str, step: Any) -> list:
         """What the reducers that are asked at a hook answer to the same step, those left out that have no answer."""
         answers = [getattr(part, hook)(replace(step, scratch=own)) for part, own in self._asked_at(hook)]

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
-from tiny import LAYERS, SIDE, hugging_face
+from tiny import LAYERS, SIDE, hugging_face, ours, pictures
 
 from eval import bench_speed
+from eval.bench_cases import EAGER_SCHEDULE
+from eval.bench_eager import run_eager
 from eval.bench_model import Inputs, hugging_face_twin, random_model, read_shape
 from eval.bench_passes import Lengths, cache_bytes, floor_pass, run_hugging_face, run_ours
 from mustdrop import MustDrop, Reducer, load_reducer
@@ -82,9 +84,9 @@ def test_the_twin_is_the_same_model(config, dtype):
     model = random_model(shape, dtype, "sdpa", "cpu")
     twin, inputs = hugging_face_twin(model, shape), Inputs.random(shape, 2, TEXT, dtype, "cpu")
     assert twin.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
-    ours = model(input_ids=inputs.ids, images=inputs.pixels).logits
+    found = model(input_ids=inputs.ids, images=inputs.pixels).logits
     theirs = twin(input_ids=inputs.expanded(shape), pixel_values=inputs.pixels).logits
-    torch.testing.assert_close(ours, theirs, atol=1e-5 if dtype == torch.float32 else 5e-2, rtol=0)
+    torch.testing.assert_close(found, theirs, atol=1e-5 if dtype == torch.float32 else 5e-2, rtol=0)
 
 
 def test_the_floor_runs_on_the_counts_of_the_pass(config):
@@ -116,8 +118,8 @@ def test_passes_agree_on_bytes(config):
         Inputs.random(shape, 1, TEXT, torch.float32, "cpu"),
     )
     plain = run_hugging_face(hugging_face_twin(model, shape), inputs.expanded(shape), inputs, 2)
-    ours = run_ours(model, Reducer(), inputs, 2, timing=False)
-    assert plain.cache_bytes == ours.cache_bytes and "selector_ms" not in ours.times
+    found = run_ours(model, Reducer(), inputs, 2, timing=False)
+    assert plain.cache_bytes == found.cache_bytes and "selector_ms" not in found.times
     with torch.inference_mode():
         assert cache_bytes(model(input_ids=inputs.ids, images=inputs.pixels, use_cache=True).past_key_values)
 
@@ -178,3 +180,35 @@ def test_compiled_rows_stand_beside_plain_ones():
     labels = ["huggingface", "vanilla", "vanilla compiled", "mustdrop 64", "mustdrop 64 compiled"]
     assert [row.label for row in rows] == 2 * labels
     assert [row.batch_size for row in rows] == [1] * 5 + [8] * 5
+
+
+def test_the_eager_baseline_computes_what_mustdrop_computes(config):
+    """The authors' way gives our logits and caches at their schedule, so the two times are of the same work."""
+    shape = read_shape(str(config), None, "float32")
+    model, inputs = ours(), Inputs.random(shape, 1, TEXT, torch.float32, "cpu")
+    inputs.pixels = pictures(1)
+    reducer, seen = load_reducer(EAGER_SCHEDULE), []
+    handle = model.lm_head.register_forward_hook(lambda _, args, logits: seen.append(logits[:, -1:]))
+    one = run_eager(model, reducer, inputs, 4)
+    two = run_ours(model, reducer, inputs, 4, timing=False)
+    handle.remove()
+    torch.testing.assert_close(torch.cat(seen[:4]), torch.cat(seen[4:]), atol=1e-5, rtol=0)
+    assert one.cache_bytes == two.cache_bytes < run_ours(model, Reducer(), inputs, 1, timing=False).cache_bytes / 4
+    assert set(one.times) == set(two.times)
+
+
+def test_the_eager_baseline_stands_beside_its_own_schedule(config, capsys, tmp_path):
+    file = tmp_path / "speed.json"
+    words = f"--shape {config} --methods mustdrop-eager --new-tokens 2 --repeats 2 --device cpu --json {file}".split()
+    assert bench_speed.main(words) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["label"] for row in rows] == ["huggingface", "vanilla", "mustdrop-eager", "mustdrop"]
+    assert rows[2]["vision_tokens"] == rows[3]["vision_tokens"] and rows[2]["cache_bytes"] == rows[3]["cache_bytes"]
+    ratio = rows[3]["speedup_over_eager"]["prefill_ms"]
+    pairs = zip(rows[2]["rounds"]["prefill_ms"], rows[3]["rounds"]["prefill_ms"], strict=True)
+    assert ratio == pytest.approx(sum(one / two for one, two in pairs) / 2) and rows[1]["speedup_over_eager"] is None
+    assert "mustdrop-eager / mustdrop on the same numbers of tokens: " in capsys.readouterr().out
+    assert bench_speed.main([*words, "--batch-size", "1", "8"]) == 2
+    assert capsys.readouterr().err == (
+        "error: batch_size: got 8, mustdrop-eager runs one prompt at a time, as the authors' code\n"
+    )

@@ -11,8 +11,8 @@ from transformers.cache_utils import DynamicLayer
 
 from llava.model import compile_model
 from llava.model.language_model.cache import ROOM, GrowingLayer
-from mustdrop import MustDrop, Reducer
-from mustdrop.hooks import gather
+from mustdrop import MustDrop, Reducer, load_reducer
+from mustdrop.hooks import ForwardState, gather
 from mustdrop.methods import FastV
 
 BUDGET = {"budget": [60, 41, 30, 20], "merge_to": 104}
@@ -221,3 +221,23 @@ def test_a_model_on_several_devices_is_not_compiled():
     model.model.layers[3].to("meta")
     with pytest.raises(ValueError, match="compile: the decoder is on cpu, meta, it must be on one device"):
         compile_model(model)
+
+
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop", "sparsevlm", "dart", "mustdrop"])
+def test_a_reducer_is_asked_after_the_layers_it_names_and_says_the_same(method, monkeypatch):
+    """Being asked after every layer changes nothing but the number of questions."""
+    asked, given = [], {**batch(PROMPTS[:2]), "images": pictures(2)}
+    settings = THRESHOLDS if method == "mustdrop" else {}
+    parts = load_reducer({"method": method, **settings}).asked_at("after_decoder_layer")
+    for kind in {type(part) for part in parts}:
+        answer = kind.after_decoder_layer
+        monkeypatch.setattr(
+            kind, "after_decoder_layer", lambda own, step, answer=answer: asked.append(step.layer) or answer(own, step)
+        )
+    found = run(ours(), load_reducer({"method": method, **settings}), **given)
+    named = sorted({layer for part in parts for layer in part.asks_after(8)})
+    assert asked == named and 0 < len(named) < 5
+    monkeypatch.setattr(ForwardState, "asks_after", lambda own, layers: set(range(layers)))
+    everywhere = run(ours(), load_reducer({"method": method, **settings}), **given)
+    assert len(asked) == len(named) + 8 and torch.equal(found[1], everywhere[1])
+    assert [trace.kept for trace in found[2]] == [trace.kept for trace in everywhere[2]]

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
     bidirectional_mask_function,
     causal_mask_function,
 )
 
+from llava.model import cpu_attention
 
-def attention_mask(config, hidden: Tensor, *, valid: Tensor | None, keys: int, causal: bool):
+
+def attention_mask(
+    config,
+    hidden: Tensor,
+    *,
+    valid: Tensor | None,
+    keys: int,
+    causal: bool,
+    near: tuple[Tensor, int] | None = None,
+):
     """Mask for queries that are the last `hidden.shape[1]` of `keys` positions.
 
     Parameters
@@ -26,6 +39,8 @@ def attention_mask(config, hidden: Tensor, *, valid: Tensor | None, keys: int, c
         Number of keys.
     causal : bool
         Whether a query sees only keys up to its own position.
+    near : (int64 `[batch, keys]`, int), optional
+        Place of every key, and how many places back a query sees, its own included.
 
     Returns
     -------
@@ -33,15 +48,16 @@ def attention_mask(config, hidden: Tensor, *, valid: Tensor | None, keys: int, c
     """
     implementation = config._attn_implementation
     queries = hidden.shape[1]
+    sees = causal_mask_function if causal else bidirectional_mask_function
     return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
         batch_size=hidden.shape[0],
         q_length=queries,
         kv_length=keys,
         q_offset=keys - queries,
         kv_offset=0,
-        mask_function=causal_mask_function if causal else bidirectional_mask_function,
+        mask_function=sees if near is None else and_masks(sees, _within(*near)),
         attention_mask=valid,
-        allow_is_causal_skip=causal and valid is None,  # else it would read `valid` on the host
+        allow_is_causal_skip=causal and valid is None and near is None,  # else it would read `valid` on the host
         allow_is_bidirectional_skip=not causal and valid is None,
         dtype=hidden.dtype,
         device=hidden.device,
@@ -49,8 +65,15 @@ def attention_mask(config, hidden: Tensor, *, valid: Tensor | None, keys: int, c
     )
 
 
+def _within(place: Tensor, window: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return place[batch, key] > place[batch, query] - window
+
+    return sees
+
+
 def expand_mask(config, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean 4-D mask (True: attend) in the form the attention implementation wants; float masks pass unchanged."""
-    if mask.dtype != torch.bool or config._attn_implementation == "sdpa":
+    if mask.dtype != torch.bool or config._attn_implementation in ("sdpa", cpu_attention.NAME):
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)

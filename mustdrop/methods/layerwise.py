@@ -150,8 +150,11 @@ class SingleDrop(LayerwiseDrop):
         if self.layer is not None:
             check_layers("layer", [self.layer], layers, least=1)
 
+    def asks_after(self, layers: int) -> list[int]:
+        return [layer_number(2 / 32 if self.layer is None else self.layer, layers) - 1]
+
     def schedule(self, layers: int, tokens: int) -> dict[int, int]:
-        after = layer_number(2 / 32 if self.layer is None else self.layer, layers) - 1
+        (after,) = self.asks_after(layers)
         if self.retain is not None:
             return self.solve(self.retain, layers, tokens, lambda share: {after: max(1, round(share * tokens))})
         return {after: self.kept(tokens)}

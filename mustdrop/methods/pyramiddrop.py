@@ -67,8 +67,11 @@ class PyramidDrop(LayerwiseDrop):
     def check(self, layers: int, blocks: int) -> None:
         check_layers("layers", self.layers or (), layers, least=1)
 
+    def asks_after(self, layers: int) -> list[int]:
+        return [layer_number(layer, layers) - 1 for layer in self._layers()]
+
     def schedule(self, layers: int, tokens: int) -> dict[int, int]:
-        after = [layer_number(layer, layers) - 1 for layer in self._layers()]
+        after = self.asks_after(layers)
         if self.retain is None:
             return dict(zip(after, (int(tokens * ratio) for ratio in self._ratios()), strict=True))
 

@@ -119,8 +119,11 @@ class SparseVLM(LayerwiseDrop):
         by_rank = self.rank_scale is not None
         return set(self.schedule(layers, tokens)) if by_rank else super().drops_after(layers, tokens)
 
+    def asks_after(self, layers: int) -> list[int]:
+        return [ops.layer_index(layer, layers) for layer in self._layers()]
+
     def schedule(self, layers: int, tokens: int) -> dict[int, int]:
-        after = [ops.layer_index(layer, layers) for layer in self._layers()]
+        after = self.asks_after(layers)
         if self.rank_scale is not None:
             return dict.fromkeys(after, tokens)
         if self.keeps is not None:

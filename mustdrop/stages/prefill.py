@@ -96,6 +96,9 @@ class DualAttentionFilter(Reducer):
         if self.budgeted:
             self.schedule(layers, grid[0] * grid[1], tokens)
 
+    def asks_after(self, layers: int) -> set[int]:
+        return set(self.layers_of(layers))
+
     def drops_after(self, layers: int, tokens: int) -> set[int]:
         return set(self.layers_of(layers))
 

@@ -12,7 +12,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from llava.model.checkpoint.quantised import need_bitsandbytes
 
-ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention", "cpu_matmul")
 _HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 _TRANSFORMERS = ("max_memory", "offload_folder", "offload_buffers", "quantization_config")
 # LLaVA's and older releases' arguments that change nothing here.

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from llava.model.language_model.windows import Windows, place_of
 from mustdrop.hooks import ForwardState, Tokens, gather
 
 # What transformers calls a cache, in forward's arguments and in its outputs: the second name until 5.23.
@@ -103,17 +104,20 @@ class VisionCache(DynamicCache):
         Per layer, the rotary position after the prompt's last.
     generated : int
         Positions appended since prefill.
+    span : int
+        Positions that the longest prompt took before anything was dropped, at most.
     expected : int
         Positions that will be appended at most, as far as is known.
     """
 
     def __init__(self, config, state: ForwardState | None = None):
         super().__init__()
+        self.config = config
         self.layers = [GrowingLayer() for _ in range(config.num_hidden_layers)]
         self.state = state
         self.records: list[Tokens] = []
         self.next_position: list[Tensor] = []
-        self.generated = 0
+        self.generated = self.span = 0
         self.expected = ROOM
 
     @property
@@ -136,7 +140,7 @@ class VisionCache(DynamicCache):
     def start_decoding(self, state: ForwardState) -> None:
         """Take over the records of a finished prefill."""
         self.state, self.records, self.generated = state, list(state.tokens_in), 0
-        following = {id(record): record.last_position() + 1 for record in self.records}
+        following = {id(record): _last_position(record) + 1 for record in self.records}
         self.next_position = [following[id(record)] for record in self.records]
 
     def check_filled(self) -> None:
@@ -166,6 +170,15 @@ class VisionCache(DynamicCache):
             return None
         return F.pad(record.valid, (0, self.length(layer) + new - record.valid.shape[1]), value=True)
 
+    def windows(
+        self, windows: tuple[int | None, ...], layer: int, hidden: Tensor, valid: Tensor | None
+    ) -> Windows | None:
+        """What layers with a sliding window see once the positions of `hidden` `[batch, new, width]` are appended."""
+        record, keys = self.records[layer], self.length(layer) + hidden.shape[1]
+        known = place_of(record, self.state.reducer.positions == "renumber")
+        place = continued(known, record, keys - known.shape[1])
+        return Windows.of(self.config, windows, self.span + self.generated + hidden.shape[1], place, hidden, valid)
+
     def extended(self, layer: int) -> Tokens:
         """The layer's record with the generated positions, as text, at its end."""
         record = self.records[layer]
@@ -174,9 +187,9 @@ class VisionCache(DynamicCache):
             return record
         fill = {"image": -1, "vision_index": -1}
         columns = {name: F.pad(getattr(record, name), (0, new), value=fill.get(name, 0)) for name in _COLUMNS}
-        return Tokens(
-            **columns, valid=self.valid(layer, 0), images=record.images, instruction_tokens=record.instruction_tokens
-        )
+        goes_on = {name: continued(getattr(record, name), record, new) for name in ("position", "original_column")}
+        counts = {name: getattr(record, name) for name in ("images", "instruction_tokens")}
+        return Tokens(**columns, **goes_on, valid=self.valid(layer, 0), **counts)
 
     def select(self, layer: int, indices: Tensor, record: Tokens) -> None:
         """Reduce a layer's entries to the columns `indices` `[batch, kept]`, described by `record`."""
@@ -218,4 +231,16 @@ class VisionCache(DynamicCache):
         self.next_position = [positions[id(position)] for position in self.next_position]
 
 
-_COLUMNS = ("position", "original_column", "image", "vision_index", "protected", "instruction")
+def _last_position(record: Tokens) -> Tensor:
+    """Rotary position of every prompt's last token, int64 `[..., batch]`: without padding a view of the last column."""
+    return record.position[..., -1] if record.valid is None else record.last_position()
+
+
+def continued(places: Tensor, record: Tokens, new: int) -> Tensor:
+    """Positions or columns `[..., batch, length]` of a record, and those of `new` tokens after its last real one."""
+    last = record.last_row()
+    last = places.gather(-1, last.expand(*places.shape[:-1], 1))
+    return torch.cat([places, last + 1 + torch.arange(new, device=places.device)], dim=-1)
+
+
+_COLUMNS = ("image", "vision_index", "protected", "instruction")

@@ -17,7 +17,7 @@ from llava.model.language_model.stream import Stream
 from llava.model.masks import expand_mask
 
 STEP = 64  # capacities are multiples of this, so that few shapes occur
-WITH_4D_MASKS = ("sdpa", "eager", "flex_attention")
+WITH_4D_MASKS = ("sdpa", "eager", "flex_attention", "cpu_matmul")
 # Layers differ in the number they carry; taken as a variable, it does not make a program of its own for each. The
 # programs of all models in a process count towards one limit.
 _SETTINGS = {"allow_unspec_int_on_nn_module": True, "recompile_limit": 64}
@@ -73,7 +73,7 @@ class Compiled:
     def layer(self, layer: nn.Module, stream: Stream, cache: VisionCache | None) -> Tensor:
         """Output of a decoder layer `[batch, length, width]` in prefill."""
         with torch._dynamo.config.patch(_SETTINGS):
-            hidden, keys, values = self._layer(layer, stream.hidden, stream.mask, stream.rotary)
+            hidden, keys, values = self._layer(layer, stream.hidden, stream.mask_of(layer), stream.rotary)
         if cache is not None:
             cache.update(keys, values, layer.self_attn.layer_idx)
         return hidden

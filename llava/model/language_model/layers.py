@@ -16,8 +16,8 @@ from llava.model.language_model.stream import Stream
 from mustdrop.hooks import LayerPlan
 
 
-class LlamaDecoderLayer(StockLayer):
-    """LLaMA's layer with a forward of our own; it bears LLaMA's name because tools that place or wrap layers go by it.
+class StreamLayer:
+    """Mixin of a decoder layer of transformers: the same parts, run as the loop wants it.
 
     Being a module's forward, it runs under whatever has been put around the layer: forward hooks, gradient
     checkpointing, wrappers that gather weights or move states.
@@ -36,6 +36,10 @@ class LlamaDecoderLayer(StockLayer):
         return run_layer(self, stream, cache, plan, compiled)
 
 
+class LlamaDecoderLayer(StreamLayer, StockLayer):
+    """LLaMA's layer; it bears LLaMA's name because tools that place or wrap layers go by it."""
+
+
 def run_layer(
     layer: nn.Module,
     stream: Stream,
@@ -50,11 +54,11 @@ def run_layer(
             return output
     elif plan is not None and (rows := stream.split(plan.window)) is not None:
         return run_planned(layer, stream, cache, plan, rows)
-    elif stream.packed is not None:
+    elif stream.packed is not None and stream.window_of(layer) is None:
         return _run_packed(layer, stream, cache)
     elif compiled is not None:
         return compiled.layer(layer, stream, cache)
-    hidden, weights = whole_layer(layer, stream.hidden, stream.mask, stream.rotary, cache)
+    hidden, weights = whole_layer(layer, stream.hidden, stream.mask_of(layer), stream.rotary, cache)
     if stream.weights is not None:
         stream.weights.append(weights)
     return hidden

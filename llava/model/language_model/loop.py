@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from llava.model.language_model.cache import VisionCache
 from llava.model.language_model.compiled import Compiled
+from llava.model.language_model.on_demand import OnDemand
 from llava.model.language_model.packed import PackedRows
-from llava.model.language_model.projections import query_key_value, rotated
 from llava.model.language_model.stream import Stream
+from llava.model.language_model.windows import Windows, place_of, span_of, windows_of
 from llava.model.masks import attention_mask, expand_mask
 from mustdrop.hooks import Attention, CacheStep, DecoderStep, ForwardState, Keep, LayerPlan, Tokens, gather
 
@@ -21,16 +23,17 @@ class Asked:
     """What the reducer of a forward pass takes part in: nothing else costs anything."""
 
     plans: bool
-    drops: bool
+    after: Collection[int]
     cuts: bool
     reads: bool
 
     @classmethod
-    def of(cls, state: ForwardState, tokens: Tokens, cache: VisionCache | None) -> Asked:
+    def of(cls, state: ForwardState, tokens: Tokens, cache: VisionCache | None, layers: int) -> Asked:
         hooks = "before_decoder_layer", "after_decoder_layer", "after_prefill"
         plans, drops, cuts = (tokens.images > 0 and state.overrides(hook) for hook in hooks)
         cuts = cuts and cache is not None
-        return cls(plans, drops, cuts, cuts and state.any("reads_output_attention", ["after_prefill"]))
+        after = state.asks_after(layers) if drops else ()
+        return cls(plans, after, cuts, cuts and state.any("reads_output_attention", ["after_prefill"]))
 
 
 @dataclass
@@ -102,11 +105,11 @@ class DecoderLoop:
         `[batch, kept, width]`
             Hidden states of the tokens that reach the end, padded on the left where prompts keep fewer.
         """
-        asked, record = Asked.of(state, tokens, cache), record or Record()
-        if mask is not None and (asked.plans or asked.drops):
+        asked, record = Asked.of(state, tokens, cache, len(self.layers)), record or Record()
+        if mask is not None and (asked.plans or asked.after):
             raise ValueError("attention_mask: 4-D masks cannot be combined with a reducer, pass [batch, length]")
         record.note(hidden)
-        stream = self.stream(hidden, tokens, mask)
+        stream = self.stream(hidden, tokens, state, mask)
         stream.weights = record.attentions
         compiled = self.compiled if record.attentions is None else None
         plan: LayerPlan | None = None
@@ -119,15 +122,15 @@ class DecoderLoop:
                     plan = self.plan(index, stream, state)
                     if plan is not None and plan.skip:
                         final, stream = stream.tokens, self.without_vision(index, stream, state)
-                        asked.plans = asked.drops = False
+                        asked.plans, asked.after = False, ()
                 state.plans.append(plan)
                 state.tokens_in.append(stream.tokens)
                 entering = stream
-                hidden = layer(stream.hidden, stream, cache, plan, compiled)
-                record.note(hidden)
-                stream = replace(stream, hidden=hidden, tokens=stream.tokens.to(hidden.device))
-                if asked.drops:
-                    with state.timed("selector", hidden.device):
+                stream = entering.with_hidden(layer(entering.hidden, entering, cache, plan, compiled))
+                stream = self.after_layer(index, stream)
+                record.note(stream.hidden)
+                if index in asked.after:
+                    with state.timed("selector", stream.hidden.device):
                         stream = self.reduce(index, entering, stream, cache, state)
                 state.tokens_out.append(stream.tokens)
                 if asked.reads:
@@ -138,8 +141,17 @@ class DecoderLoop:
             if cache is None:
                 state.finish_prefill([], [])
             else:
+                cache.span = span_of(tokens)
                 self.finish_prefill(cache, final or stream.tokens, last_rows, state)
         return stream.hidden
+
+    def after_layer(self, index: int, stream: Stream) -> Stream:
+        """What an architecture of its own does between two layers of a prefill, before a reducer is asked: nothing.
+
+        Deepstack models add features of the vision tower here; `tokens.vision_index` says which of a prompt's vision
+        tokens each position is. It returns the stream, with other hidden states by `stream.with_hidden`.
+        """
+        return stream
 
     def decode(self, hidden: Tensor, cache: VisionCache, record: Record | None = None) -> Tensor:
         """Run newly generated positions `[batch, new, width]` through the decoder, against each layer's own cache."""
@@ -156,15 +168,17 @@ class DecoderLoop:
         state, new = cache.state, hidden.shape[1]
         record.note(hidden)
         evicts = state.overrides("after_decode_layer")
+        windows = windows_of(self.config, self.layers)
         contexts: dict[tuple, tuple] = {}
         for index, layer in enumerate(self.layers):
             same = id(cache.records[index]), id(cache.next_position[index]), cache.length(index)
             if same not in contexts:
                 valid, keys = cache.valid(index, new), cache.length(index) + new
                 mask = attention_mask(self.config, hidden, valid=valid, keys=keys, causal=True)
-                contexts[same] = mask, self.rotary_emb(hidden, cache.positions(index, new))
-            mask, rotary = contexts[same]
-            entering = Stream(hidden, cache.records[index], mask, rotary, weights=record.attentions)
+                seen = windows and cache.windows(windows, index, hidden, valid)
+                contexts[same] = mask, self.rotary_emb(hidden, cache.positions(index, new)), seen
+            mask, rotary, seen = contexts[same]
+            entering = Stream(hidden, cache.records[index], mask, rotary, weights=record.attentions, windows=seen)
             hidden = layer(hidden, entering, cache, state.plans[index])
             record.note(hidden)
             if evicts:
@@ -176,15 +190,33 @@ class DecoderLoop:
         compiled = self.compiled
         if compiled is None or any(layer._forward_hooks or layer.self_attn._forward_hooks for layer in self.layers):
             return False
-        return compiled.decodes(self.config, hidden, cache)
+        return windows_of(self.config, self.layers) is None and compiled.decodes(self.config, hidden, cache)
 
-    def stream(self, hidden: Tensor, tokens: Tokens, mask: Tensor | None = None) -> Stream:
-        """Hidden states with the mask and rotary tables that belong to them."""
-        if mask is None:
-            mask = attention_mask(self.config, hidden, valid=tokens.valid, keys=hidden.shape[1], causal=True)
+    def stream(
+        self,
+        hidden: Tensor,
+        tokens: Tokens,
+        state: ForwardState,
+        mask: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Stream:
+        """Hidden states with their masks and rotary tables; the caller's own mask serves all layers."""
+        if mask is not None:
+            mask, windows = expand_mask(self.config, mask, hidden.dtype), None
         else:
-            mask = expand_mask(self.config, mask, hidden.dtype)
-        return Stream(hidden, tokens, mask, self.rotary_emb(hidden, tokens.position))
+            mask = attention_mask(self.config, hidden, valid=tokens.valid, keys=hidden.shape[1], causal=True)
+            windows = self.windows(hidden, tokens, state)
+        rotary = self.rotary_emb(hidden, tokens.position) if rotary is None else rotary
+        return Stream(hidden, tokens, mask, rotary, windows=windows)
+
+    def windows(self, hidden: Tensor, tokens: Tokens, state: ForwardState) -> Windows | None:
+        """What layers with a sliding window see of the tokens; None if all of them see everything before."""
+        windows = windows_of(self.config, self.layers)
+        if windows is None:
+            return None
+        place = place_of(tokens, state.reducer.positions == "renumber")
+        span = span_of(state.tokens_in[0] if state.tokens_in else tokens)
+        return Windows.of(self.config, windows, span, place, hidden, tokens.valid)
 
     def plan(self, index: int, stream: Stream, state: ForwardState) -> LayerPlan | None:
         """Ask the reducer what a layer shall compute for vision tokens."""
@@ -201,7 +233,7 @@ class DecoderLoop:
         prompts = tuple(prompt.with_tokens([0] * len(prompt.images)) for prompt in stream.tokens.facts())
         indices, tokens = stream.tokens.select(~stream.tokens.vision, prompts=prompts)
         tokens = replace(tokens.renumbered() if state.reducer.positions == "renumber" else tokens, images=0)
-        return self.stream(gather(stream.hidden, indices), tokens)
+        return self.stream(gather(stream.hidden, indices), tokens, state)
 
     def reduce(
         self, index: int, entering: Stream, stream: Stream, cache: VisionCache | None, state: ForwardState
@@ -227,13 +259,14 @@ class DecoderLoop:
         if prompts == stream.tokens.facts() and keep.order is None:
             return stream
         indices, tokens = stream.tokens.select(stays, order=keep.order, prompts=prompts)
-        if state.reducer.positions == "renumber":
-            tokens = tokens.renumbered()
         hidden, weights = stream.hidden if keep.states is None else keep.states, stream.weights
-        stream = self.stream(gather(hidden, indices), tokens)
+        if state.reducer.positions == "renumber":
+            stream = self.stream(gather(hidden, indices), tokens.renumbered(), state)
+        else:
+            stream = self.stream(gather(hidden, indices), tokens, state, rotary=stream.rotary_of(indices))
         stream.weights = weights
         if keep.mask is not None and weights is None:  # ragged: where numbers were given, prompts are of one length
-            stream.packed = PackedRows.of(tokens.valid, stream.rotary, self.config._attn_implementation)
+            stream.packed = PackedRows.of(stream.tokens.valid, stream.rotary, self.config._attn_implementation)
         return stream
 
     def evict(self, index: int, entering: Stream, hidden: Tensor, cache: VisionCache) -> None:
@@ -247,21 +280,7 @@ class DecoderLoop:
 
     def attention(self, index: int, entering: Stream, cache: VisionCache | None = None) -> Attention:
         """A layer's attention on its input, on demand; keys come from the cache where they are there already."""
-        layer = self.layers[index]
-        attention, norm = layer.self_attn, layer.input_layernorm
-        entering = entering.on(norm.weight.device)
-        hidden, tokens, rotary = entering.hidden, entering.tokens, entering.rotary
-        query, key, _ = query_key_value(attention)
-
-        def queries(rows: Tensor) -> Tensor:
-            tables = tuple(gather(table.expand(len(rows), -1, -1), rows) for table in rotary)
-            return rotated(query(norm(gather(hidden, rows))), attention, tables, "q")
-
-        def keys() -> Tensor:
-            return rotated(key(norm(hidden)), attention, rotary, "k") if cache is None else cache.layers[index].keys
-
-        length = hidden.shape[1]
-        return Attention(queries, keys, attention.scaling, tokens.valid, first_row=tokens.image.shape[1] - length)
+        return OnDemand(self.layers[index], entering, cache).attention()
 
     def finish_prefill(
         self, cache: VisionCache, final: Tokens, last_rows: list[Attention | None], state: ForwardState

@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llava.model import cpu_attention
 from llava.model.language_model.projections import heads_of
+
+KERNELS = {"sdpa": F.scaled_dot_product_attention, cpu_attention.NAME: cpu_attention.attention}
 
 
 @dataclass
@@ -34,7 +37,7 @@ class PackedRows:
     @classmethod
     def of(cls, valid: Tensor | None, rotary: tuple[Tensor, Tensor], implementation: str) -> PackedRows | None:
         """The real rows, `valid` bool `[batch, length]`; None where nothing is padded or the plain layer is better."""
-        if valid is None or valid.device.type != "cpu" or implementation != "sdpa" or torch.is_grad_enabled():
+        if valid is None or valid.device.type != "cpu" or implementation not in KERNELS or torch.is_grad_enabled():
             return None
         rows = cls(valid.flatten().nonzero()[:, 0], valid.sum(-1).tolist(), tuple(valid.shape))
         rows.rotary = tuple(rows.pack(table.expand(*rows.shape, -1)) for table in rotary)
@@ -61,9 +64,7 @@ def packed_layer(
     query, key, value = heads_of(attention, layer.input_layernorm(hidden), rotary)
     prompts = zip(*(part.split(list(lengths), dim=2) for part in (query, key, value)), strict=True)
     grouped = attention.num_key_value_groups > 1
-    seen = [
-        F.scaled_dot_product_attention(*prompt, is_causal=True, scale=attention.scaling, enable_gqa=grouped)
-        for prompt in prompts
-    ]
+    kernel = KERNELS[attention.config._attn_implementation]
+    seen = [kernel(*prompt, is_causal=True, scale=attention.scaling, enable_gqa=grouped) for prompt in prompts]
     hidden = hidden + attention.o_proj(torch.cat(seen, dim=2).transpose(1, 2).flatten(2))
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), key, value

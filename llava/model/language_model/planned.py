@@ -34,7 +34,12 @@ def run_planned(
     active, inactive = _heads(attention, plan)
     states = layer.input_layernorm(hidden)
     if rows.window is None and not inactive:
-        hidden = hidden + self_attention(attention, states, stream.mask, stream.rotary, cache)[0]
+        hidden = hidden + self_attention(attention, states, stream.mask_of(layer), stream.rotary, cache)[0]
+    elif (window := stream.window_of(layer)) is not None:
+        raise ValueError(
+            f"sliding_window: is {window}, a prompt of {stream.windows.span} positions is longer: a layer that vision "
+            "tokens attend in part only (yopo) has no such window; shorten the prompt, or leave heads and window out"
+        )
     else:
         rotary = tuple(table.expand(len(hidden), -1, -1) for table in stream.rotary)
         hidden = hidden + _attend(attention, states, rotary, cache, rows, active, inactive)
@@ -59,6 +64,9 @@ def run_new_rows(layer: nn.Module, stream: Stream, cache: VisionCache, plan: Lay
     sees = (column <= column[-query.shape[2] :, None])[None, None]
     if tokens.valid is not None:
         sees = sees & tokens.valid[:, None, None]
+    if (window := stream.window_of(layer)) is not None:
+        rows = torch.arange(query.shape[2], device=key.device).expand(len(key), -1)
+        sees = sees & ~stream.windows.far(rows, window)[:, None]
     seen = torch.empty_like(query)
     seen[:, active] = _attention(attention, query[:, active], key, value, active, sees)
     text_value = value.masked_fill(tokens.vision[:, None, :, None], 0)
