@@ -126,7 +126,8 @@ class Inputs:
     def expanded(self, shape: ModelShape) -> Tensor:
         """The ids as Hugging Face wants them, one placeholder per vision token: `[batch, text + vision tokens]`."""
         place = int((self.ids[0] == IMAGE_TOKEN_INDEX).nonzero())
-        image = torch.full((len(self.ids), shape.vision_tokens), placeholder(shape), device=self.ids.device)
+        count = shape.patches + shape.feature_cls
+        image = torch.full((len(self.ids), count), placeholder(shape), device=self.ids.device)
         return torch.cat([self.ids[:, :place], image, self.ids[:, place + 1 :]], dim=1)
 
 
