@@ -2,3 +2,7 @@
 
 Importing the package loads nothing else; the model side is imported from :mod:`llava.model`.
 """
+
+from mustdrop.hosts import register_hosts
+
+register_hosts("llava.model.hosted")
