@@ -59,6 +59,10 @@ class Compose(Reducer):
     def check_tokens(self, layers: int, tokens: int) -> None:
         check_counts(self.flat(), layers, square(tokens), tokens)
 
+    def check_placeholders(self) -> None:
+        for part in self.parts:
+            part.check_placeholders()
+
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         return sum(part.selector_macs(shape, work) for part in self.parts)
 

@@ -69,6 +69,12 @@ class Fitting:
     def check_tower(self, tower: Tower) -> None:
         """Raise ValueError if the settings do not fit a vision tower."""
 
+    def check_placeholders(self) -> None:
+        """Raise ValueError if it cannot work on prompts that have a placeholder for every patch, and for nothing else.
+
+        Such are those of transformers' own classes.
+        """
+
     def check_tokens(self, layers: int, tokens: int) -> None:
         """Raise ValueError if the settings are out of reach for images of `tokens` vision tokens."""
 

@@ -94,6 +94,7 @@ FAMILIES = {"llava": _llava, "next": _next, "onevision": _onevision, "video": _v
 def stock(family: str, text: str = "llama", **more):
     """A random model in evaluation mode whose attention is far from uniform, so that choices have a margin."""
     torch.manual_seed(0)
+    more = {name: list(value) if isinstance(value, tuple) else value for name, value in more.items()}
     model = FAMILIES[family](text, **more).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():

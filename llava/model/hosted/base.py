@@ -148,16 +148,11 @@ class Host:
 
     def check(self, reducer: Reducer) -> None:
         """Raise ValueError, in one line, if a reducer cannot work on this model."""
-        name, kind = type(reducer).__name__, self.model.config.model_type
-        if reducer.overrides("on_pixels"):
-            raise ValueError(
-                f"method: {name} makes images smaller, but the prompts of a stock {kind} have one placeholder for "
-                "every patch; load the model with llava.model.builder, or use uniform or avgpool"
-            )
+        reducer.check_placeholders()
         if not isinstance(self.feature_layer, int) and any(map(reducer.overrides, TOWER_HOOKS)):
             raise ValueError(
-                f"vision_feature_layer: the features are those of {self.feature_layer} side by side, {name} works in "
-                "the vision tower and needs one"
+                f"vision_feature_layer: the features are those of {self.feature_layer} side by side, but "
+                f"{type(reducer).__name__} works in the vision tower, which has to have one last block"
             )
         heads, patches, blocks = self.config.num_attention_heads, self.side**2, self.num_vision_layers
         run = self.feature_layer % (blocks + 1) if isinstance(self.feature_layer, int) else blocks
@@ -276,7 +271,9 @@ def _generating(kind: type) -> type:
 
 def _outer(host: Host, stock: Callable, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
     """The whole model's forward: a loss is that of the tokens that reach the end."""
-    current = None if labels is None else _fresh(host, kwargs)
+    cache = kwargs.get("past_key_values")
+    going_on = isinstance(cache, HostedCache) and cache.filled
+    current = None if labels is None or going_on else _fresh(host, kwargs)
     if current is None:
         return stock(*args, **kwargs) if labels is None else stock(*args, labels=labels, **kwargs)
     as_tuple = kwargs.pop("return_dict", None) is False
@@ -284,9 +281,8 @@ def _outer(host: Host, stock: Callable, *args: Any, labels: Tensor | None = None
     with _under_way(current):
         output = stock(*args, return_dict=True, **kwargs)
     left = labels_of(current.state.tokens_out[-1], labels)
-    output.loss = host.model.loss_function(
-        logits=output.logits, labels=left, vocab_size=host.config.vocab_size, **extra
-    )
+    loss = host.model.loss_function(logits=output.logits, labels=left, vocab_size=host.config.vocab_size, **extra)
+    output = type(output)(loss=loss, **output)
     return output.to_tuple() if as_tuple else output
 
 
