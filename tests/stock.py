@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from functools import cache
 
 import torch
@@ -167,3 +169,53 @@ def generate(model, given: dict[str, torch.Tensor], new_tokens: int = 4, **how):
     how = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, **how}
     output = model.generate(**given, **how, output_logits=True, return_dict_in_generate=True)
     return output.sequences, torch.stack(output.logits, dim=1)
+
+
+CHAT = (
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'video' %}"
+    "<video>{% else %}{{ part['text'] }}{% endif %}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def save(folder, family: str, text: str, tokenizer_folder):
+    """A whole checkpoint of a random stock model, with its processor; returns the folder."""
+    import shutil
+
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+    shutil.copy(tokenizer_folder / "tokenizer.model", folder)
+    tokenizer = hf.LlamaTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<image>", "<video>"], special_tokens=True)
+    tokenizer.pad_token = "</s>"
+    tokenizer.chat_template = CHAT
+    size = {"height": PIXELS, "width": PIXELS}
+    if family in ("llava", "video"):
+        images = CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=size)
+    elif family == "next":
+        images = LlavaNextImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=size, image_grid_pinpoints=GRIDS)
+    else:
+        images = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=GRIDS)
+    model = copy.deepcopy(stock(family, text))
+    image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.image_token_id = model.config.image_token_index = image
+    if family in ("onevision", "video"):
+        model.config.video_token_id = model.config.video_token_index = video
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    images.save_pretrained(folder)
+    kinds = {
+        "llava": ("LlavaProcessor", {"patch_size": 14, "num_additional_image_tokens": 1}),
+        "next": ("LlavaNextProcessor", {"patch_size": 14, "num_additional_image_tokens": 1}),
+        "onevision": ("LlavaOnevisionProcessor", {"num_image_tokens": SIDE**2}),
+        "video": ("VideoLlavaProcessor", {"patch_size": 14, "num_additional_image_tokens": 1}),
+    }
+    kind, facts = kinds[family]
+    strategy = "full" if family == "onevision" else "default"
+    facts = {"processor_class": kind, "vision_feature_select_strategy": strategy, "image_token": "<image>", **facts}
+    (folder / "processor_config.json").write_text(json.dumps(facts))
+    return folder
