@@ -19,6 +19,7 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path, load_image, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from llava.model.llava_arch import LlavaMetaForCausalLM
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -147,7 +148,7 @@ class LoadedModel:
             load_4bit=load_4bit,
             load_8bit=load_8bit,
         )
-        return cls(tokenizer, model.eval(), image_processor, context_len, conv_template)
+        return model_kind(model)(tokenizer, model.eval(), image_processor, context_len, conv_template)
 
     @property
     def device(self) -> torch.device:
@@ -308,3 +309,12 @@ class LoadedModel:
         """Generate for what ``prepare`` returned."""
         ids = self.model.generate(**self._on_device(prepared), **generation)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def model_kind(model: torch.nn.Module) -> type[LoadedModel]:
+    """How a loaded model is asked: our own LLaVA with LLaVA's templates, others with their processor."""
+    if isinstance(model, LlavaMetaForCausalLM):
+        return LoadedModel
+    from eval.stock_model import StockModel
+
+    return StockModel
