@@ -187,6 +187,7 @@ def save(folder, family: str, text: str, tokenizer_folder):
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
+    folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(tokenizer_folder / "tokenizer.model", folder)
     tokenizer = hf.LlamaTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<image>", "<video>"], special_tokens=True)

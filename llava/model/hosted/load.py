@@ -85,7 +85,7 @@ def load_stock(
         quantise.llm_int8_skip_modules = UNPACKED
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
-            folder, config=config, output_loading_info=True, **arguments
+            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
     except _SAID as error:
         raise ValueError(f"{path}: cannot be loaded ({first_line(error)})") from None
