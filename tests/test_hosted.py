@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import stock
@@ -475,6 +476,85 @@ def test_generation_that_a_reducer_cannot_do_is_refused_by_name(argument):
         model.generate(**given, **argument, max_new_tokens=2)
     with pytest.raises(ValueError, match="tokens: 36"), KeepAll().on(model):
         model(**{**given, "pixel_values": stock.pixels(2)})
+
+
+def test_a_cache_that_holds_a_prompt_is_refused_by_generate():
+    model = stock.stock("llava")
+    given = alone(inputs("llava", model), 0)
+    with KeepAll().on(model):
+        cache = model(**given, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="past_key_values: holds positions already"):
+            model.generate(**given, past_key_values=cache, max_new_tokens=2)
+
+
+def test_several_sequences_of_a_prompt_and_workers_of_a_pool():
+    model = stock.stock("llava")
+    given = inputs("llava", model)
+
+    def sampled():
+        torch.manual_seed(1)
+        return model.generate(**given, do_sample=True, num_return_sequences=3, max_new_tokens=4)
+
+    expected = sampled()
+    with KeepAll().on(model):
+        assert torch.equal(sampled(), expected)
+    how = {**given, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with reducer_of("divprune").on(model) as run:
+        expected = model.generate(**how)
+        with ThreadPoolExecutor(2) as pool:
+            found = [pool.submit(model.generate, **how) for _ in range(3)]
+        assert all(torch.equal(one.result(), expected) for one in found)
+    assert len(run.traces) == 8
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side(side):
+    model = stock.stock("next")
+    given = inputs("next", model)
+    rows = [row[mask.bool()] for row, mask in zip(given["input_ids"], given["attention_mask"], strict=True)]
+    for name, values in (("input_ids", rows), ("attention_mask", [torch.ones_like(row) for row in rows])):
+        given[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_side=side)
+    with reducer_of("mustdrop").on(model):
+        both = model(**given).logits[:, -1]  # what is left is padded on the left
+        single = [model(**alone(given, row)).logits[0, -1] for row in range(2)]
+    torch.testing.assert_close(both, torch.stack(single), atol=2e-5, rtol=0)
+
+
+def test_eager_attention_and_its_probabilities():
+    model = copy.deepcopy(stock.stock("next"))
+    model.set_attn_implementation("eager")
+    given = alone(inputs("next", model), 0)
+    expected = model(**given, output_attentions=True)
+    with KeepAll().on(model):
+        found = model(**given, output_attentions=True)
+    assert torch.equal(found.logits, expected.logits)
+    assert all(map(torch.equal, found.attentions, expected.attentions))
+
+
+def test_several_images_of_onevision_have_one_view_each():
+    model = stock.stock("onevision", "qwen2")
+    given = {
+        **ids_of([(3, [(stock.IMAGE, stock.SIDE**2 + 1)] * 2, 6)]),
+        "pixel_values": stock.pixels(2, 5),
+        "image_sizes": torch.tensor(stock.SIZES),
+        "batch_num_images": torch.tensor([2]),
+    }
+    logits = generate(model, given)[1]
+    with KeepAll().on(model) as run:
+        assert torch.equal(generate(model, given)[1], logits)
+    assert [image["tokens"] for image in run.traces[0].images] == [stock.SIDE**2] * 2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_steps_reach_tower_and_decoder(checkpointing):
+    model = copy.deepcopy(stock.stock("next")).train()
+    given = inputs("next", model)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    with torch.enable_grad(), reducer_of("mustdrop").on(model):
+        model(**given, labels=given["input_ids"].masked_fill(given["input_ids"] == stock.IMAGE, -100)).loss.backward()
+    parts = model.model.vision_tower.embeddings.patch_embedding, model.model.language_model.layers[0].self_attn.q_proj
+    assert all(part.weight.grad.abs().sum() > 0 for part in parts)
 
 
 def in_peft(model):

@@ -255,6 +255,9 @@ class _Generating:
             return super().generate(inputs, *args, **kwargs)
         ids = kwargs.get("input_ids") if inputs is None else inputs
         check_generation(ids, kwargs, self.generation_config)
+        held = kwargs.get("past_key_values")
+        if held is not None and held.get_seq_length():
+            raise ValueError("past_key_values: holds positions already, with a reducer generate() starts with none")
         if kwargs.pop("use_cache", True) is False:
             logger.warning_once("use_cache=False is ignored: with a reducer generate() always decodes from the cache")
         current = host.begin(ids, dict(kwargs))
