@@ -23,9 +23,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -113,21 +114,37 @@ class Attention:
 
 @dataclass
 class VisionStep:
-    """What a reducer sees after vision-encoder block `block` of `blocks`, `last` being the last that is run.
+    """What a reducer sees of the images before they join the text.
 
-    `attention` is the block's own (on its input), `next_attention` the following block's on the present tokens (None
-    after the last block). `scratch` is what this reducer remembers during the forward pass, `run` the number of blocks
-    that are run.
+    Attributes
+    ----------
+    tokens : VisionTokens
+        The present tokens.
+    scratch : dict
+        What this reducer remembers during the forward pass.
+    block, blocks, run : int
+        The vision-encoder block that has been run, how many there are, and how many are run; -1 and 0 outside.
+    attention, next_attention : Attention or None
+        The block's own attention (on its input), and the following block's on the present tokens; None after the last
+        block, and outside.
+    instruction : `[images, length, width]` or None
+        Embeddings of the text after the prompt's first image, padded where `real` bool `[images, length]` is False.
     """
 
-    block: int
-    blocks: int
-    last: bool
     tokens: VisionTokens
-    attention: Attention
-    next_attention: Attention | None
-    scratch: dict
+    scratch: dict = field(default_factory=dict)
+    block: int = -1
+    blocks: int = 0
     run: int = 0
+    attention: Attention | None = None
+    next_attention: Attention | None = None
+    instruction: Tensor | None = None
+    real: Tensor | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the last block that is run."""
+        return self.block + 1 == self.run
 
 
 @dataclass
@@ -144,25 +161,27 @@ class DecoderStep:
     layers: int
     tokens: Tokens
     hidden: Tensor
-    attention: Attention | None
-    next_attention: Attention | None
-    scratch: dict
+    attention: Attention | None = None
+    next_attention: Attention | None = None
+    scratch: dict = field(default_factory=dict)
     norm: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass
 class CacheStep:
-    """What a reducer sees when prefill ends.
+    """What a reducer sees of a layer's cache when prefill ends.
 
-    `cached[layer]` describes the keys and values the layer has cached, `final` the tokens that left the last layer;
-    `attention[layer]` has a single row 0: the prompt's last token, whose output is the first generated one; it is empty
-    for a reducer that says not to read it.
+    `tokens` describes the keys and values that the layer has cached, `final` the tokens that left the last layer;
+    `attention` has a single row 0: the prompt's last token, whose output is the first generated one. It is None for a
+    reducer that says not to read it.
     """
 
-    cached: list[Tokens]
+    layer: int
+    layers: int
+    tokens: Tokens
     final: Tokens
-    attention: list[Attention]
-    scratch: dict
+    attention: Attention | None = None
+    scratch: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -200,6 +219,11 @@ class LayerPlan:
         """Neurons of an MLP of `mlp` that vision tokens go through."""
         return round(self.mlp_share * mlp)
 
+    @classmethod
+    def all_of(cls, plans: Sequence[LayerPlan]) -> LayerPlan | None:
+        """The plan that computes only what all do; None if there is none."""
+        return reduce(cls.__and__, plans) if plans else None
+
     def __and__(self, other: LayerPlan) -> LayerPlan:
         """The plan that computes only what both do."""
         masks = [plan.heads for plan in (self, other) if isinstance(plan.heads, tuple)]
@@ -223,6 +247,8 @@ class Reducer(Fitting):
         Position of generated tokens: the one after the prompt's last, or the length of the layer's cache.
     reads_output_attention : bool
         Whether `after_prefill` asks for attention; where it does not, nothing is kept for it.
+    proportional_attention : bool
+        Whether vision blocks count a token as often as it has patches, once some have been merged.
     thresholds : mapping of str to float
         Thresholds that calibration scales together, at reference values; the higher, the fewer tokens stay.
     """
@@ -230,6 +256,7 @@ class Reducer(Fitting):
     positions: str = "original"
     decode_positions: str = "continue"
     reads_output_attention: bool = True
+    proportional_attention: ClassVar[bool] = False
     thresholds: ClassVar[Mapping[str, float]] = {}
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
@@ -240,29 +267,27 @@ class Reducer(Fitting):
         """Whether a hook is overridden; models skip idle ones altogether."""
         return getattr(type(self), hook) is not getattr(Reducer, hook)
 
+    def asked_at(self, hook: str) -> list[Reducer]:
+        """The reducers that are asked at a hook, one after the other: itself, or the parts it is made of."""
+        return [self] if self.overrides(hook) else []
+
     def on_pixels(self, images: Tensor, patch_size: int) -> Tensor | None:
         """Change the preprocessed images `[images, 3, height, width]`, their sizes too, or None."""
 
-    def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
-        """Return the tokens that go on, or None to leave them."""
+    def after_vision_block(self, step: VisionStep) -> Keep | None:
+        """Return which tokens go on, or None for all."""
 
-    def inside_vision_block(self, step: VisionStep) -> VisionTokens | None:
+    def inside_vision_block(self, step: VisionStep) -> Keep | None:
         """As `after_vision_block`, on what attention has added to a block's input and before its MLP."""
 
-    def on_vision_features(self, tokens: VisionTokens, scratch: dict) -> VisionTokens | None:
-        """Change the selected features before the projector, or None."""
+    def on_vision_features(self, step: VisionStep) -> Keep | None:
+        """Return which of the selected features go on to the projector, or None for all."""
 
-    def on_projected_features(self, tokens: VisionTokens, scratch: dict) -> VisionTokens | None:
-        """Change the projected features (`prefix` 0) before they join the text, or None."""
+    def on_projected_features(self, step: VisionStep) -> Keep | None:
+        """Return which of the projected features (`prefix` 0) join the text, or None for all."""
 
-    def on_instruction(
-        self, tokens: VisionTokens, instruction: Tensor, real: Tensor, scratch: dict
-    ) -> VisionTokens | None:
-        """As `on_projected_features`, one row for every image of every prompt, or None.
-
-        `instruction` `[rows, length, width]` are the embeddings of the text after the prompt's first image, padded
-        where `real` `[rows, length]` is False.
-        """
+    def on_instruction(self, step: VisionStep) -> Keep | None:
+        """As `on_projected_features`, one row for every image of every prompt, with `step.instruction`."""
 
     def before_decoder_layer(self, step: DecoderStep) -> LayerPlan | None:
         """Return what the layer shall compute for vision tokens, or None for everything."""
@@ -270,14 +295,11 @@ class Reducer(Fitting):
     def after_decoder_layer(self, step: DecoderStep) -> Keep | None:
         """Return which tokens go on, or None for all."""
 
-    def after_prefill(self, step: CacheStep) -> list[Tensor | Tokens | None] | None:
-        """Return for each layer which cached entries stay: a mask, bool `[batch, length]`, or None for all.
+    def after_prefill(self, step: CacheStep) -> Keep | None:
+        """Return which entries of a layer's cache stay, or None for all."""
 
-        The record of a later layer means the tokens it holds, and spares the read by the host that a mask needs.
-        """
-
-    def after_decode_layer(self, step: DecoderStep) -> Tensor | None:
-        """Return which entries of the layer's cache stay, bool `[batch, length]`, or None for all."""
+    def after_decode_layer(self, step: DecoderStep) -> Keep | None:
+        """Return which entries of the layer's cache stay, or None for all."""
 
     @contextmanager
     def on(self, model, timing: bool = False, keep: int | None = None) -> Iterator[TraceRecorder]:
@@ -384,7 +406,8 @@ class ForwardState:
     def __init__(self, reducer: Reducer, recorder: TraceRecorder | None = None):
         self.reducer = reducer
         self.recorder = recorder
-        self.scratch: dict = {}
+        self.scratch: dict[int, dict] = {}  # per reducer, what it remembers
+        self._asked: dict[str, list[tuple[Reducer, dict]]] = {}
         self.vision: dict[int, Tensor] = {}  # patch_to_token map after each vision block that changed the tokens
         self.images: list[list[tuple[int, Tensor]]] = []  # per prompt and image: tokens spliced in, patch_to_token map
         self.tiles: list[list[int]] = []  # per prompt and image: its row in what the vision encoder computed
@@ -399,7 +422,43 @@ class ForwardState:
 
     def overrides(self, hook: str) -> bool:
         """Whether the reducer has something to do at a hook: an idle hook costs nothing."""
-        return self.reducer.overrides(hook)
+        return bool(self._asked_at(hook))
+
+    def any(self, attribute: str, hook: str | None = None) -> bool:
+        """Whether an attribute is true for one of the reducers that are asked at a hook, by default at any."""
+        hooks = [hook] if hook else [name for name in vars(Reducer) if name.startswith(("on_", "after_", "inside_"))]
+        return any(getattr(part, attribute) for name in hooks for part, _ in self._asked_at(name))
+
+    def ask(self, hook: str, step: VisionStep | DecoderStep | CacheStep) -> list:
+        """What the reducers that are asked at a hook answer to the same step, those left out that have no answer."""
+        with self.timed("selector", step.tokens.device):
+            answers = [getattr(part, hook)(replace(step, scratch=own)) for part, own in self._asked_at(hook)]
+        return [answer for answer in answers if answer is not None]
+
+    def pixels(self, images: Tensor, patch_size: int) -> Tensor:
+        """The preprocessed images `[images, 3, height, width]` that the vision encoder is given."""
+        for part, _ in self._asked_at("on_pixels"):
+            changed = part.on_pixels(images, patch_size)
+            images = images if changed is None else changed
+        return images
+
+    def choose(self, hook: str, step: VisionStep) -> VisionTokens:
+        """The vision tokens that go on after a hook; each reducer that is asked sees what the one before it left."""
+        tokens, asked = step.tokens, self._asked_at(hook)
+        if not asked:
+            return tokens
+        with self.timed("selector", tokens.device):
+            for part, own in asked:
+                keep = getattr(part, hook)(replace(step, tokens=tokens, scratch=own))
+                tokens = tokens if keep is None else keep.apply(tokens)
+        return tokens
+
+    def _asked_at(self, hook: str) -> list[tuple[Reducer, dict]]:
+        """The reducers that are asked at a hook, and what each remembers."""
+        if hook not in self._asked:
+            parts = self.reducer.asked_at(hook)
+            self._asked[hook] = [(part, self.scratch.setdefault(id(part), {})) for part in parts]
+        return self._asked[hook]
 
     def timed(self, part: str, device: torch.device):
         """Context that adds its duration to `seconds[part]` when the run asks for timing."""

@@ -7,8 +7,6 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor
 
-from mustdrop.tokens import VisionTokens, compact
-
 
 def cut_windows(patches: Tensor, grid: tuple[int, int], window: int) -> Tensor:
     """Non-overlapping windows of a patch grid, `[images, patches, width]` -> `[images, windows, window^2, width]`.
@@ -42,73 +40,23 @@ def window_similarity(patches: Tensor, grid: tuple[int, int], window: int) -> Te
     return (reduce(units, "i w n d -> i w d", "sum").square().sum(-1) - count) / (count * (count - 1))
 
 
-def merge_windows(tokens: VisionTokens, merge: Tensor, window: int, score: Tensor | None = None) -> VisionTokens:
-    """Replace the tokens of chosen windows by their plain mean, which sits on the window's middle patch.
+def redundancy(features: Tensor, valid: Tensor | None = None, first: Tensor | None = None) -> Tensor:
+    """How much a token repeats tokens before it, for all tokens in one step: no token waits for another.
 
-    Parameters
-    ----------
-    tokens : VisionTokens
-        One token per patch.
-    merge : bool `[images, windows]`
-        The windows to merge.
-    window : int
-        Side of a window.
-    score : `[images, windows]`, optional
-        When given, merged tokens come first, by falling score, then the others; otherwise raster order is kept.
-    """
-    (rows, columns), device = tokens.grid, merge.device
-    row = torch.arange(rows, device=device)[:, None].expand(rows, columns).reshape(-1)
-    column = torch.arange(columns, device=device).repeat(rows)
-    per_row = columns // window
-    inside = (row < rows // window * window) & (column < per_row * window)
-    window_of = torch.where(inside, row // window * per_row + column // window, 0)
-    middle_of = (window_of // per_row * window + window // 2) * columns + window_of % per_row * window + window // 2
-    raster = torch.arange(rows * columns, device=device)
-
-    merged = merge[:, window_of] & inside
-    middles = torch.arange(merge.shape[1], device=device)
-    middles = (middles // per_row * window + window // 2) * columns + middles % per_row * window + window // 2
-    means = cut_windows(tokens.patches, tokens.grid, window).mean(2)
-    patches = tokens.patches.clone()
-    patches[:, middles] = torch.where(merge[..., None], means, patches[:, middles])
-
-    order = None
-    if score is not None:
-        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-        order = torch.where(merged, rank[:, window_of], merge.shape[1] + raster)
-    keep = ~merged | (raster == middle_of)
-    return tokens.with_patches(patches).select(keep, merge_into=torch.where(merged, middle_of, raster), order=order)
-
-
-def top_share(score: Tensor, share: float, counts: Tensor) -> Tensor:
-    """Mark the ceil(share * count) best of each row's `counts` entries, bool like `score` `[rows, entries]`.
-
-    Entries beyond a row's count must score -inf. The ceiling is taken in float64, as Python's `math.ceil` would.
-    """
-    wanted = (counts.double() * share).ceil().long()
-    rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    return rank < wanted[:, None]
-
-
-def least_redundant(features: Tensor, count: int, valid: Tensor | None = None, first: Tensor | None = None) -> Tensor:
-    """Mark `count` tokens of every image that repeat each other little, in one step: no token waits for another.
-
-    Tokens are put in order, the least like all others in front. A token is as redundant as its largest cosine
-    similarity to a token before it, so that of tokens that are alike the first one stays.
+    Tokens are put in order, the least similar to all others in front. A token is as redundant as its largest cosine
+    similarity to a token before it, so that of similar tokens the first one counts as new.
 
     Parameters
     ----------
     features : `[images, tokens, width]`
-    count : int
-        Tokens to mark, at most all.
     valid : bool `[images, tokens]`, optional
-        False for padding, which is marked last.
+        False for padding, which repeats most.
     first : bool `[images, tokens]`, optional
-        True for tokens that are marked whatever they repeat, and stand in front of all others.
+        True for tokens that stand in front of all others and repeat least.
 
     Returns
     -------
-    bool `[images, tokens]`
+    float32 `[images, tokens]`
     """
     units = F.normalize(features.float(), dim=-1)
     similarity = units @ units.transpose(1, 2)
@@ -117,14 +65,12 @@ def least_redundant(features: Tensor, count: int, valid: Tensor | None = None, f
         to_all = to_all.masked_fill(first, float("-inf"))
     if valid is not None:
         to_all = to_all.masked_fill(~valid, float("inf"))
+    # The order is a mask over pairs instead of a loop: a token looks only at those of a smaller place.
     place = to_all.argsort(dim=-1, stable=True).argsort(-1)
     redundancy = similarity.masked_fill(place[:, None] >= place[..., None], -2).amax(-1)
     if first is not None:
         redundancy = redundancy.masked_fill(first, -3)
-    if valid is not None:
-        redundancy = redundancy.masked_fill(~valid, 2)
-    best = redundancy.topk(count, largest=False).indices
-    return torch.zeros_like(redundancy, dtype=torch.bool).scatter(1, best, True)
+    return redundancy if valid is None else redundancy.masked_fill(~valid, 2)
 
 
 def dual_attention_keep(
@@ -186,49 +132,6 @@ def top_per_image(score: Tensor, image: Tensor, wanted: Tensor) -> Tensor:
 def top_count(score: Tensor, count: int | Tensor) -> Tensor:
     """Mark the `count` best entries of each row, bool like `score` `[rows, entries]`; `[rows, 1]` for each its own."""
     return score.argsort(dim=-1, descending=True, stable=True).argsort(-1) < count
-
-
-def keep_best(tokens: VisionTokens, score: Tensor, count: int) -> VisionTokens:
-    """The `count` best tokens of every image by a score `[images, tokens]`, in their old order.
-
-    An image that has no more than that keeps all.
-    """
-    if tokens.valid is not None:
-        score = score.float().masked_fill(~tokens.valid, float("-inf"))
-    return tokens.select(top_count(score, count), length=count if tokens.valid is None else None)
-
-
-def merge(
-    tokens: VisionTokens,
-    merge_into: Tensor,
-    length: int | None = None,
-    weight: Tensor | None = None,
-    order: Tensor | None = None,
-) -> VisionTokens:
-    """Let tokens be absorbed by others, which then stand for their patches too.
-
-    Parameters
-    ----------
-    tokens : VisionTokens
-    into : int64 `[images, tokens]`
-        Column of the token that a token goes into; its own column if it stays.
-    length : int, optional
-        Number of tokens that stay in every image, if the caller knows it.
-    weight : `[images, tokens]`, optional
-        What a token counts for in the sum that replaces the token it goes into. Default: such that it is their mean.
-    order : int `[images, tokens]`, optional
-        As in `compact`.
-    """
-    stays = merge_into == torch.arange(merge_into.shape[1], device=merge_into.device)
-    if tokens.valid is not None:
-        stays, length = stays & tokens.valid, None
-    if weight is None:
-        size = torch.zeros_like(merge_into).scatter_add(1, merge_into, torch.ones_like(merge_into))
-        weight = 1 / size.gather(1, merge_into)
-    kept, _ = compact(stays, pad="right", order=order, length=length)
-    share = (merge_into[:, None] == kept[..., None]) * weight[:, None].float()
-    merged = (share @ tokens.patches.float()).to(tokens.hidden.dtype)
-    return tokens.select(stays, merge_into=merge_into, order=order, length=length).with_patches(merged)
 
 
 def grid_cells(grid: tuple[int, int], count: int, device: torch.device) -> tuple[Tensor, Tensor]:

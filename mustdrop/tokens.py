@@ -73,8 +73,6 @@ class VisionTokens:
         Patch grid.
     valid, protected : bool `[images, tokens]` or None
         False for padding (None: no padding); True for tokens that no later stage may drop (None: none).
-    proportional : bool
-        Whether attention counts a token as often as it has patches.
     lengths, keys : tuple of int or None
         What the host knows: tokens of each image, None where that is all there are; and how many of them are protected,
         None where none are.
@@ -87,7 +85,6 @@ class VisionTokens:
     prefix: int = 1
     valid: Tensor | None = None
     protected: Tensor | None = None
-    proportional: bool = False
     lengths: tuple[int, ...] | None = None
     keys: tuple[int, ...] | None = None
 
@@ -96,6 +93,11 @@ class VisionTokens:
         """Records of an untouched encoder output: token i stands for patch i."""
         raster = torch.arange(grid[0] * grid[1], device=hidden.device).expand(hidden.shape[0], -1)
         return cls(hidden, raster, raster, grid, prefix)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokens are."""
+        return self.hidden.device
 
     @property
     def patches(self) -> Tensor:
@@ -155,45 +157,56 @@ class VisionTokens:
 
     def select(
         self,
-        keep: Tensor,
-        *,
+        stays: Tensor,
+        lengths: Sequence[int],
         merge_into: Tensor | None = None,
+        weights: Tensor | None = None,
         order: Tensor | None = None,
-        length: int | None = None,
-        keeps_keys: bool = False,
     ) -> VisionTokens:
-        """Keep the tokens of a mask `[images, tokens]`, padded on the right.
+        """The tokens of a mask `[images, tokens]`, so many of each image, padded on the right; see `Keep` for the rest.
 
-        `merge_into` `[images, tokens]` names, for a token that is merged away, the column of the token that now stands
-        for its patches (its own column elsewhere). `order` and `length` as in `compact`. `keeps_keys` says that
-        protected tokens are put before all others; else the host asks how many are left.
+        Protected tokens have to be among them.
         """
-        if self.valid is not None:
-            keep = keep & self.valid
-        lengths = keep.sum(-1).tolist() if length is None else [length] * len(keep)
-        keys = self.keys
-        if keys is not None and keeps_keys:
-            keys = tuple(min(pair) for pair in zip(keys, lengths, strict=True))
-        elif keys is not None:
-            keys = tuple((self.protected & keep).sum(-1).tolist())
-        indices, valid = compact(keep, pad="right", order=order, length=lengths)
+        indices, valid = compact(stays, pad="right", order=order, length=lengths)
+        column = torch.arange(stays.shape[1], device=stays.device)
         new_column = torch.full_like(self.patch_index, -1).scatter(
             1, indices, torch.arange(indices.shape[1], device=indices.device).expand_as(indices)
         )
-        new_column = new_column.masked_fill(~keep, -1)
+        new_column = new_column.masked_fill(~stays, -1)
         if merge_into is not None:
+            merge_into = torch.where(stays, column, merge_into)
             new_column = new_column.gather(1, merge_into)
-        patch_to_token = new_column.gather(1, self.patch_to_token.clamp(min=0)).masked_fill(self.patch_to_token < 0, -1)
-        prefix = torch.arange(self.prefix, device=indices.device).expand(len(indices), -1)
+        if weights is None:
+            prefix = torch.arange(self.prefix, device=indices.device).expand(len(indices), -1)
+            hidden = gather(self.hidden, torch.cat([prefix, indices + self.prefix], dim=1))
+        else:
+            # All sums at once: a row of `share` holds the weights of the tokens that become one.
+            share = (merge_into[:, None] == indices[..., None]) * weights[:, None].float()
+            merged = (share @ self.patches.float()).to(self.hidden.dtype)
+            hidden = torch.cat([self.hidden[:, : self.prefix], merged], dim=1)
         return dataclasses.replace(
             self,
-            hidden=gather(self.hidden, torch.cat([prefix, indices + self.prefix], dim=1)),
+            hidden=hidden,
             patch_index=self.patch_index.gather(1, indices),
-            patch_to_token=patch_to_token,
+            patch_to_token=new_column.gather(1, self.patch_to_token.clamp(min=0)).masked_fill(
+                self.patch_to_token < 0, -1
+            ),
             valid=valid,
             protected=None if self.protected is None else self.protected.gather(1, indices),
             lengths=tuple(lengths),
-            keys=keys,
+        )
+
+    def with_prefix_as_tokens(self) -> VisionTokens:
+        """The same tokens, the prefix being tokens in front of them that stand for no patch."""
+        shift = self.prefix
+        return dataclasses.replace(
+            self,
+            patch_index=F.pad(self.patch_index, (shift, 0)),
+            patch_to_token=self.patch_to_token + shift * (self.patch_to_token >= 0),
+            valid=self.valid_with_prefix,
+            protected=None if self.protected is None else F.pad(self.protected, (shift, 0)),
+            lengths=tuple(length + shift for length in self.known_lengths),
+            prefix=0,
         )
 
 
@@ -272,6 +285,11 @@ class Tokens:
     row: Tensor | None = None
     column: Tensor | None = None
     prompts: tuple[PromptFacts, ...] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the record is."""
+        return self.image.device
 
     @property
     def vision(self) -> Tensor:

@@ -87,7 +87,7 @@ def test_the_rim_of_a_grid_that_the_window_does_not_divide_never_merges(side):
 
 def test_a_grid_smaller_than_the_window():
     tokens = VisionTokens.from_patches(torch.randn(1, 5, 8), (2, 2))
-    step = VisionStep(0, 4, False, tokens, None, None, {})
+    step = VisionStep(tokens, block=0, blocks=4, run=3)
     assert MustDrop().parts[0].after_vision_block(step) is None
 
 
@@ -128,8 +128,9 @@ def test_an_encoder_without_cls_chooses_keys_by_the_attention_they_receive():
     keys = torch.zeros(1, 1, 9, 8)
     keys[0, 0, 4] = 5.0
     attention = Attention(lambda rows: torch.ones(1, 1, rows.shape[1], 8), lambda: keys, 1.0)
-    step = VisionStep(3, 4, True, tokens, attention, None, {})
-    assert KeyTokens(rate=0.1).after_vision_block(step).protected[0].nonzero()[:, 0].tolist() == [4]
+    step = VisionStep(tokens, block=3, blocks=4, run=4, attention=attention)
+    keys = KeyTokens(rate=0.1).after_vision_block(step).apply(tokens)
+    assert keys.keys == (1,) and keys.protected[0].nonzero()[:, 0].tolist() == [4]
 
 
 # Each deviation from the authors' code is an option of its own.

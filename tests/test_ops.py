@@ -1,13 +1,15 @@
 """The tensor functions against slow, plain restatements of their definitions."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mustdrop import ops
-from mustdrop.hooks import Attention, Tokens, VisionTokens, compact, gather
+from mustdrop.hooks import Attention, Keep, Tokens, VisionTokens, compact, gather
+from mustdrop.stages.vision import merge_windows
 
 
 def test_compact_keeps_order_and_pads():
@@ -58,7 +60,7 @@ def test_merge_windows_means_places_and_owners(grid, window, by_score):
     score = ops.window_similarity(tokens.patches, grid, window)
     merge = torch.zeros_like(score, dtype=torch.bool)
     merge[0, [0, 2]] = True
-    after = ops.merge_windows(tokens, merge, window, score if by_score else None)
+    after = merge_windows(tokens, merge, window, score=score if by_score else None).apply(tokens)
 
     per_row = grid[1] // window
     owners: dict[int, list[int]] = {}
@@ -85,34 +87,39 @@ def test_merge_windows_means_places_and_owners(grid, window, by_score):
 def test_merging_different_numbers_of_windows_in_a_batch():
     tokens = VisionTokens.from_patches(torch.randn(2, 37, 4), (6, 6))
     merge = torch.tensor([[True, True, False, False], [False, False, False, False]])
-    after = ops.merge_windows(tokens, merge, 3)
+    after = merge_windows(tokens, merge, 3).apply(tokens)
     assert after.counts.tolist() == [20, 36]
     torch.testing.assert_close(after.hidden[1], tokens.hidden[1])
-    alone = ops.merge_windows(VisionTokens.from_patches(tokens.hidden[:1], (6, 6)), merge[:1], 3)
+    first = VisionTokens.from_patches(tokens.hidden[:1], (6, 6))
+    alone = merge_windows(first, merge[:1], 3).apply(first)
     torch.testing.assert_close(after.hidden[:1, :21], alone.hidden)
 
 
 def test_selecting_twice_keeps_track_of_patches():
     tokens = VisionTokens.from_patches(torch.randn(1, 37, 4), (6, 6))
-    merged = ops.merge_windows(tokens, torch.tensor([[True, False, False, True]]), 3)
+    merged = merge_windows(tokens, torch.tensor([[True, False, False, True]]), 3).apply(tokens)
     keep = torch.zeros(1, merged.patch_index.shape[1], dtype=torch.bool)
     column = merged.patch_to_token[0, 35].item()
     keep[0, [2, column]] = True
-    after = merged.select(keep)
+    after = Keep.where(keep).apply(merged)
     assert after.patch_to_token[0, 35].item() == 1
     assert sorted((after.patch_to_token[0] == 1).nonzero()[:, 0].tolist()) == [21, 22, 23, 27, 28, 29, 33, 34, 35]
     assert (after.patch_to_token[0] == 0).sum() == 1
     assert (after.patch_to_token[0] == -1).sum() == 26
 
 
-def test_top_share_rounds_up_as_python_does():
+def test_key_tokens_are_the_best_of_each_image_and_their_number_rounds_up_as_python_does():
     score = torch.randn(3, 400)
-    counts = torch.tensor([400, 350, 25])
-    score[1, 350:] = float("-inf")
-    score[2, 25:] = float("-inf")
-    marked = ops.top_share(score, 0.08, counts)
-    assert marked.sum(-1).tolist() == [math.ceil(n * 0.08) for n in counts.tolist()]
-    assert score[0][marked[0]].min() > score[0][~marked[0]].max()
+    lengths = [400, 350, 25]
+    valid = torch.arange(400) < torch.tensor(lengths)[:, None]
+    tokens = VisionTokens.from_patches(torch.randn(3, 400, 2), (20, 20), 0)
+    tokens = replace(tokens, valid=valid, lengths=tuple(lengths))
+        VisionTokens.from_patches(torch.randn(3, 400, 2), (20, 20), 0), valid=valid, lengths=tuple(lengths)
+    )
+    keys = [math.ceil(length * 0.08) for length in lengths]
+    after = Keep.protect(score, keys).apply(tokens)
+    assert after.keys == tuple(keys) and after.protected.sum(-1).tolist() == keys
+    assert score[0][after.protected[0]].min() > score[0][~after.protected[0]].max()
 
 
 def test_dual_attention_keep_is_the_definition():
@@ -158,13 +165,15 @@ def test_layer_index(layer, depth, expected):
     assert ops.layer_index(layer, depth) == expected
 
 
+def kept(features: torch.Tensor, count: int, **given: torch.Tensor) -> torch.Tensor:
+    return ops.top_count(-ops.redundancy(features, **given), count)
+
+
 def test_least_redundant_keeps_one_of_each_kind():
     kinds, copies = torch.randn(5, 16), [3, 1, 4, 2, 2]
     kind = torch.arange(5).repeat_interleave(torch.tensor(copies))[torch.randperm(12)]
     features = kinds[kind][None] * torch.rand(1, 12, 1).add(0.5)  # length does not matter
-    keep = ops.least_redundant(features, 5)[0]
-    assert sorted(kind[keep].tolist()) == [0, 1, 2, 3, 4]
-    assert ops.least_redundant(features, 12).all() and int(ops.least_redundant(features, 7).sum()) == 7
+    assert sorted(kind[kept(features, 5)[0]].tolist()) == [0, 1, 2, 3, 4]
 
 
 def test_least_redundant_keeps_given_tokens_first_and_padding_last():
@@ -172,10 +181,10 @@ def test_least_redundant_keeps_given_tokens_first_and_padding_last():
     features = torch.cat([features, features], dim=1)
     first = torch.zeros(1, 12, dtype=torch.bool)
     first[0, [2, 8, 9]] = True  # 8 repeats 2
-    keep = ops.least_redundant(features, 7, first=first)[0]
+    keep = kept(features, 7, first=first)[0]
     assert keep[[2, 8, 9]].all() and sorted((keep.nonzero()[:, 0] % 6).tolist()) == [0, 1, 2, 2, 3, 4, 5]
-    alone = ops.least_redundant(features[:, :6], 4)
+    alone = kept(features[:, :6], 4)
     padded = torch.cat([features[:, :6], torch.zeros(1, 3, 8)], dim=1)
     valid = torch.arange(9)[None] < 6
-    assert torch.equal(ops.least_redundant(padded, 4, valid)[:, :6], alone)
-    assert ops.least_redundant(padded, 8, valid)[:, :6].all()
+    assert torch.equal(kept(padded, 4, valid=valid)[:, :6], alone)
+    assert kept(padded, 8, valid=valid)[:, :6].all()

@@ -11,7 +11,7 @@ from tiny import LAYERS, SIDE, batch, ours, pictures, prompt, run
 from mustdrop import Reducer, available_methods, load_reducer, ops
 from mustdrop import tokens as tokens_module
 from mustdrop.compose import Compose
-from mustdrop.hooks import Attention, VisionStep, VisionTokens
+from mustdrop.hooks import Attention, ForwardState, Keep, VisionStep, VisionTokens
 from mustdrop.methods.cdpruner import RIDGE, most_probable, stretched
 from mustdrop.methods.divprune import most_diverse
 from mustdrop.methods.smallimage import nearest_grid
@@ -254,10 +254,11 @@ def test_tome_attends_to_a_token_of_two_patches_as_to_both():
     tower = ours().get_vision_tower()
     alike = VisionTokens.from_patches(torch.randn(1, 5, 32), (2, 2))
     alike = alike.with_hidden(alike.hidden[:, [0, 1, 1, 3, 4]])
-    merged = replace(ops.merge(alike, torch.tensor([[0, 0, 2, 3]]), 3), proportional=True)
+    merged = Keep.merge(torch.tensor([[0, 0, 2, 3]]), 3).apply(alike)
+    state = ForwardState(load_reducer({"method": "tome", "retain": 40}))
     block = tower.vision_tower.encoder.layers[1]
     expected = block(alike.hidden, attention_mask=None)[:, [0, 1, 3, 4]]
-    torch.testing.assert_close(block(merged.hidden, attention_mask=tower._mask(merged)), expected)
+    torch.testing.assert_close(block(merged.hidden, attention_mask=tower._mask(merged, state)), expected)
 
 
 def test_tome_says_when_blocks_are_too_few():
@@ -292,7 +293,8 @@ def test_cdpruner_is_greedy_in_the_determinant():
 def test_cdpruner_weighs_likeness_by_what_the_question_is_about():
     tokens = VisionTokens.from_patches(torch.randn(2, 20, 12), (4, 5), prefix=0)
     question, real = torch.randn(2, 4, 12), torch.arange(4) < torch.tensor([[2], [4]])
-    kept = load_reducer({"method": "cdpruner", "retain": 4}).on_instruction(tokens, question, real, {})
+    step = VisionStep(tokens, instruction=question, real=real)
+    kept = load_reducer({"method": "cdpruner", "retain": 4}).on_instruction(step).apply(tokens)
     for row, length in enumerate((2, 4)):
         units, text = (torch.nn.functional.normalize(one[row]) for one in (tokens.hidden, question))
         relevance = torch.stack([(unit * text[:length]).sum(-1).mean() for unit in units])
@@ -337,7 +339,7 @@ def test_random_is_seeded_and_the_same_for_a_picture_everywhere():
 
 def test_average_pooling_averages():
     tokens = VisionTokens.from_patches(torch.randn(2, 17, 5), (4, 4))
-    pooled = load_reducer({"method": "avgpool", "retain": 4}).reduce(tokens)
+    pooled = load_reducer({"method": "avgpool", "retain": 4}).reduce(tokens).apply(tokens)
     expected = torch.nn.functional.avg_pool2d(tokens.patches.transpose(1, 2).reshape(2, 5, 4, 4), 2)
     torch.testing.assert_close(pooled.patches, expected.flatten(2).transpose(1, 2))
     assert pooled.patch_to_token[0].tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
@@ -353,15 +355,10 @@ def test_grid_cells_are_as_many_as_asked_and_even(grid, count):
 
 def test_merge_keeps_places_and_takes_means():
     tokens = VisionTokens.from_patches(torch.arange(8.0).view(1, 8, 1), (2, 4), prefix=0)
-    merged = ops.merge(tokens, torch.tensor([[0, 0, 2, 3, 3, 3, 6, 7]]), 5)
+    merged = Keep.merge(torch.tensor([[0, 0, 2, 3, 3, 3, 6, 7]]), 5).apply(tokens)
     assert merged.hidden[0, :, 0].tolist() == [0.5, 2, 4, 6, 7]
-    assert merged.patch_to_token[0].tolist() == [0, 0, 1, 2, 2, 2, 3, 4] and merged.patch_index[0].tolist() == [
-        0,
-        2,
-        3,
-        6,
-        7,
-    ]
+    assert merged.patch_to_token[0].tolist() == [0, 0, 1, 2, 2, 2, 3, 4]
+    assert merged.patch_index[0].tolist() == [0, 2, 3, 6, 7]
 
 
 def on_meta(*shape: int) -> torch.Tensor:
@@ -376,14 +373,11 @@ def test_the_host_waits_for_no_choice_in_the_tower(method):
     reducer = load_reducer({"method": method, "retain": 30, **settings})
     tokens = VisionTokens.from_patches(on_meta(2, 145, 32), (12, 12))
     attention = Attention(lambda rows: on_meta(2, 4, rows.shape[1], 8), lambda: on_meta(2, 4, 145, 8), 1.0)
-    step = VisionStep(2, 4, True, tokens, attention, attention, {}, run=3)
-    if method == "divprune":
-        tokens = reducer.on_projected_features(tokens.without_prefix(), {})
-    elif method == "cdpruner":
+    step = VisionStep(tokens, block=2, blocks=4, run=3, attention=attention, next_attention=attention)
+    if method in ("divprune", "cdpruner"):
         real = torch.ones(2, 6, dtype=torch.bool, device="meta")
-        tokens = reducer.on_instruction(tokens.without_prefix(), on_meta(2, 6, 32), real, {})
-    elif method == "tome":
-        tokens = replace(reducer, retain=80).inside_vision_block(step)
-    else:
-        tokens = reducer.after_vision_block(step)
-    assert tokens.hidden.device.type == "meta" and tokens.patch_index.shape[1] == (80 if method == "tome" else 30)
+        step = VisionStep(tokens.without_prefix(), instruction=on_meta(2, 6, 32), real=real)
+    hook = reducer.counts_at
+    reducer = replace(reducer, retain=80) if method == "tome" else reducer
+    after = getattr(reducer, hook)(step).apply(step.tokens)
+    assert after.hidden.device.type == "meta" and after.patch_index.shape[1] == (80 if method == "tome" else 30)

@@ -15,7 +15,17 @@ from llava.constants import IGNORE_INDEX
 from llava.model.inputs import assign_images, distinct_stacks, image_stacks, split_at_images, text_ids
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from mustdrop.hooks import ForwardState, ImageFacts, PromptFacts, Reducer, Tokens, TraceRecorder, VisionTokens, active
+from mustdrop.hooks import (
+    ForwardState,
+    ImageFacts,
+    PromptFacts,
+    Reducer,
+    Tokens,
+    TraceRecorder,
+    VisionStep,
+    VisionTokens,
+    active,
+)
 
 
 @dataclass
@@ -123,9 +133,7 @@ class LlavaMetaForCausalLM:
             # A packed weight's dtype (uint8, int8) says nothing about what its layer computes in.
             types = (parameter.dtype for parameter in projector.parameters() if parameter.is_floating_point())
             tokens = tokens.with_hidden(projector(tokens.hidden.to(next(types, tokens.hidden.dtype))))
-            if state.overrides("on_projected_features"):
-                with state.timed("selector", images.device):
-                    tokens = state.reducer.on_projected_features(tokens, state.scratch) or tokens
+            tokens = state.choose("on_projected_features", VisionStep(tokens))
         return tokens if asked is not None else tokens.hidden
 
     def splice(
@@ -208,14 +216,10 @@ class LlavaMetaForCausalLM:
         real = pad_sequence(
             [torch.ones_like(part[:, 0], dtype=torch.bool) for part in instruction_tokens], batch_first=True
         )
-        with state.timed("vision", text.device), state.timed("selector", text.device):
-            each = encoded.rows(rows)
-            asked = (
-                state.reducer.on_instruction(
-                    each, pad_sequence(instruction_tokens, batch_first=True), real, state.scratch
-                )
-                or each
-            )
+        instruction = pad_sequence(instruction_tokens, batch_first=True)
+        with state.timed("vision", text.device):
+            step = VisionStep(encoded.rows(rows), instruction=instruction, real=real)
+            asked = state.choose("on_instruction", step)
         numbers = iter(range(len(rows)))
         return asked, [[next(numbers) for _ in tiles] for tiles in state.tiles]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mustdrop.checks import require
-from mustdrop.hooks import Reducer, VisionTokens
+from mustdrop.hooks import Keep, Reducer, VisionStep
 from mustdrop.macs import Workload
 from mustdrop.shape import ModelShape
 
@@ -48,15 +48,14 @@ class CDPruner(Reducer):
     def leaves(self, grid: tuple[int, int], tokens: int) -> int:
         return min(tokens, self.retain)
 
-    def on_instruction(
-        self, tokens: VisionTokens, instruction: Tensor, real: Tensor, scratch: dict
-    ) -> VisionTokens | None:
+    def on_instruction(self, step: VisionStep) -> Keep | None:
+        tokens = step.tokens
         if self.retain >= tokens.patch_index.shape[1]:
             return None
         units = F.normalize(tokens.patches.float(), dim=-1)
-        relevance = stretched(mean_similarity(units, instruction, real), tokens.valid)
-        keep = most_probable(relevance[..., None] * units, relevance, self.retain, tokens.valid)
-        return tokens.select(keep, length=self.retain if tokens.valid is None else None)
+        relevance = stretched(mean_similarity(units, step.instruction, step.real), tokens.valid)
+        chosen = most_probable(relevance[..., None] * units, relevance, self.retain, tokens.valid)
+        return Keep.top(chosen.float(), self.retain)
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         """All pairs of features, all pairs with the text (an upper bound), and the rounds of choosing."""

@@ -9,7 +9,7 @@ import torch
 
 from mustdrop import ops
 from mustdrop.checks import require
-from mustdrop.hooks import Reducer, VisionStep, VisionTokens
+from mustdrop.hooks import Keep, Reducer, VisionStep, VisionTokens
 from mustdrop.macs import Workload
 from mustdrop.reach import Touch, Tower
 from mustdrop.shape import ModelShape
@@ -38,11 +38,11 @@ class Control(Reducer):
     def touches(self, tower: Tower) -> Touch:
         return Touch(changes=frozenset({tower.last})) if self.retain < tower.patches else Touch()
 
-    def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
+    def after_vision_block(self, step: VisionStep) -> Keep | None:
         return self.reduce(step.tokens) if step.last and self.retain < step.tokens.patch_index.shape[1] else None
 
-    def reduce(self, tokens: VisionTokens) -> VisionTokens:
-        """The tokens that are left of more than `retain`."""
+    def reduce(self, tokens: VisionTokens) -> Keep:
+        """The tokens that go on, of more than `retain`."""
         raise NotImplementedError
 
 
@@ -65,27 +65,27 @@ class Random(Control):
         super().__post_init__()
         require(0 <= self.seed < 1 << 63, "seed", self.seed, "0 or more, and below 2^63")
 
-    def reduce(self, tokens: VisionTokens) -> VisionTokens:
+    def reduce(self, tokens: VisionTokens) -> Keep:
         generator = torch.Generator().manual_seed(self.seed)
         score = torch.rand(tokens.patch_to_token.shape[1], generator=generator).to(tokens.hidden.device)
-        return ops.keep_best(tokens, score[tokens.patch_index], self.retain)
+        return Keep.top(score[tokens.patch_index], self.retain)
 
 
 @dataclass
 class Uniform(Control):
     """The middle patch of every cell of an even grid."""
 
-    def reduce(self, tokens: VisionTokens) -> VisionTokens:
+    def reduce(self, tokens: VisionTokens) -> Keep:
         _, middle = ops.grid_cells(tokens.grid, self.retain, tokens.hidden.device)
         chosen = torch.zeros_like(tokens.patch_to_token[0]).scatter(0, middle, 1)
-        return ops.keep_best(tokens, chosen[tokens.patch_index], self.retain)
+        return Keep.top(chosen[tokens.patch_index].float(), self.retain)
 
 
 @dataclass
 class AveragePool(Control):
     """The mean of every cell of an even grid; the merged token sits on its middle patch and owns all of them."""
 
-    def reduce(self, tokens: VisionTokens) -> VisionTokens:
+    def reduce(self, tokens: VisionTokens) -> Keep:
         cell, middle = ops.grid_cells(tokens.grid, self.retain, tokens.hidden.device)
         column = torch.arange(tokens.patch_index.shape[1], device=cell.device)
         own = cell[tokens.patch_index]
@@ -93,8 +93,8 @@ class AveragePool(Control):
         first = torch.full_like(middle.expand(len(own), -1), 2 * len(column)).scatter_reduce(
             1, own, middle_first, "amin"
         )
-        untouched = len(column) == len(cell)
-        return ops.merge(tokens, first.gather(1, own) % len(column), self.retain if untouched else None)
+        all_there = len(column) == len(cell)
+        return Keep.merge(first.gather(1, own) % len(column), self.retain if all_there else None)
 
     def leaves(self, grid: tuple[int, int], tokens: int) -> int | None:
         """Of an image of which some patches are gone, not every cell has a token."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mustdrop.checks import require
-from mustdrop.hooks import Reducer, VisionTokens
+from mustdrop.hooks import Keep, Reducer, VisionStep
 from mustdrop.macs import Workload
 from mustdrop.shape import ModelShape
 
@@ -40,11 +40,11 @@ class DivPrune(Reducer):
     def leaves(self, grid: tuple[int, int], tokens: int) -> int:
         return min(tokens, self.retain)
 
-    def on_projected_features(self, tokens: VisionTokens, scratch: dict) -> VisionTokens | None:
+    def on_projected_features(self, step: VisionStep) -> Keep | None:
+        tokens = step.tokens
         if self.retain >= tokens.patch_index.shape[1]:
             return None
-        keep = most_diverse(tokens.patches, self.retain, tokens.valid)
-        return tokens.select(keep, length=self.retain if tokens.valid is None else None)
+        return Keep.top(most_diverse(tokens.patches, self.retain, tokens.valid).float(), self.retain)
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         """All pairs of features; the rounds of choosing need no product."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mustdrop import ops
 from mustdrop.checks import require
-from mustdrop.hooks import Attention, Reducer, VisionStep, VisionTokens, compact, gather
+from mustdrop.hooks import Attention, Keep, Reducer, VisionStep, VisionTokens, compact, gather
 from mustdrop.macs import Workload, key_probe_macs
 from mustdrop.reach import Touch, Tower
 from mustdrop.shape import ModelShape
@@ -63,7 +63,7 @@ class PruMerge(Reducer):
         follows = tower.run < tower.blocks
         return Touch(changes=here, reads=none if follows else here, reads_next=here if follows else none)
 
-    def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
+    def after_vision_block(self, step: VisionStep) -> Keep | None:
         tokens = step.tokens
         if not step.last or (self.retain is not None and self.retain >= tokens.patch_index.shape[1]):
             return None
@@ -71,15 +71,16 @@ class PruMerge(Reducer):
         score = cls_attention(attention, tokens)
         stays = self._stays(score, tokens) & (score >= 0)
         rest = score.masked_fill(stays, -1)
-        extra = torch.zeros_like(stays).scatter(1, rest.argmax(-1, keepdim=True), True) & (rest >= 0)
-        length = self.retain if tokens.valid is None else None
-        rows, _ = compact(stays | extra, pad="right", length=length)
+        best = rest.argmax(-1, keepdim=True)
+        every = stays | (torch.zeros_like(stays).scatter(1, best, True) & (rest >= 0))
+        # States are computed for the tokens that stay alone, and put back into the columns that these have.
+        left = [min(length, self.retain) for length in tokens.known_lengths] if self.retain is not None else None
+        rows, _ = compact(every, pad="right", length=left)
         merged = self._weights(attention, tokens, score, stays, rows) @ tokens.patches.float()
+        states = tokens.patches.scatter(1, rows[..., None].expand_as(merged), merged.to(tokens.hidden.dtype))
         column = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
-        merge_into = torch.where(stays, column, rest.argmax(-1, keepdim=True))
-        return tokens.select(stays | extra, merge_into=merge_into, length=length).with_patches(
-            merged.to(tokens.hidden.dtype)
-        )
+        more = {"states": states, "merge_into": torch.where(stays, column, best)}
+        return Keep.where(every, **more) if left is None else Keep.top(every.float(), left, **more)
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         """CLS attention, keys once more, their similarity, and the merging."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mustdrop import ops
 from mustdrop.checks import require
-from mustdrop.hooks import Reducer, VisionStep, VisionTokens
+from mustdrop.hooks import Keep, Reducer, VisionStep
 from mustdrop.macs import Workload
 from mustdrop.reach import Touch, Tower
 from mustdrop.shape import ModelShape
@@ -39,6 +39,7 @@ class ToMe(Reducer):
     """
 
     counts_at: ClassVar[str] = "inside_vision_block"
+    proportional_attention: ClassVar[bool] = True
 
     retain: int = 64
 
@@ -56,7 +57,7 @@ class ToMe(Reducer):
         merging = (block for block, (before, after) in enumerate(pairwise(left)) if after < before)
         return Touch(inside=frozenset(merging))
 
-    def inside_vision_block(self, step: VisionStep) -> VisionTokens | None:
+    def inside_vision_block(self, step: VisionStep) -> Keep | None:
         tokens = step.tokens
         left = schedule(tokens.patch_to_token.shape[1], self.retain, step.run)[step.block]
         pairs = [max(0, min(length - left, length // 2)) for length in tokens.known_lengths]
@@ -65,9 +66,8 @@ class ToMe(Reducer):
         keys = step.attention.keys().mean(1)[:, tokens.prefix :]
         merge_into = match(keys, torch.tensor(pairs, device=keys.device), tokens.valid)
         total = torch.zeros_like(tokens.size).scatter_add(1, merge_into, tokens.size)
-        return replace(
-            ops.merge(tokens, merge_into, left, tokens.size / total.gather(1, merge_into)), proportional=True
-        )
+        counts = [length - number for length, number in zip(tokens.known_lengths, pairs, strict=True)]
+        return Keep.merge(merge_into, counts, tokens.size / total.gather(1, merge_into))
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         """In every block that merges: keys once more, their similarity, and the merging."""

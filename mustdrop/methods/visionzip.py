@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mustdrop import ops
 from mustdrop.checks import one_of, require
-from mustdrop.hooks import Reducer, VisionStep, VisionTokens, compact, gather
+from mustdrop.hooks import Keep, Reducer, VisionStep, compact, gather
 from mustdrop.macs import Workload, key_probe_macs
 from mustdrop.reach import Touch, Tower
 from mustdrop.shape import ModelShape
@@ -87,7 +87,7 @@ class VisionZip(Reducer):
                 "transformers' own classes has no placeholder"
             )
 
-    def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
+    def after_vision_block(self, step: VisionStep) -> Keep | None:
         tokens, (dominant, contextual) = step.tokens, self.numbers
         if not step.last or dominant + contextual >= tokens.patch_index.shape[1]:
             return None
@@ -106,11 +106,10 @@ class VisionZip(Reducer):
         is_target = torch.zeros_like(stays).scatter(1, targets, True)
         few = torch.tensor([length <= dominant + contextual for length in tokens.known_lengths], device=stays.device)
         merge_into = torch.where(stays | is_target | ~real | few[:, None], column, targets.gather(1, nearest))
-        return (
-            self._official(tokens, merge_into, is_target)
-            if official
-            else ops.merge(tokens, merge_into, dominant + contextual)
-        )
+        left = [min(length, dominant + contextual - official) for length in tokens.known_lengths]
+        if not official:
+            return Keep.merge(merge_into, left)
+        return Keep.merge(merge_into, left, **self._official(merge_into, is_target))
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         """CLS attention, keys once more, their similarity with the targets', and the merging."""
@@ -129,20 +128,10 @@ class VisionZip(Reducer):
         score = probabilities.sum((1, 2))[:, tokens.prefix :]
         return score if tokens.valid is None else score.masked_fill(~tokens.valid, float("-inf"))
 
-    def _official(self, tokens: VisionTokens, merge_into: Tensor, is_target: Tensor) -> VisionTokens:
-        """Merge as the authors' code does; CLS becomes a token that stands for no patch."""
+    def _official(self, merge_into: Tensor, is_target: Tensor) -> dict[str, Tensor | bool]:
+        """What the authors' code does: a target plus the mean of those that join it, at the end, and CLS in front."""
         column = torch.arange(merge_into.shape[1], device=merge_into.device)
         joins = merge_into != column
         joiners = torch.zeros_like(merge_into).scatter_add(1, merge_into, joins.long())
-        weight = torch.where(joins, 1 / joiners.gather(1, merge_into), 1.0)
-        order = column + is_target * len(column)
-        merged = ops.merge(tokens, merge_into, sum(self.numbers) - 1, weight, order)
-        return replace(
-            merged,
-            patch_index=F.pad(merged.patch_index, (1, 0)),
-            patch_to_token=merged.patch_to_token + (merged.patch_to_token >= 0),
-            valid=merged.valid_with_prefix,
-            protected=None if merged.protected is None else F.pad(merged.protected, (1, 0)),
-            lengths=tuple(length + 1 for length in merged.known_lengths),
-            prefix=0,
-        )
+        weights = torch.where(joins, 1 / joiners.gather(1, merge_into), 1.0)
+        return {"weights": weights, "order": column + is_target * len(column), "with_prefix": True}

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mustdrop import ops
 from mustdrop.checks import check_layers, require
-from mustdrop.hooks import Attention, CacheStep, DecoderStep, Reducer, Tokens
+from mustdrop.hooks import Attention, CacheStep, DecoderStep, Keep, Reducer, Tokens
+from mustdrop.keep import are_in
 from mustdrop.macs import Workload, filters_macs
 from mustdrop.shape import ModelShape
 
@@ -52,31 +53,18 @@ class OutputAwareCache(Reducer):
         layers = () if self.output_threshold is None else range(shape.layers)
         return filters_macs(shape, work, 1, layers)
 
-    def after_prefill(self, step: CacheStep) -> list[Tensor | Tokens | None] | None:
-        first = ops.layer_index(self.first_layer, len(step.cached))
-        answer: list[Tensor | Tokens | None] = [None] * len(step.cached)
-        for layer, tokens in enumerate(step.cached):
-            if layer >= first and tokens.images and tokens is not step.final:
-                answer[layer] = step.final
-            if self.output_threshold is not None:
-                seen = self._seen(step.attention[layer], tokens, row=0)
-                answer[layer] = seen if answer[layer] is None else seen & are_in(step.final, tokens)
-        return answer
+    def after_prefill(self, step: CacheStep) -> Keep | None:
+        tokens, first = step.tokens, ops.layer_index(self.first_layer, step.layers)
+        dropped = step.layer >= first and tokens.images and tokens is not step.final
+        if self.output_threshold is None:
+            return Keep.like(step.final) if dropped else None
+        seen = self._seen(step.attention, tokens, row=0)
+        return Keep.where(seen & are_in(step.final, tokens) if dropped else seen)
 
-    def after_decode_layer(self, step: DecoderStep) -> Tensor | None:
-        return self._seen(step.attention, step.tokens, row=step.hidden.shape[1] - 1)
+    def after_decode_layer(self, step: DecoderStep) -> Keep | None:
+        return Keep.where(self._seen(step.attention, step.tokens, row=step.hidden.shape[1] - 1))
 
     def _seen(self, attention: Attention, tokens: Tokens, row: int) -> Tensor:
         """Cached entries to which one row pays enough attention, bool `[batch, length]`."""
         rows = torch.full_like(tokens.image[:, :1], row)
-        return (attention.mean_over_heads(rows)[:, 0] >= self.output_threshold) | tokens.protected
-
-
-def are_in(later: Tokens, tokens: Tokens) -> Tensor:
-    """Which positions of a record reached a later one of the same prompts, bool `[batch, length]`."""
-    reached = torch.ones_like(later.vision) if later.valid is None else later.valid
-    later_source, reached = (
-        later.original_column.to(tokens.original_column.device),
-        reached.to(tokens.original_column.device),
-    )
-    return (tokens.original_column[..., None] == later_source.masked_fill(~reached, -1)[:, None]).any(-1)
+        return attention.mean_over_heads(rows)[:, 0] >= self.output_threshold

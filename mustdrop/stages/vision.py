@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mustdrop import ops
 from mustdrop.checks import one_of, require
-from mustdrop.hooks import Reducer, VisionStep, VisionTokens
+from mustdrop.hooks import Keep, Reducer, VisionStep, VisionTokens
 from mustdrop.macs import Workload, key_probe_macs
 from mustdrop.reach import Touch, Tower, square
 from mustdrop.shape import ModelShape
@@ -104,58 +104,58 @@ class LocalSpatialMerge(Reducer):
         none = self.budgeted and self.leaves(tower.grid, tower.patches) == tower.patches
         return Touch() if none else Touch(changes=frozenset({self.block}), needs_all=True)
 
-    def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
+    def after_vision_block(self, step: VisionStep) -> Keep | None:
         tokens = step.tokens
         if step.block != self.block or min(tokens.grid) < self.window:
             return None
-        if self.budgeted:
-            left = self.merged(tokens.patch_index.shape[1], tokens.grid)
-            if left == tokens.patch_index.shape[1]:
-                return None
-            score = ops.window_similarity(tokens.patches, tokens.grid, self.window)
-            return merge_most_alike(tokens, score, left, self.window, self.order == "score")
+        patches = tokens.patch_index.shape[1]
+        left = self.merged(patches, tokens.grid) if self.budgeted else None
+        if left == patches:
+            return None
         score = ops.window_similarity(tokens.patches, tokens.grid, self.window)
-        merge = score >= self.similarity_threshold
-        if self.count == "batch_minimum":
-            rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-            merge = rank < merge.sum(-1).min()
-        return ops.merge_windows(tokens, merge, self.window, score if self.order == "score" else None)
+        if left is not None:
+            merge = ops.top_count(score, (patches - left) // (self.window**2 - 1))
+        elif self.count == "batch_minimum":
+            merge = score >= self.similarity_threshold
+            merge = ops.top_count(score, merge.sum(-1).min())
+        else:
+            merge = score >= self.similarity_threshold
+        return merge_windows(tokens, merge, self.window, left, score if self.order == "score" else None)
 
 
-def merge_most_alike(
-    tokens: VisionTokens, score: Tensor, left: int, window: int, by_score: bool = False
-) -> VisionTokens:
-    """Merge the best windows of every image until exactly `left` tokens are left.
+def merge_windows(
+    tokens: VisionTokens, merge: Tensor, window: int, left: int | None = None, score: Tensor | None = None
+) -> Keep:
+    """Replace the tokens of chosen windows by their plain mean, which sits on the window's middle patch.
 
     Parameters
     ----------
     tokens : VisionTokens
         One token per patch.
-    score : `[images, windows]`
-    left : int
-        The number of patches less a multiple of `window`^2 - 1.
+    merge : bool `[images, windows]`
+        The windows to merge.
     window : int
         Side of a window.
-    by_score : bool
-        Merged tokens come first, by falling score; otherwise raster order is kept.
+    left : int, optional
+        Tokens that are left of every image, if the host knows it.
+    score : `[images, windows]`, optional
+        When given, merged tokens come first, by falling score, then the others; otherwise raster order is kept.
     """
-    patches, windows = tokens.patch_index.shape[1], score.shape[1]
-    merge = ops.top_count(score, (patches - left) // (window**2 - 1))[..., None]
-    inside = ops.cut_windows(tokens.patch_index[..., None], tokens.grid, window)[..., 0]
+    raster, windows = tokens.patch_index, merge.shape[1]
+    inside = ops.cut_windows(raster[..., None], tokens.grid, window)[..., 0]
     columns, middle = inside.flatten(1), inside[..., (window // 2) * (window + 1), None]
+    # The middle patch of a merged window holds the mean of the window, the patches around it point to the middle.
     means = ops.cut_windows(tokens.patches, tokens.grid, window).mean(2)
-    merged, row = tokens.patches.clone(), torch.arange(len(inside), device=inside.device)[:, None]
-    merged[row, middle[..., 0]] = torch.where(merge, means, merged[row, middle[..., 0]])
-    merge_into = tokens.patch_index.scatter(1, columns, torch.where(merge, middle, inside).flatten(1))
+    states, row = tokens.patches.clone(), torch.arange(len(inside), device=inside.device)[:, None]
+    states[row, middle[..., 0]] = torch.where(merge[..., None], means, states[row, middle[..., 0]])
+    merge_into = raster.scatter(1, columns, torch.where(merge[..., None], middle, inside).flatten(1))
     order = None
-    if by_score:
-        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)[..., None]
-        order = (windows + tokens.patch_index).scatter(
-            1, columns, torch.where(merge, rank, windows + inside).flatten(1)
-        )
-    return tokens.with_patches(merged).select(
-        merge_into == tokens.patch_index, merge_into=merge_into, order=order, length=left
-    )
+    if score is not None:
+        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        first = torch.where(merge, rank, windows)[..., None] + torch.where(merge[..., None], 0, inside)
+        order = (windows + raster).scatter(1, columns, first.flatten(1))
+    stays, more = merge_into == raster, {"states": states, "merge_into": merge_into, "order": order}
+    return Keep.where(stays, **more) if left is None else Keep.top(stays.float(), left, **more)
 
 
 @dataclass
@@ -201,7 +201,7 @@ class KeyTokens(Reducer):
             return 0
         return sum(key_probe_macs(shape, tokens) for *_, tokens in work.tower_tokens)
 
-    def after_vision_block(self, step: VisionStep) -> VisionTokens | None:
+    def after_vision_block(self, step: VisionStep) -> Keep | None:
         block = self.block % step.blocks
         if self._keeps_all(step.tokens.patch_to_token.shape[1]):
             return None
@@ -215,10 +215,7 @@ class KeyTokens(Reducer):
         rows = torch.arange(tokens.prefix or tokens.patches.shape[1], device=tokens.hidden.device)
         rows = rows[: 1 if tokens.prefix else None].expand(len(tokens.hidden), -1)
         score = attention.mean_over_heads(rows).mean(1)[:, tokens.prefix :]
-        if tokens.valid is not None:
-            score = score.masked_fill(~tokens.valid, float("-inf"))
-        keys = [key_count(self.rate, length) for length in tokens.known_lengths]
-        return tokens.with_protected(ops.top_share(score, self.rate, tokens.counts), keys)
+        return Keep.protect(score, [key_count(self.rate, length) for length in tokens.known_lengths])
 
     def _keeps_all(self, patches: int) -> bool:
         return self.retain is not None and self.retain >= patches
@@ -228,7 +225,7 @@ class KeyTokens(Reducer):
 class DiverseTokens(Reducer):
     """Tokens that repeat others do not enter the decoder; not part of the published method.
 
-    After the projector every image keeps so many, the key tokens first; see `ops.least_redundant`. What DivPrune (arXiv
+    After the projector every image keeps so many, the key tokens first; see `ops.redundancy`. What DivPrune (arXiv
     2503.02175) chooses one token at a time is here chosen at once, by the same measure of similarity.
 
     Parameters
@@ -245,11 +242,12 @@ class DiverseTokens(Reducer):
     def leaves(self, grid: tuple[int, int], tokens: int) -> int:
         return min(tokens, self.count)
 
-    def on_projected_features(self, tokens: VisionTokens, scratch: dict) -> VisionTokens | None:
+    def on_projected_features(self, step: VisionStep) -> Keep | None:
+        tokens = step.tokens
         if self.count >= tokens.patch_index.shape[1]:
             return None
-        keep = ops.least_redundant(tokens.patches, self.count, tokens.valid, tokens.protected)
-        return tokens.select(keep, length=self.count if tokens.valid is None else None, keeps_keys=True)
+        redundancy = ops.redundancy(tokens.patches, tokens.valid, tokens.protected)
+        return Keep.top(-redundancy, self.count)
 
     def selector_macs(self, shape: ModelShape, work: Workload) -> int:
         """The similarity of all pairs."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from llava.model.hosted.layout import Layout
 from llava.model.hosted.places import Places
 from llava.model.hosted.towers.vit import untouched
-from mustdrop.hooks import ForwardState, ImageFacts, PromptFacts, Tokens, VisionTokens, compact, gather
+from mustdrop.hooks import ForwardState, ImageFacts, PromptFacts, Tokens, VisionStep, VisionTokens, compact, gather
 
 
 @dataclass
@@ -123,9 +123,9 @@ def _images(arrival: Arrival, places: Places, embeds: Tensor, tokens: Tokens) ->
     columns = places.columns.to(embeds.device, non_blocking=True)
     shown = _shown(places, columns, embeds, bool(hooks))
     left = _after_towers(shown, places, arrival.towers)
-    for hook in hooks:
-        with state.timed("vision", embeds.device), state.timed("selector", embeds.device):
-            left = _ask(hook, left, places, embeds, state) or left
+    with state.timed("vision", embeds.device):
+        for hook in hooks:
+            left = state.choose(hook, _step(hook, left, places, embeds))
     state.tiles.extend([_first_view(places, image) for image in images] for images in places.prompts)
     lengths = left.known_lengths
     state.images.extend(
@@ -184,13 +184,10 @@ def _after_towers(shown: VisionTokens, places: Places, towers: list[VisionTokens
     stand = torch.cat([of.flatten() for of in stands])[places.middle.to(device)]
     stand = torch.where(alive | (stand < 0), shown.patch_index, stand)
     whole = places.raster and all(len(tower.patch_index) == images for tower in towers)
-    lengths = towers[0].known_lengths if whole else None
-    same = lengths is not None and len(set(lengths)) == 1
     left = shown
     if not all(map(untouched, towers)):
-        left = shown.select(
-            alive, merge_into=stand, order=_order(towers, places, alive), length=lengths[0] if same else None
-        )
+        lengths = towers[0].known_lengths if whole else alive.sum(-1).tolist()
+        left = shown.select(alive, lengths, stand, order=_order(towers, places, alive))
         keys = keys.gather(1, left.patch_index)
         keys = keys if left.valid is None else keys & left.valid
     if all(tower.protected is None for tower in towers):
@@ -213,17 +210,17 @@ def _order(towers: list[VisionTokens], places: Places, alive: Tensor) -> Tensor 
     return torch.cat(keys)
 
 
-def _ask(hook: str, left: VisionTokens, places: Places, embeds: Tensor, state: ForwardState) -> VisionTokens | None:
-    """What a reducer leaves of the projected tokens, before or after it knows the text."""
+def _step(hook: str, left: VisionTokens, places: Places, embeds: Tensor) -> VisionStep:
+    """What a reducer sees of the projected tokens, before or after it knows the text."""
     if hook == "on_projected_features":
-        return state.reducer.on_projected_features(left, state.scratch)
+        return VisionStep(left)
     columns, real = compact(places.instruction, pad="right", length=places.instruction.sum(-1).tolist())
     prompt = torch.zeros(len(places.counts), dtype=torch.long)
     for number, images in enumerate(places.prompts):
         prompt[images] = number
     real = torch.ones_like(columns, dtype=torch.bool) if real is None else real
     prompt, columns, real = (part.to(embeds.device) for part in (prompt, columns, real))
-    return state.reducer.on_instruction(left, gather(embeds, columns)[prompt], real[prompt], state.scratch)
+    return VisionStep(left, instruction=gather(embeds, columns)[prompt], real=real[prompt])
 
 
 def _compacted(

@@ -178,10 +178,6 @@ class VisionCache(DynamicCache):
             **columns, valid=self.valid(layer, 0), images=record.images, instruction_tokens=record.instruction_tokens
         )
 
-    def keep(self, layer: int, keep: Tensor) -> None:
-        """Drop a layer's entries that are False in `keep` `[batch, keys]`."""
-        self.select(layer, *self.extended(layer).select(keep))
-
     def select(self, layer: int, indices: Tensor, record: Tokens) -> None:
         """Reduce a layer's entries to the columns `indices` `[batch, kept]`, described by `record`."""
         entry = self.layers[layer]

@@ -13,7 +13,7 @@ from llava.model.language_model.packed import PackedRows
 from llava.model.language_model.projections import query_key_value, rotated
 from llava.model.language_model.stream import Stream
 from llava.model.masks import attention_mask, expand_mask
-from mustdrop.hooks import Attention, CacheStep, DecoderStep, ForwardState, LayerPlan, Tokens, gather
+from mustdrop.hooks import Attention, CacheStep, DecoderStep, ForwardState, Keep, LayerPlan, Tokens, gather
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Asked:
         hooks = "before_decoder_layer", "after_decoder_layer", "after_prefill"
         plans, drops, cuts = (tokens.images > 0 and state.overrides(hook) for hook in hooks)
         cuts = cuts and cache is not None
-        return cls(plans, drops, cuts, cuts and state.reducer.reads_output_attention)
+        return cls(plans, drops, cuts, cuts and state.any("reads_output_attention", "after_prefill"))
 
 
 @dataclass
@@ -111,7 +111,7 @@ class DecoderLoop:
         compiled = self.compiled if record.attentions is None else None
         plan: LayerPlan | None = None
         final: Tokens | None = None
-        last_rows: list[Attention] = []
+        last_rows: list[Attention | None] = []
         last: Stream | None = None
         with state.timed("prefill", hidden.device):
             for index, layer in enumerate(self.layers):
@@ -127,16 +127,17 @@ class DecoderLoop:
                 record.note(hidden)
                 stream = replace(stream, hidden=hidden, tokens=stream.tokens.to(hidden.device))
                 if asked.drops:
-                    with state.timed("selector", hidden.device):
-                        stream = self.reduce(index, entering, stream, cache, state)
+                    stream = self.reduce(index, entering, stream, cache, state)
                 state.tokens_out.append(stream.tokens)
                 if asked.reads:
                     last = entering.last_row(last)
                     last_rows.append(self.attention(index, last, cache))
+                elif asked.cuts:
+                    last_rows.append(None)
             if cache is None:
                 state.finish_prefill([], [])
             else:
-                self.finish_prefill(cache, final or stream.tokens, last_rows if asked.cuts else None, state)
+                self.finish_prefill(cache, final or stream.tokens, last_rows, state)
         return stream.hidden
 
     def decode(self, hidden: Tensor, cache: VisionCache, record: Record | None = None) -> Tensor:
@@ -186,8 +187,8 @@ class DecoderLoop:
 
     def plan(self, index: int, stream: Stream, state: ForwardState) -> LayerPlan | None:
         """Ask the reducer what a layer shall compute for vision tokens."""
-        step = DecoderStep(index, len(self.layers), stream.tokens, stream.hidden, None, None, state.scratch)
-        return state.reducer.before_decoder_layer(step)
+        step = DecoderStep(index, len(self.layers), stream.tokens, stream.hidden)
+        return LayerPlan.all_of(state.ask("before_decoder_layer", step))
 
     def without_vision(self, index: int, stream: Stream, state: ForwardState) -> Stream:
         """The text alone: from layer `index` on nothing is computed for vision tokens, protected ones included.
@@ -212,10 +213,9 @@ class DecoderLoop:
             hidden=stream.hidden,
             attention=self.attention(index, entering, cache),
             next_attention=None if last else self.attention(index + 1, stream),
-            scratch=state.scratch,
             norm=self.norm,
         )
-        keep = state.reducer.after_decoder_layer(step)
+        keep = Keep.all_of(state.ask("after_decoder_layer", step), stream.tokens)
         if keep is None:
             return stream
         state.pruned_layers.append(index)
@@ -238,10 +238,10 @@ class DecoderLoop:
         """Ask the reducer in a decode step which entries of a layer's cache stay, and cut it to them."""
         state, tokens = cache.state, cache.extended(index)
         attention = self.attention(index, replace(entering, tokens=tokens), cache)
-        step = DecoderStep(index, len(self.layers), tokens, hidden, attention, None, state.scratch)
-        keep = state.reducer.after_decode_layer(step)
+        step = DecoderStep(index, len(self.layers), tokens, hidden, attention)
+        keep = Keep.all_of(state.ask("after_decode_layer", step), tokens)
         if keep is not None:
-            cache.keep(index, keep | ~tokens.vision)
+            cache.select(index, *keep.cut(tokens))
 
     def attention(self, index: int, entering: Stream, cache: VisionCache | None = None) -> Attention:
         """A layer's attention on its input, on demand; keys come from the cache where they are there already."""
@@ -262,31 +262,20 @@ class DecoderLoop:
         return Attention(queries, keys, attention.scaling, tokens.valid, first_row=tokens.image.shape[1] - length)
 
     def finish_prefill(
-        self, cache: VisionCache, final: Tokens, last_rows: list[Attention] | None, state: ForwardState
+        self, cache: VisionCache, final: Tokens, last_rows: list[Attention | None], state: ForwardState
     ) -> None:
         """Note positions for decoding, ask the reducer what each layer's cache keeps, and cut it."""
         cache.start_decoding(state)
         cache.check_filled()
-        if last_rows is not None:
-            step = CacheStep(list(state.tokens_in), final, last_rows, state.scratch)
-            cuts: dict[tuple[int, int], tuple[Tensor, Tokens]] = {}
-            for layer, keep in enumerate(state.reducer.after_prefill(step) or []):
-                if keep is not None:
-                    record = cache.records[layer]
-                    key = id(record), id(keep)
-                    if key not in cuts:
-                        later = isinstance(keep, Tokens)
-                        cuts[key] = columns_of(keep, record) if later else record.select(keep | ~record.vision)
-                    cache.select(layer, *cuts[key])
+        cuts: dict[tuple[int, int], tuple[Tensor, Tokens]] = {}
+        for layer, attention in enumerate(last_rows):
+            tokens = cache.records[layer]
+            step = CacheStep(layer, len(self.layers), tokens, final, attention)
+            keep = Keep.all_of(state.ask("after_prefill", step), tokens)
+            if keep is not None:
+                key = id(tokens), id(keep.later)
+                cut = cuts.get(key) or keep.cut(tokens)
+                if keep.later is not None:  # layers that hold the same tokens and keep the same ones
+                    cuts[key] = cut
+                cache.select(layer, *cut)
         state.finish_prefill(cache.records, [cache.bytes_per_position(layer) for layer in range(len(self.layers))])
-
-
-def columns_of(later: Tokens, tokens: Tokens) -> tuple[Tensor, Tokens]:
-    """Where the tokens of a later record stand in an earlier one of the same prompts, int64 `[batch, kept]`.
-
-    And the record of these columns; nothing synchronises with the GPU.
-    """
-    later = later.to(tokens.original_column.device)
-    columns = (tokens.original_column[:, None] == later.original_column[..., None]).byte().argmax(-1)
-    position = tokens.position.gather(-1, columns.expand(*tokens.position.shape[:-1], -1))
-    return columns, replace(later, position=position)

@@ -80,9 +80,7 @@ class CLIPVisionTower(nn.Module):
         images = images.to(patches.weight.dtype)
         if patches.weight.device.type != "meta":  # else the weights come to where the images are
             images = images.to(patches.weight.device)
-        if state.overrides("on_pixels"):
-            changed = state.reducer.on_pixels(images, patches.stride[0])
-            images = images if changed is None else changed
+        images = state.pixels(images, patches.stride[0])
         grid = tuple(size // patches.stride[0] for size in images.shape[-2:])
         hidden = model.embeddings(images, interpolate_pos_encoding=grid != self._native_grid)
         if hasattr(model, "pre_layrnorm"):  # CLIP; SigLIP has neither this nor CLS
@@ -93,20 +91,14 @@ class CLIPVisionTower(nn.Module):
             before = tokens
             if state.overrides("inside_vision_block"):
                 tokens = self._run_in_two(index, tokens, mask, state)
-                mask = mask if tokens.patch_to_token is before.patch_to_token else self._mask(tokens)
             else:
                 tokens = tokens.with_hidden(block(tokens.hidden, attention_mask=mask))
             if state.overrides("after_vision_block"):
-                with state.timed("selector", hidden.device):
-                    reduced = state.reducer.after_vision_block(self._step(index, before, tokens, state))
-                if reduced is not None:
-                    if reduced.patch_to_token is not tokens.patch_to_token:
-                        mask = self._mask(reduced)
-                        state.vision[index] = reduced.patch_to_token
-                    tokens = reduced
-        if state.overrides("on_vision_features"):
-            with state.timed("selector", hidden.device):
-                tokens = state.reducer.on_vision_features(tokens, state.scratch) or tokens
+                tokens = state.choose("after_vision_block", self._step(index, before, tokens))
+            if tokens.patch_to_token is not before.patch_to_token:
+                mask = self._mask(tokens, state)
+                state.vision[index] = tokens.patch_to_token
+        tokens = state.choose("on_vision_features", VisionStep(tokens))
         return tokens if self.select_feature == "cls_patch" else tokens.without_prefix()
 
     def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
@@ -119,26 +111,20 @@ class CLIPVisionTower(nn.Module):
         """A block whose tokens may be merged or dropped between attention and MLP."""
         block = self.vision_tower.encoder.layers[index]
         attended = tokens.hidden + block.self_attn(block.layer_norm1(tokens.hidden), attention_mask=mask)[0]
-        before, tokens = tokens, tokens.with_hidden(attended)
-        with state.timed("selector", attended.device):
-            step = replace(self._step(index, before, tokens, state), next_attention=None)
-            reduced = state.reducer.inside_vision_block(step) or tokens
-        if reduced.patch_to_token is not tokens.patch_to_token:
-            state.vision[index] = reduced.patch_to_token
-        return reduced.with_hidden(reduced.hidden + block.mlp(block.layer_norm2(reduced.hidden)))
+        step = replace(self._step(index, tokens, tokens.with_hidden(attended)), next_attention=None)
+        tokens = state.choose("inside_vision_block", step)
+        return tokens.with_hidden(tokens.hidden + block.mlp(block.layer_norm2(tokens.hidden)))
 
-    def _step(self, index: int, before: VisionTokens, tokens: VisionTokens, state: ForwardState) -> VisionStep:
+    def _step(self, index: int, before: VisionTokens, tokens: VisionTokens) -> VisionStep:
         blocks = self.vision_tower.encoder.layers
         following = self._attention(index + 1, tokens) if index + 1 < len(blocks) else None
         return VisionStep(
+            tokens,
             block=index,
             blocks=len(blocks),
-            last=index + 1 == self.blocks_run,
-            tokens=tokens,
+            run=self.blocks_run,
             attention=self._attention(index, before),
             next_attention=following,
-            scratch=state.scratch,
-            run=self.blocks_run,
         )
 
     def _attention(self, index: int, tokens: VisionTokens) -> Attention:
@@ -156,8 +142,8 @@ class CLIPVisionTower(nn.Module):
             valid=tokens.valid_with_prefix,
         )
 
-    def _mask(self, tokens: VisionTokens):
-        if tokens.proportional:
+    def _mask(self, tokens: VisionTokens, state: ForwardState):
+        if state.any("proportional_attention"):
             return self._bias(tokens)
         if tokens.valid is None:
             return None
