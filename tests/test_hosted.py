@@ -14,6 +14,7 @@ from stock import alone, generate, ids_of, inputs
 from transformers import StoppingCriteria, TextIteratorStreamer
 
 import llava  # noqa: F401  (it hosts stock models)
+from llava.model.language_model.cache import CACHE_NAME
 from mustdrop import Reducer, load_reducer
 from mustdrop.hooks import Keep, hooked_model
 
@@ -332,13 +333,16 @@ def test_a_cache_filled_inside_a_block_is_not_gone_on_with_outside():
     model = stock.stock("llava")
     given = inputs("llava", model)
     with reducer_of("mustdrop").on(model):
-        cache = model(**given, use_cache=True).past_key_values
-        model(input_ids=given["input_ids"][:, -1:], past_key_values=cache)
+        cache = model(**given, use_cache=True)[CACHE_NAME]
+        model(input_ids=given["input_ids"][:, -1:], **{CACHE_NAME: cache})
     with pytest.raises(RuntimeError, match="past_key_values: this cache was filled while a reducer was on"):
-        model(input_ids=given["input_ids"][:, -1:], past_key_values=cache)
-    foreign = model(**given, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="past_key_values: a DynamicCache that holds"), reducer_of("fastv").on(model):
-        model(input_ids=given["input_ids"][:, -1:], past_key_values=foreign)
+        model(input_ids=given["input_ids"][:, -1:], **{CACHE_NAME: cache})
+    foreign = model(**given, use_cache=True)[CACHE_NAME]
+    with (
+        pytest.raises(ValueError, match="past_key_values: a (Dynamic)?Cache that holds"),
+        reducer_of("fastv").on(model),
+    ):
+        model(input_ids=given["input_ids"][:, -1:], **{CACHE_NAME: foreign})
 
 
 @pytest.mark.parametrize(("family", "text"), FAMILIES)
@@ -482,9 +486,9 @@ def test_a_cache_that_holds_a_prompt_is_refused_by_generate():
     model = stock.stock("llava")
     given = alone(inputs("llava", model), 0)
     with KeepAll().on(model):
-        cache = model(**given, use_cache=True).past_key_values
+        cache = model(**given, use_cache=True)[CACHE_NAME]
         with pytest.raises(ValueError, match="past_key_values: holds positions already"):
-            model.generate(**given, past_key_values=cache, max_new_tokens=2)
+            model.generate(**given, **{CACHE_NAME: cache}, max_new_tokens=2)
 
 
 def test_several_sequences_of_a_prompt_and_workers_of_a_pool():

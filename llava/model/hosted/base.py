@@ -21,7 +21,7 @@ from llava.model.hosted.layout import Layout
 from llava.model.hosted.replaced import Replaced
 from llava.model.hosted.towers.vit import run_tower
 from llava.model.language_model.arguments import check_generation, new_tokens
-from llava.model.language_model.cache import VisionCache
+from llava.model.language_model.cache import CACHE_NAME, VisionCache
 from llava.model.language_model.layers import LlamaDecoderLayer
 from llava.model.language_model.loop import DecoderLoop, Record
 from llava.model.language_model.stream import Stream
@@ -255,7 +255,7 @@ class _Generating:
             return super().generate(inputs, *args, **kwargs)
         ids = kwargs.get("input_ids") if inputs is None else inputs
         check_generation(ids, kwargs, self.generation_config)
-        held = kwargs.get("past_key_values")
+        held = _cache_in(kwargs)
         if held is not None and held.get_seq_length():
             raise ValueError("past_key_values: holds positions already, with a reducer generate() starts with none")
         if kwargs.pop("use_cache", True) is False:
@@ -274,9 +274,7 @@ def _generating(kind: type) -> type:
 
 def _outer(host: Host, stock: Callable, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
     """The whole model's forward: a loss is that of the tokens that reach the end."""
-    cache = kwargs.get("past_key_values")
-    going_on = isinstance(cache, HostedCache) and cache.filled
-    current = None if labels is None or going_on else _fresh(host, kwargs)
+    current = None if labels is None or _goes_on(kwargs) else _fresh(host, kwargs)
     if current is None:
         return stock(*args, **kwargs) if labels is None else stock(*args, labels=labels, **kwargs)
     as_tuple = kwargs.pop("return_dict", None) is False
@@ -291,12 +289,22 @@ def _outer(host: Host, stock: Callable, *args: Any, labels: Tensor | None = None
 
 def _inner(host: Host, stock: Callable, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
     """The forward of the model without its head: towers, packing, and the text model."""
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, HostedCache) and cache.filled:
+    if _goes_on(kwargs):
         return stock(input_ids=input_ids, **kwargs)
     current = _fresh(host, {"input_ids": input_ids, **kwargs})
     with _under_way(current):
         return stock(input_ids=input_ids, **kwargs)
+
+
+def _cache_in(kwargs: dict[str, Any]) -> Any:
+    """The cache that a forward is given, under the name of any release."""
+    return next((kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
+
+
+def _goes_on(kwargs: dict[str, Any]) -> bool:
+    """Whether a forward goes on with a prompt that has been prefilled here."""
+    cache = _cache_in(kwargs)
+    return isinstance(cache, HostedCache) and cache.filled
 
 
 def _fresh(host: Host, inputs: dict[str, Any]) -> Pass | None:
@@ -321,10 +329,9 @@ def _tower(host: Host, tower: nn.Module, stock: Callable, pixel_values: Tensor, 
 
 def _text(host: Host, stock: Callable, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
     """The text model's forward: the door of the decoder and our loop over its layers, or more of a cached prompt."""
-    cache = kwargs.get("past_key_values")
     current = _current.get()
-    if isinstance(cache, HostedCache) and cache.filled:
-        return _decode(host, cache, kwargs)
+    if _goes_on(kwargs):
+        return _decode(host, _cache_in(kwargs), kwargs)
     if current is None or current.host is not host or current.begun or input_ids is not None:
         return stock(input_ids=input_ids, **kwargs)
     current.begun = True
@@ -337,13 +344,13 @@ def _prefill(
     inputs_embeds: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    past_key_values: Any = None,
     use_cache: bool | None = None,
     **kwargs: Any,
 ) -> BaseModelOutputWithPast:
     """Prompts through the decoder; `inputs_embeds` `[rows, length, width]`, several rows a prompt for beams."""
-    if past_key_values is not None and past_key_values.get_seq_length():
-        kind = type(past_key_values).__name__
+    given = _cache_in(kwargs)
+    if given is not None and given.get_seq_length():
+        kind = type(given).__name__
         raise ValueError(
             f"past_key_values: a {kind} that holds positions already cannot be gone on with while a reducer is on"
         )
@@ -356,7 +363,7 @@ def _prefill(
     training = text.gradient_checkpointing and text.training and torch.is_grad_enabled()
     wanted = text.config.use_cache if use_cache is None else use_cache
     cache = None
-    if not training and (wanted or past_key_values is not None):
+    if not training and (wanted or given is not None):
         cache = HostedCache(text.config, current.state)
         cache.positions_seen = inputs_embeds.shape[1]
         if current.new_tokens is not None:
@@ -381,7 +388,7 @@ def _output(text: nn.Module, hidden: Tensor, cache: HostedCache | None, record: 
         record.hidden[-1] = hidden
     seen = {"hidden_states": record.hidden, "attentions": record.attentions}
     seen = {name: None if states is None else tuple(states) for name, states in seen.items()}
-    return BaseModelOutputWithPast(hidden, past_key_values=cache, **seen)
+    return BaseModelOutputWithPast(hidden, **{CACHE_NAME: cache}, **seen)
 
 
 def _record(config, kwargs: dict[str, Any]) -> Record:
