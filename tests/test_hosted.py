@@ -11,7 +11,7 @@ import stock
 import tiny
 import torch
 from stock import alone, generate, ids_of, inputs
-from transformers import StoppingCriteria, TextIteratorStreamer
+from transformers import GenerationMixin, StoppingCriteria, TextIteratorStreamer
 
 import llava  # noqa: F401  (it hosts stock models)
 from llava.model.language_model.cache import CACHE_NAME
@@ -232,7 +232,11 @@ def _two_in_one_prompt(family, model):
     return {**given, **ids_of([(3, [(token, first), (token, second)], 6)])}
 
 
-@pytest.mark.parametrize("beams", [1, 3])
+encodes_first = hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation")
+needs_copies = pytest.mark.skipif(not encodes_first, reason="older releases repeat images in the wrong order")
+
+
+@pytest.mark.parametrize("beams", [1, pytest.param(3, marks=needs_copies)])
 @pytest.mark.parametrize(("family", "text"), FAMILIES)
 def test_several_images_in_a_prompt_with_and_without_beams(family, text, beams):
     model = stock.stock(family, text)
@@ -491,6 +495,7 @@ def test_a_cache_that_holds_a_prompt_is_refused_by_generate():
             model.generate(**given, **{CACHE_NAME: cache}, max_new_tokens=2)
 
 
+@needs_copies
 def test_several_sequences_of_a_prompt_and_workers_of_a_pool():
     model = stock.stock("llava")
     given = inputs("llava", model)

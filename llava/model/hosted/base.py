@@ -260,10 +260,23 @@ class _Generating:
             raise ValueError("past_key_values: holds positions already, with a reducer generate() starts with none")
         if kwargs.pop("use_cache", True) is False:
             logger.warning_once("use_cache=False is ignored: with a reducer generate() always decodes from the cache")
+        _check_copies(self, kwargs)
         current = host.begin(ids, dict(kwargs))
         current.new_tokens = new_tokens(kwargs, self.generation_config, ids.shape[1])
         with opened(self, type(host)), _under_way(current):
             return super().generate(inputs, *args, use_cache=True, **kwargs)
+
+
+def _check_copies(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError where several rows a prompt need what releases of transformers before 5.23 do not do.
+
+    Those repeat pixels image by image, which gives a prompt of several images the wrong ones.
+    """
+    given = kwargs.get("generation_config") or model.generation_config
+    for name in ("num_beams", "num_return_sequences"):
+        several = kwargs.get(name, getattr(given, name, None)) or 1
+        if several > 1 and not hasattr(model, "_prepare_multimodal_encoder_kwargs_for_generation"):
+            raise ValueError(f"{name}: got {several}, with a reducer this release of transformers can do 1, 5.23 more")
 
 
 @cache
