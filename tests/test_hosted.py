@@ -163,6 +163,33 @@ def _every_other(model, given) -> torch.Tensor:
     return found[0]
 
 
+@pytest.mark.parametrize(("family", "text"), FAMILIES)
+def test_windows_of_yopo_equal_the_stock_model_with_all_else_masked(family, text):
+    model = stock.stock(family, text)
+    given = alone(inputs(family, model), 0)
+    records = []
+
+    class Look(Reducer):
+        def after_decoder_layer(self, step):
+            records.append(step.tokens)
+
+    with Look().on(model):
+        model(**given)
+    tokens = records[0]
+    vision, row, column = (part[0] for part in (tokens.vision, tokens.row, tokens.column))
+    length = len(row)
+    seen = torch.ones(length, length).tril().bool()
+    near = (row[:, None] - row).abs().maximum((column[:, None] - column).abs()) <= 1
+    seen[vision] = (seen[vision] & ~vision) | (near[vision] & vision)
+    grids = len(row[vision].div(1024, rounding_mode="floor").unique())
+    assert grids == {"llava": 1, "next": 2, "onevision": 2, "video": 4}[family]
+    mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
+    expected = model(**{**given, "attention_mask": mask, "position_ids": torch.arange(length)[None]}).logits
+    with load_reducer({"method": "yopo", "window": 3}).on(model):
+        logits = model(**given).logits
+    torch.testing.assert_close(logits, expected, atol=5e-6, rtol=0)
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("strategy", ["default", "full"])
 def test_hosted_llava_equals_our_own(name, strategy):

@@ -11,6 +11,10 @@ EXTRA = -1
 """In place of a patch: a placeholder that shows none, such as a newline or CLS."""
 
 
+APART = 1024
+"""Rows between grids that are no neighbours: the overview and the stitched tiles, or two frames."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """The placeholders of an image or a video in their order, int64 tensors of the host.
@@ -24,7 +28,8 @@ class Layout:
     patch : `[placeholders]`
         Raster index of the patch in its view, the middle one where several are blended; `EXTRA` for an extra.
     row, column : `[placeholders]`
-        Place on the image's grid; -1 for extras, but the row of a newline.
+        Place on the image's grid, rows of frames and of the stitched tiles `APART` from others; -1 for extras, but the
+        row of a newline.
     group : `[placeholders]`
         An extra stays while a patch of its group does.
     slot : `[views, patches]`
@@ -61,7 +66,8 @@ def frames(count: int, side: int, cls: bool) -> Layout:
     """Views one after another, raster order in each, with or without a CLS in front of each."""
     patch = torch.arange(-1 if cls else 0, side * side).repeat(count)
     view = torch.arange(count).repeat_interleave(side * side + cls)
-    return Layout.of(view, patch, *_on_grid(patch, side), view, side * side)
+    row, column = _on_grid(patch, side)
+    return Layout.of(view, patch, _apart(row, view), column, view, side * side)
 
 
 def pooled_frames(count: int, side: int, pooled: int) -> Layout:
@@ -71,7 +77,8 @@ def pooled_frames(count: int, side: int, pooled: int) -> Layout:
     end = torch.tensor([EXTRA])
     view = torch.arange(count).repeat_interleave(pooled * pooled)
     cells = cell.flatten() + torch.arange(count)[:, None] * pooled * pooled
-    row, column = (torch.cat([of, end]) for of in _on_grid(place, pooled))
+    row, column = _on_grid(place, pooled)
+    row, column = torch.cat([_apart(row, view), end]), torch.cat([column, end])
     patch = torch.cat([middle.flatten().repeat(count), end])
     return Layout(torch.cat([view, end + 1]), patch, row, column, torch.zeros_like(patch), cells)
 
@@ -104,7 +111,7 @@ def tiles(packed: Tensor, views: int, side: int, size: tuple[int, int] | None = 
     layout = Layout.of(
         view,
         patch.masked_fill(number < 0, EXTRA),
-        torch.cat([place // side, row]),
+        torch.cat([place // side, row if width == 1 else row + APART]),
         torch.cat([place % side, column]),
         torch.cat([torch.full_like(place, 0 if width == 1 else len(stitched)), row.clamp(min=0)]),
         side * side,
@@ -125,6 +132,11 @@ def blended(grid: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         middles.append(((torch.arange(few) + 0.5) * many / few).long())
         cells.append(((torch.arange(many) + 0.5) * few / many).long())
     return grid[middles[0][:, None], middles[1]], cells[0][:, None] * size[1] + cells[1]
+
+
+def _apart(row: Tensor, view: Tensor) -> Tensor:
+    """Rows of views that are no neighbours; -1 for extras."""
+    return torch.where(row < 0, row, row + view * APART)
 
 
 def _on_grid(patch: Tensor, side: int) -> tuple[Tensor, Tensor]:
