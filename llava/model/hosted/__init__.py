@@ -14,7 +14,8 @@ from importlib import import_module
 
 from transformers import GenerationMixin, PreTrainedModel
 
-from llava.model.hosted.base import Host, opened
+from llava.model.hosted.attach import opened
+from llava.model.hosted.base import Host
 
 HOSTS = {
     "llava": "llava_family:Llava",

@@ -17,12 +17,6 @@ _ALL = "anyres_max_1000000"  # so many tiles are never blended
 class LlavaLike(Host):
     """A CLIP or SigLIP tower whose features come from one hidden state."""
 
-    @property
-    def placeholder_ids(self) -> dict[str, int]:
-        """The id of an image's placeholder, and of a video's where there are such."""
-        found = {kind: getattr(self.model.config, f"{kind}_token_id", None) for kind in ("image", "video")}
-        return {kind: token for kind, token in found.items() if token is not None}
-
     def with_cls(self, inputs: dict[str, Any]) -> bool:
         """Whether the CLS of a view is among its placeholders."""
         strategy = inputs.get("vision_feature_select_strategy") or self.model.config.vision_feature_select_strategy
