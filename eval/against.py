@@ -10,9 +10,9 @@ import numpy as np
 from scipy.stats import norm
 
 from eval.collect import VANILLA, Result
+from eval.pairing import holm, paired
 from eval.published import AVERAGE
 from eval.rows import RESAMPLES
-from eval.significance import holm, paired
 from mustdrop.checks import shown
 
 RIVAL = "rival"

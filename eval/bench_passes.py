@@ -135,6 +135,15 @@ def run_ours(model, reducer: Reducer, inputs: Inputs, new_tokens: int, timing: b
     return Pass(times, cached, peak.bytes, run.traces, lengths)
 
 
+@torch.inference_mode()
+def selector_macs(model, reducer: Reducer, inputs: Inputs) -> int:
+    """Multiply-adds of a reducer's own choosing, counted on the first of equally long prompts alone."""
+    with reducer.on(model, count=True) as run:
+        prompt = model.splice(inputs.ids[:1], images=inputs.pixels[:1], padding_side="left")
+        model(inputs_embeds=prompt.embeds, prompt=prompt, use_cache=True, logits_to_keep=1)
+    return run.traces[0].selector_macs
+
+
 def run_hugging_face(model, ids: Tensor, inputs: Inputs, new_tokens: int) -> Pass:
     """A pass of plain `LlavaForConditionalGeneration`; `ids` as `Inputs.expanded` gives them."""
     clock = Clock(model.device)

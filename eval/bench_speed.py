@@ -48,7 +48,8 @@ class Contestant:
     """What one row is about.
 
     `settings` are a reducer's, None for Hugging Face's LLaVA; `compiled` says whether the decoder goes through
-    torch.compile; `passes` and `floors` hold what every round measured.
+    torch.compile; `passes` and `floors` hold what every round measured, `selector_macs` what choosing costs a prompt,
+    counted apart.
     """
 
     method: str
@@ -58,6 +59,7 @@ class Contestant:
     compiled: bool = False
     passes: list = field(default_factory=list)
     floors: list = field(default_factory=list)
+    selector_macs: int = 0
 
     @property
     def label(self) -> str:
@@ -158,6 +160,7 @@ def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestan
     """Build the model, run all rounds and return the report: rows, settings, provenance."""
     import torch
 
+    from eval import bench_passes
     from eval.bench_model import Inputs, hugging_face_twin, random_model, read_shape
     from eval.inference import LoadedModel, resolve_device, resolve_dtype
     from eval.progress import progress
@@ -191,6 +194,10 @@ def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestan
         batch: Inputs.random(shape, batch, numbers["text"], dtype, device)
         for batch in dict.fromkeys(one.batch_size for one in rows_wanted)
     }
+    for one in rows_wanted:
+        if one.settings is not None:
+            own = load_reducer(one.settings), inputs[one.batch_size]
+            one.selector_macs = bench_passes.selector_macs(model, *own)
     with torch.no_grad():
         compiled = compile_model(model).get_model().compiled if args.compile else None
 
@@ -273,8 +280,8 @@ def _row(one: Contestant, every: list[Contestant], shape, new_tokens: int, weigh
     vanilla = next(row for row in every if row.label == VANILLA and row.batch_size == one.batch_size)
     times = {part: [done.times[part] for done in one.passes if part in done.times] for part in PARTS}
     traces = (one.passes[0].traces or vanilla.passes[0].traces)[: one.batch_size]
-    records = [trace.to_dict() for trace in traces]
-    counted = [flops(record, shape, one.settings and load_reducer(one.settings)) for record in records]
+    records = [{**trace.to_dict(), "selector_macs": one.selector_macs} for trace in traces]
+    counted = [flops(record, shape) for record in records]
 
     def implied(convention: str) -> float:
         return sum(c[convention]["full"] for c in counted) / sum(c[convention]["used"] for c in counted)
@@ -299,6 +306,7 @@ def _row(one: Contestant, every: list[Contestant], shape, new_tokens: int, weigh
         "mean_tokens": fmean(record["mean_tokens"] for record in records),
         "mean_tokens_official": fmean(record["mean_tokens_official"] for record in records),
         "vision_tokens": records[0]["vision_tokens"],
+        "selector_macs": one.selector_macs,
         **{part: _median(times[part]) for part in PARTS},
         "decode_tokens_per_s": 1000 * generated / decode if generated else None,
         "peak_bytes": max((done.peak_bytes for done in one.passes if done.peak_bytes is not None), default=None),

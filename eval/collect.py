@@ -131,7 +131,8 @@ def collect(folders: Iterable[str | Path]) -> tuple[list[Result], list[str]]:
         if count > 1
     ]
     whole, left_out = _most_questions(list(newest.values()))
-    return _with_shares(whole), damaged + notes + left_out + _same_names(whole) + _quantised(whole) + _not_asked(whole)
+    facts = [*_same_names(whole), *_quantised(whole), *_not_asked(whole), *uncounted(result.row for result in whole)]
+    return _with_shares(whole), [*damaged, *notes, *left_out, *facts]
 
 
 def prompt_ms(row: Mapping) -> float | None:
@@ -237,6 +238,14 @@ def _quantised(results: Iterable[Result]) -> list[str]:
     """One line for every model whose weights were packed."""
     found = {(result.row["model"], result.row["bits"]): None for result in results if result.row.get("bits")}
     return [f"{model}: language model in {bits} bit, quantised by bitsandbytes" for model, bits in found]
+
+
+def uncounted(rows: Iterable[Mapping]) -> list[str]:
+    """One line about rows in which nobody counted what choosing costs; older results hold an estimate of it."""
+    unknown = [row for row in rows if "flops_reduction" in row and row.get("selector_macs") is None]
+    names = dict.fromkeys(label(row["method"], row["retain"]) for row in unknown if row["method"] != VANILLA)
+    about = "what choosing costs is not known, nobody counted it (FLOPs saved hold an estimate, or are left out)"
+    return [f"{about}: {', '.join(names)}"] if names else []
 
 
 def _not_asked(results: Iterable[Result]) -> list[str]:

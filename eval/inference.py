@@ -20,6 +20,7 @@ from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path, load_image, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from mustdrop import Reducer
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -288,6 +289,31 @@ class LoadedModel:
             "attention_mask": move(prepared["attention_mask"]),
             "images": None if images is None else [move(tiles) for tiles in images],
         }
+
+    @torch.inference_mode()
+    def selector_cost(self, reducer: Reducer, prompt: str, images: Sequence[Image.Image]) -> dict:
+        """What a reducer's own choosing costs, counted on one prompt.
+
+        Parameters
+        ----------
+        reducer : Reducer
+            Whose choosing.
+        prompt : str
+            What ``prompt`` returns.
+        images : sequence of PIL.Image.Image
+            The prompt's images.
+
+        Returns
+        -------
+        dict
+            ``selector_macs``, multiply-adds up to the first new token, and ``selector_prompt``, on what they were
+            counted: ``images``, ``text_tokens`` and ``vision_tokens`` (those that enter the first decoder layer).
+        """
+        with reducer.on(self.model, count=True) as run:
+            self.model.generate(**self.inputs([prompt], [images]), max_new_tokens=1, do_sample=False)
+        trace = run.traces[0]
+        prompt_facts = {"text_tokens": trace.text_tokens, "vision_tokens": trace.vision_tokens[0]}
+        return {"selector_macs": trace.selector_macs, "selector_prompt": {"images": len(images), **prompt_facts}}
 
     def seen(self, picture: Image.Image) -> Image.Image | None:
         """A picture as the vision tower sees it, padded or cropped and resized; None if it is cut into tiles."""

@@ -138,6 +138,7 @@ class LlavaMustDrop(lmms):
         self.pictures = None if pictures is None else Path(pictures)
         self.samples = None if samples is None else rank_files(Path(samples))[self._rank]
         self.records: list[dict] = []
+        self._selector: dict = {}
         self._answered: dict[tuple, dict] = {}
         if self.samples is not None:
             self._open_samples(resume)
@@ -190,6 +191,7 @@ class LlavaMustDrop(lmms):
     def _answer(self, asked: Sequence[Question], prepared: dict, settings: dict, shown: Container[int]) -> list[str]:
         """Answers to a prepared batch, recorded; the images of the questions in `shown` are kept."""
         with naming([one.where for one in asked]):
+            self._count_selector([one.context for one in asked], [one.images for one in asked])
             texts, traces = self._generate(prepared, settings)
         for one, text, trace in zip(asked, texts, traces, strict=True):
             self._record(one.where, one.document, one.context, text, trace)
@@ -239,7 +241,9 @@ class LlavaMustDrop(lmms):
             )
             with rounds as bar:
                 for batch in self._batches(active, lambda i: (contexts[i], requests[i].args[1])):
-                    prepared = self._prepare([contexts[i] for i in batch], [visuals[i] for i in batch])
+                    own = [contexts[i] for i in batch], [visuals[i] for i in batch]
+                    prepared = self._prepare(*own)
+                    self._count_selector(*own)
                     texts, traces = self._generate(prepared, requests[batch[0]].args[1])
                     for index, text, trace in zip(batch, texts, traces, strict=True):
                         outputs[index].append(text)
@@ -296,6 +300,14 @@ class LlavaMustDrop(lmms):
             self.loaded.prompt(context, len(pictures)) for context, pictures in zip(contexts, visuals, strict=True)
         ]
         return self.loaded.prepare(prompts, visuals)
+
+    def _count_selector(self, contexts: Sequence[str], visuals: Sequence[Sequence[Image.Image]]) -> None:
+        """Count what choosing costs on the first prompt with an image; that figure is taken for all prompts."""
+        asked = [one for one in zip(contexts, visuals, strict=True) if one[1]]
+        if self.shape is None or self._selector or not asked:
+            return
+        context, images = asked[0]
+        self._selector = self.loaded.selector_cost(self.reducer, self.loaded.prompt(context, len(images)), images)
 
     def _generate(self, prepared: dict, settings: dict) -> tuple[list[str], list[Trace]]:
         """Answers to a prepared batch, each cut where ``until`` says, and their traces."""
@@ -355,7 +367,8 @@ class LlavaMustDrop(lmms):
             **{count: getattr(trace, count) for count in COUNTS},
         }
         if self.shape is not None:
-            record["flops"] = flops(record, self.shape, self.reducer)
+            record |= self._selector if trace.images else {}
+            record["flops"] = flops(record, self.shape)
         if self.kept_patches:
             record["kept"] = pack_stages(trace.kept, sum(image["patches"] for image in trace.images))
         self._write(record)
@@ -378,6 +391,9 @@ class LlavaMustDrop(lmms):
     def _open_samples(self, resume: bool) -> None:
         known = [line for line in read_answers(self.samples) if "skipped" not in line] if resume else []
         self._answered = {_key((line["doc_id"], line["task"], line["split"])): line for line in known}
+        names = "selector_macs", "selector_prompt"
+        counted = next((line for line in known if all(name in line for name in names)), None)
+        self._selector = {name: counted[name] for name in names} if counted else {}
         write_lines(self.samples, known)
 
 

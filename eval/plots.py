@@ -220,12 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     new.add_argument("results", type=path, nargs="+", help="results folders")
     new.add_argument("--out", type=path, help="folder for the pictures (default: plots in the first results folder)")
     args = new.parse_args(argv)
-    try:
-        results, notes = collect(args.results)
-        out = check_out(args.out or args.results[0] / "plots")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    results, notes = collect(args.results)
+    out = check_out(args.out or args.results[0] / "plots")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     out.mkdir(parents=True, exist_ok=True)

@@ -80,7 +80,7 @@ ROW: dict[str, Check] = {
 SOME_ROWS: dict[str, Check] = {
     **{f"{part}_ms": _or_none(NUMBER) for part in ("vision", "prefill", "selector", "decode")},
     "skipped": _whole(0), "beyond_context": _whole(0), "bits": _whole(1),
-    "model_base": TEXT,
+    "model_base": TEXT, "selector_macs": _or_none(_whole(0)), "selector_prompt": _or_none(BY_NAME),
 }  # fmt: skip
 MACHINE = _every(_or_none(NUMBER), dict, "a mapping of numbers")
 PROVENANCE: dict[str, Check] = {
@@ -102,6 +102,10 @@ MEASURED: dict[str, Check] = {
     "images": _every(MAPPING, list, "a list of mappings"),
 }  # fmt: skip
 """What the line of an answered question has."""
+
+MAYBE_ANSWERED: dict[str, Check] = {
+    "flops": COSTS, "kept": MAPPING, "skipped": TEXT, "selector_macs": _whole(0), "selector_prompt": BY_NAME,
+}  # fmt: skip
 
 
 def read_record(file: Path) -> dict:
@@ -182,7 +186,7 @@ def read_answers(file: Path) -> list[dict]:
 
 def _is_answer(line: Mapping) -> bool:
     measured = {} if "skipped" in line else MEASURED
-    return _wrong(line, {**ANSWER, **measured}, {"flops": COSTS, "kept": MAPPING, "skipped": TEXT}, "") is None
+    return _wrong(line, {**ANSWER, **measured}, MAYBE_ANSWERED, "") is None
 
 
 def _line(text: bytes) -> dict | None:

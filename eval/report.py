@@ -182,14 +182,10 @@ def main(argv: list[str] | None = None) -> int:
     new.add_argument("--out", type=path, help="HTML file (default: report.html in the results folder)")
     args = new.parse_args(argv)
     out = args.out or args.results / "report.html"
-    try:
-        if out.is_dir():
-            raise ValueError(f"--out: {str(out)!r} is a folder, expected a file such as report.html")
-        folder = check_out(out.parent)
-        page = report(args.results)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if out.is_dir():
+        raise ValueError(f"--out: {str(out)!r} is a folder, expected a file such as report.html")
+    folder = check_out(out.parent)
+    page = report(args.results)
     folder.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
     print(out)

@@ -9,7 +9,6 @@ import numpy as np
 from scipy.stats import binomtest, bootstrap
 
 from mustdrop.cost import CONVENTIONS
-from mustdrop.hooks import Reducer
 from mustdrop.macs import Workload
 from mustdrop.shape import ModelShape
 
@@ -61,47 +60,54 @@ def shape_of(config: dict, name: str, dtype: str) -> ModelShape | None:
         return None
 
 
-def flops(record: Mapping, shape: ModelShape, reducer: Reducer | None = None) -> dict[str, dict[str, int]]:
+def flops(record: Mapping, shape: ModelShape) -> dict[str, dict[str, int]]:
     """Multiply-adds of one prompt: ``{convention: {"full": untouched, "used": with the reducer}}``.
 
     Parameters
     ----------
     record : mapping
-        A trace as ``mustdrop.Trace.to_dict`` gives it.
+        A trace as ``mustdrop.Trace.to_dict`` gives it. Without its ``selector_macs`` the convention that counts what
+        choosing costs is left out.
     shape : ModelShape
-        Of the model. A prompt without pictures gives an empty dictionary.
-    reducer : Reducer, optional
-        The method, which says what its own work costs. Default: MustDrop's cost.
+        Of the model. A prompt without images gives an empty dictionary.
     """
     if not record["images"]:
         return {}
-    work = Workload.of_trace(shape, record, reducer)
+    work = Workload.of_trace(shape, record)
     full = Workload.of(shape, text_tokens=work.text_tokens, image_tokens=[shape.patches] * len(record["images"]))
     return {
         name: {"full": round(CONVENTIONS[name].count(shape, full)), "used": round(CONVENTIONS[name].count(shape, work))}
         for name in REPORTED_CONVENTIONS
+        if name != FLOPS_CONVENTION or work.selector_macs is not None
     }
 
 
 def flops_reductions(records: Sequence[Mapping]) -> dict[str, float]:
-    """Share of the FLOPs that is saved over all prompts with pictures, per convention; empty where unknown."""
+    """Share of the FLOPs that is saved over all prompts with images, per convention that is known of all of them."""
     counted = [record["flops"] for record in records if record.get("flops")]
     if not counted:
         return {}
     return {
         name: 1 - sum(one[name]["used"] for one in counted) / sum(one[name]["full"] for one in counted)
         for name in REPORTED_CONVENTIONS
+        if all(name in one for one in counted)
     }
 
 
 def measured(records: Sequence[Mapping]) -> dict:
-    """What prompts took, on average: tokens, FLOPs, cache, and times (medians over prompts, None if not measured)."""
+    """What prompts took, on average: tokens, FLOPs, cache, and times (medians over prompts, None if not measured).
+
+    What choosing costs, ``selector_macs``, was counted on one prompt, ``selector_prompt``; None where nobody counted.
+    """
     reductions = flops_reductions(records)
+    counted = next((record for record in records if record.get("selector_prompt")), {})
     return {
         "mean_tokens": fmean(record["mean_tokens"] for record in records),
         "mean_tokens_official": fmean(record["mean_tokens_official"] for record in records),
         "flops_reduction": reductions.get(FLOPS_CONVENTION),
         "flops_reductions": reductions,
+        "selector_macs": counted.get("selector_macs"),
+        "selector_prompt": counted.get("selector_prompt"),
         "cache_bytes": fmean(record["cache_bytes"] for record in records),
         **{f"{part}_ms": _median_ms(records, part) for part in TIMES},
     }

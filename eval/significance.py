@@ -20,7 +20,9 @@ import numpy as np
 from scipy.stats import binomtest, ttest_rel
 from tabulate import tabulate
 
+from eval import against
 from eval.collect import VANILLA, Result, collect, same_questions
+from eval.pairing import holm, picture_numbers, question_pairs, question_scores
 from eval.rows import bootstrap_interval
 from mustdrop.checks import shown
 from mustdrop.command import Parser, command, path
@@ -67,9 +69,9 @@ def compare(a: Sequence[Mapping], b: Sequence[Mapping]) -> Comparison:
     ValueError
         If no question is in both, or lines have no score.
     """
-    pairs = _pairs(a, b)
-    first, second = _scores(pairs)
-    better, picture = first - second, _pictures(pairs)
+    pairs = question_pairs(a, b)
+    first, second = question_scores(pairs)
+    better, picture = first - second, picture_numbers(pairs)
     sums, counts = np.bincount(picture, better), np.bincount(picture)
     low, high = bootstrap_interval(lambda drawn: sums[drawn].sum() / counts[drawn].sum(), len(sums))
     only_a, only_b = int((better > 0).sum()), int((better < 0).sum())
@@ -83,41 +85,6 @@ def compare(a: Sequence[Mapping], b: Sequence[Mapping]) -> Comparison:
         len(pairs), 100 * first.mean(), 100 * second.mean(), 100 * better.mean(), (100 * low, 100 * high),
         only_a, only_b, float(p),
     )  # fmt: skip
-
-
-def paired(a: Sequence[Mapping], b: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:
-    """Per question that is in both: a's score minus b's, and the number of its picture; errors are `compare`'s."""
-    pairs = _pairs(a, b)
-    first, second = _scores(pairs)
-    return first - second, _pictures(pairs)
-
-
-def _pairs(a: Sequence[Mapping], b: Sequence[Mapping]) -> list[tuple[Mapping, Mapping]]:
-    other = {_question(line): line for line in b}
-    pairs = [(line, other[_question(line)]) for line in a if _question(line) in other]
-    if not pairs:
-        raise ValueError("no question was answered by both")
-    if any("score" not in line for pair in pairs for line in pair):
-        raise ValueError("a line has no score, so its cell was never finished")
-    return pairs
-
-
-def _scores(pairs: Sequence[tuple[Mapping, Mapping]]) -> tuple[np.ndarray, np.ndarray]:
-    return tuple(np.array([pair[side]["score"] for pair in pairs], float) for side in (0, 1))
-
-
-def _pictures(pairs: Sequence[tuple[Mapping, Mapping]]) -> np.ndarray:
-    """Number of every pair's picture; a line that names none stands alone."""
-    names = [line.get("picture", str(number)) for number, (line, _) in enumerate(pairs)]
-    return np.unique(names, return_inverse=True)[1]
-
-
-def holm(p: Sequence[float]) -> np.ndarray:
-    """Probabilities ``[tests]`` after Holm's step-down correction."""
-    p = np.asarray(p, float)
-    order = np.argsort(p)
-    raised = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    return np.minimum(raised, 1)[np.argsort(order)]
 
 
 def default_pairs(results: Sequence[Result]) -> list[tuple[Result, Result]]:
@@ -243,8 +210,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _against(results: Sequence[Result], reference: str, style: str) -> str:
     """The table of `eval.against` with what it means."""
-    from eval import against
-
     headers, body = against.table(against.against(results, reference))
     text = tabulate(body, headers, tablefmt=style, disable_numparse=True, colalign=("right", "left", "left"))
     chosen = "; the best rival was chosen on these very questions" if reference == against.RIVAL else ""
@@ -252,11 +217,6 @@ def _against(results: Sequence[Result], reference: str, style: str) -> str:
         f"{text}\n\nPercentage points of the mean score per question, paired, with 95 % bootstrap intervals over "
         f"pictures; the average is over tasks.\n*: p < {LEVEL} after Holm's correction over the averages{chosen}."
     )
-
-
-def _question(line: Mapping) -> tuple:
-    """A question's name; some benchmarks name several alike, hence the document's number."""
-    return line["task"], str(line["question_id"]), line["doc_id"]
 
 
 def _name(result: Result) -> str:

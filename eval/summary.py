@@ -9,11 +9,16 @@ from pathlib import Path
 from tabulate import tabulate
 
 from eval.cell import Cell, write_json
+from eval.collect import uncounted
 from eval.records import read_record
 
 CI95 = (
     "accuracy: Wilson score interval over questions (scipy.stats.binomtest) where every score is 0 or 1; else, and for "
     "other scores, percentile bootstrap over questions (scipy.stats.bootstrap)"
+)
+SELECTOR = (
+    "selector: what choosing costs is counted by torch on one prompt of every row (of each process), the first with an "
+    "image, see selector_prompt, and taken for all its prompts."
 )
 
 
@@ -33,6 +38,7 @@ def write(out: Path, cells: Sequence[tuple[Cell, Path]]) -> str:
         "samples": rows[0]["n"],
         "flops_convention": FLOPS_CONVENTION,
         "flops_conventions": {name: CONVENTIONS[name].explanation for name in REPORTED_CONVENTIONS},
+        "selector": SELECTOR,
         "ci95": CI95,
         "times": f"median over prompts, a batch's time shared by its {cell.batch_size} prompts, vision by its pictures",
     }
@@ -55,6 +61,7 @@ def text(rows: Sequence[dict], facts: dict, style: str) -> str:
         f"commit {(facts['git_commit'] or 'none')[:12]}.\n"
         f"tokens: mean per decoder layer; official: the same by the authors' meter.\n"
         f"FLOPs saved: {facts['flops_conventions'][facts['flops_convention']]}.\n"
+        f"{facts['selector']}\n"
         f"vision only: {facts['flops_conventions']['vision-only']}.\n"
         f"ms: {facts['times']}."
     )
@@ -69,6 +76,7 @@ def remarks(rows: Sequence[Mapping]) -> list[str]:
     return [
         *([f"Language model quantised by bitsandbytes: {', '.join(quantised)}."] if quantised else []),
         *([f"Questions skipped, which count as wrong: {', '.join(skipped)}."] if skipped else []),
+        *(f"{line}." for line in uncounted(rows)),
         *([f"Questions longer than the model's context: {', '.join(beyond)}."] if beyond else []),
     ]
 

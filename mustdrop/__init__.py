@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mustdrop.config import load_reducer
-    from mustdrop.hooks import Reducer, TraceRecorder
+    from mustdrop.hooks import Reducer
     from mustdrop.mustdrop import MustDrop
     from mustdrop.mustdrop_plus import MustDropPlus
+    from mustdrop.recording import TraceRecorder
     from mustdrop.registry import available_methods
     from mustdrop.trace import Trace
 
@@ -16,7 +17,7 @@ _HOMES = {
     "MustDrop": "mustdrop",
     "MustDropPlus": "mustdrop_plus",
     "Reducer": "hooks",
-    "Run": "hooks",
+    "TraceRecorder": "recording",
     "Trace": "trace",
     "available_methods": "registry",
     "load_reducer": "config",

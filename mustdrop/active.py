@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
-    from mustdrop.hooks import Reducer, TraceRecorder
+    from mustdrop.reach import Fitting
+    from mustdrop.recording import TraceRecorder
 
 
 @dataclass(eq=False)
@@ -28,7 +29,7 @@ class Activation:
     """A reducer that is on for the model that has this key, from the beginning of its block to the end."""
 
     key: object
-    reducer: Reducer
+    reducer: Fitting
     run: TraceRecorder
     open: bool = True
 
@@ -42,7 +43,7 @@ _handing_on = False
 
 
 @contextmanager
-def activated(key: object, reducer: Reducer, run: TraceRecorder) -> Iterator[None]:
+def activated(key: object, reducer: Fitting, run: TraceRecorder) -> Iterator[None]:
     """Let a reducer be on inside the `with` block; blocks may end in any order, and in another context."""
     activation = Activation(key, reducer, run)
     with _lock:

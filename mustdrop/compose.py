@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from mustdrop.hooks import Reducer
 from mustdrop.reach import Tower, check_counts, check_steps, square
-
-if TYPE_CHECKING:
-    from mustdrop.macs import Workload
-    from mustdrop.shape import ModelShape
 
 
 class Compose(Reducer):
@@ -58,9 +53,6 @@ class Compose(Reducer):
     def check_placeholders(self) -> None:
         for part in self.parts:
             part.check_placeholders()
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        return sum(part.selector_macs(shape, work) for part in self.parts)
 
     def overrides(self, hook: str) -> bool:
         return bool(self.asked_at(hook))

@@ -65,6 +65,8 @@ class Convention:
 
 def _part_flops(shape: ModelShape, work: Workload, *parts: str) -> int:
     macs = costs(shape, work)
+    if "selector" in parts and work.selector_macs is None:
+        raise ValueError("selector: what choosing cost is not known of a trace without count, see Reducer.on")
     return 2 * sum(macs[part] for part in parts)
 
 

@@ -14,8 +14,10 @@ from itertools import pairwise, zip_longest
 
 import torch
 
-from mustdrop.hooks import LayerPlan, Reducer, SplitRows, Tokens
+from mustdrop.compute_plan import LayerPlan
+from mustdrop.neighbours import SplitRows
 from mustdrop.shape import ModelShape
+from mustdrop.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Workload:
         Whether they change between a vision block's attention and its MLP instead of after both.
     plans : tuple of PlannedLayer or None
         Per decoder layer: what it computes for vision tokens, None for everything.
-    selector_macs : int
-        Multiply-adds of the method itself (`Reducer.selector_macs`).
+    selector_macs : int or None
+        Multiply-adds of the method itself, None where they are not known.
     """
 
     vision_tokens: tuple[int, ...]
@@ -63,7 +65,7 @@ class Workload:
     tower_tokens: tuple[tuple[int, ...], ...]
     before_mlp: bool
     plans: tuple[PlannedLayer | None, ...]
-    selector_macs: int = 0
+    selector_macs: int | None = None
 
     @classmethod
     def of(
@@ -79,7 +81,6 @@ class Workload:
         tower_tokens: Sequence[Mapping[int, int]] | None = None,
         before_mlp: bool = False,
         plans: Mapping[int, LayerPlan | Mapping] | None = None,
-        reducer: Reducer | None = None,
     ) -> Workload:
         """A prompt, by default of one image of which nothing is dropped.
 
@@ -89,7 +90,7 @@ class Workload:
         image); by default `image_tokens` after block 0.
         `plans` are the layers that compute less for vision tokens: `Trace.plans`, or a `LayerPlan` for each; the pairs
         of the latter are estimated as if all text came before the images, and tokens lay evenly on the grid. A layer
-        that is skipped has no vision tokens. `reducer` says what choosing costs; by default it is MustDrop's cost.
+        that is skipped has no vision tokens. What choosing costs is taken to be what MustDrop's costs.
 
         Raises
         ------
@@ -127,13 +128,15 @@ class Workload:
         tower = tuple(_through_tower(shape, left) for left in tower_tokens)
         layerwise = tuple(planned.get(layer) for layer in range(shape.layers))
         work = cls(tuple(vision_tokens), text_tokens, *sequences, new_tokens, tower, before_mlp, layerwise)
-        selector = mustdrop_selector_macs if reducer is None else reducer.selector_macs
-        return replace(work, selector_macs=selector(shape, work))
+        return replace(work, selector_macs=mustdrop_selector_macs(shape, work))
 
     @classmethod
-    def of_trace(cls, shape: ModelShape, trace: Mapping, reducer: Reducer | None = None) -> Workload:
-        """The prompt that a trace (`Trace.to_dict`) tells of, up to the first new token."""
-        return cls.of(
+    def of_trace(cls, shape: ModelShape, trace: Mapping) -> Workload:
+        """The prompt that a trace (`Trace.to_dict`) tells of, up to the first new token.
+
+        What choosing cost is what the trace says; it is not known if the trace did not count.
+        """
+        work = cls.of(
             shape,
             trace["vision_tokens"],
             text_tokens=trace["text_tokens"],
@@ -142,8 +145,8 @@ class Workload:
             before_mlp=trace["before_mlp"],
             plans=trace["plans"],
             cache_lengths=trace["cache_lengths"],
-            reducer=reducer,
         )
+        return replace(work, selector_macs=trace.get("selector_macs"))
 
     @property
     def vision_tokens_after(self) -> list[int]:
@@ -287,25 +290,21 @@ def filter_macs(shape: ModelShape, rows: int, keys: int) -> int:
     return rows * shape.heads * shape.head_dim * (shape.hidden + keys)
 
 
-def filters_macs(shape: ModelShape, work: Workload, rows: int, layers: Sequence[int] | None = None) -> int:
-    """`filter_macs` of so many rows after the given decoder layers, by default the filter layers."""
-    layers = work.filter_layers if layers is None else layers
-    return sum(filter_macs(shape, rows, work.vision_tokens[layer] + work.text_tokens) for layer in layers)
-
-
 def mustdrop_selector_macs(shape: ModelShape, work: Workload) -> int:
     """MustDrop's choosing: if there are filter layers, the key tokens' probe and attention on demand of the text.
 
-    Of all text, an upper bound: only what follows the first image asks. Window similarities need no matrix product.
+    Of all text, an upper bound: only what follows the first image asks. Window similarities need no matrix product, and
+    several images are not padded to the longest.
     """
     if not work.filter_layers:
         return 0
     probes = sum(key_probe_macs(shape, tokens) for tokens in work.image_tokens)
-    return probes + filters_macs(shape, work, work.text_tokens)
+    keys = (work.vision_tokens[layer] + work.text_tokens for layer in work.filter_layers)
+    return probes + sum(filter_macs(shape, work.text_tokens, length) for length in keys)
 
 
-def costs(shape: ModelShape, work: Workload) -> dict[str, int]:
-    """Multiply-adds of every part of one prompt."""
+def costs(shape: ModelShape, work: Workload) -> dict[str, int | None]:
+    """Multiply-adds of every part of one prompt; None for the selector where its cost is not known."""
     leaving = [max(tokens[-1], spliced) for tokens, spliced in zip(work.tower_tokens, work.image_tokens, strict=True)]
     features = sum(leaving) + shape.feature_cls * len(leaving)
     return {

@@ -2,19 +2,63 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from mustdrop.compute_plan import LayerPlan
 from mustdrop.neighbours import SplitRows
+from mustdrop.tokens import Tokens
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-    from mustdrop.hooks import ForwardState
-    from mustdrop.tokens import Tokens
+@dataclass(eq=False, repr=False)
+class PassRecord:
+    """What is noted of one forward pass over a batch of prompts, and all that their traces are made from.
+
+    Attributes
+    ----------
+    before_mlp : bool
+        Whether vision blocks change the tokens between attention and MLP.
+    vision : dict of int to Tensor
+        After each vision block that changed the tokens, the `patch_to_token` map of every row.
+    images : list of list of (int, Tensor)
+        Per prompt and image: tokens that entered the language model, and their `patch_to_token` map.
+    tiles : list of list of int
+        Per prompt and image: its row in what the vision encoder computed.
+    pruned_layers : list of int
+        Decoder layers after which the reducer chose.
+    plans : list of LayerPlan or None
+        What each decoder layer computed for vision tokens.
+    merge_maps : dict of int to Tensor
+        `Keep.merge_into` after each decoder layer that merged tokens.
+    tokens_in, tokens_out : list of Tokens
+        Entering and leaving each decoder layer.
+    cached : list of Tokens
+        What each layer has cached when prefill ends.
+    kv_bytes : list of int
+        Bytes of one cached position, per layer.
+    seconds : dict of str to float
+        Time per part, where it is measured.
+    selector_macs : int or None
+        Multiply-adds of the reducer's own work up to the first new token, None where they are not counted.
+    """
+
+    before_mlp: bool = False
+    vision: dict[int, Tensor] = field(default_factory=dict)
+    images: list[list[tuple[int, Tensor]]] = field(default_factory=list)
+    tiles: list[list[int]] = field(default_factory=list)
+    pruned_layers: list[int] = field(default_factory=list)
+    plans: list[LayerPlan | None] = field(default_factory=list)
+    merge_maps: dict[int, Tensor] = field(default_factory=dict)
+    tokens_in: list[Tokens] = field(default_factory=list)
+    tokens_out: list[Tokens] = field(default_factory=list)
+    cached: list[Tokens] = field(default_factory=list)
+    kv_bytes: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    selector_macs: int | None = None
 
 
 class Trace:
@@ -46,54 +90,57 @@ class Trace:
     plans : dict
         `plans[layer]` -> what the decoder layer computed for vision tokens, where that is not everything: the fields of
         `LayerPlan`, and `pairs`, the pairs of a vision row and a key that one head computed.
+    selector_macs : int or None
+        Multiply-adds of the method's own matrix products up to the first new token; None where nobody counted, see
+        `Reducer.on`.
     """
 
-    def __init__(self, state: ForwardState, row: int, prompt: int):
-        self._state, self._row, self._prompt = state, row, prompt
-        self._seconds, self._shares = state.seconds, _shares(state, prompt)
+    def __init__(self, record: PassRecord, row: int, prompt: int):
+        self._record, self._row, self._prompt = record, row, prompt
+        self._seconds, self._shares = record.seconds, _shares(record, prompt)
 
     @cached_property
     def _facts(self) -> dict:
         """Everything on the host, read once; the tensors are let go."""
-        state, row = self._state, self._row
-        images = state.images[self._prompt]
-        tokens_in = state.tokens_in[0]
+        record, row = self._record, self._row
+        images = record.images[self._prompt]
+        tokens_in = record.tokens_in[0]
         owners = [_patch_to_token(images)]
-        for layer, tokens in enumerate(state.tokens_in):
-            merge_into = state.merge_maps.get(layer)
+        for layer, tokens in enumerate(record.tokens_in):
+            merge_into = record.merge_maps.get(layer)
             owners.append(
                 owners[-1] if merge_into is None else _joined(owners[-1], tokens.vision_index[row], merge_into[row])
             )
-        alive = {
-            id(state.tokens_out[layer]): (owners[layer + 1], state.tokens_out[layer]) for layer in state.pruned_layers
-        }
-        for layer, tokens in enumerate(state.cached):
+        pruned = {layer: record.tokens_out[layer] for layer in record.pruned_layers}
+        alive = {id(tokens): (owners[layer + 1], tokens) for layer, tokens in pruned.items()}
+        for layer, tokens in enumerate(record.cached):
             alive.setdefault(id(tokens), (owners[layer], tokens))
         patches = {key: _patches(patch_to_token, tokens, row) for key, (patch_to_token, tokens) in alive.items()}
         kept: dict[str, dict[int, list[int]]] = {"vision": {}, "prefill": {}, "decode": {}}
         if images:
-            tiles = state.tiles[self._prompt]
-            kept["vision"] = {b: (o[tiles].reshape(-1) >= 0).nonzero()[:, 0].tolist() for b, o in state.vision.items()}
-            kept["prefill"] = {layer: patches[id(state.tokens_out[layer])] for layer in state.pruned_layers}
-            kept["decode"] = {layer: patches[id(tokens)] for layer, tokens in enumerate(state.cached)}
+            tiles = record.tiles[self._prompt]
+            kept["vision"] = {b: (o[tiles].reshape(-1) >= 0).nonzero()[:, 0].tolist() for b, o in record.vision.items()}
+            kept["prefill"] = {layer: patches[id(tokens)] for layer, tokens in pruned.items()}
+            kept["decode"] = {layer: patches[id(tokens)] for layer, tokens in enumerate(record.cached)}
         key_tokens = tokens_in.protected[row] & tokens_in.vision[row]
-        cache_lengths = [int(tokens.counts[row]) for tokens in state.cached]
+        cache_lengths = [int(tokens.counts[row]) for tokens in record.cached]
         facts = {
             "images": [
-                {"patches": len(patch_to_token), "tokens": tokens, "blocks": _blocks(state.vision, tile)}
-                for tile, (tokens, patch_to_token) in zip(state.tiles[self._prompt], images, strict=True)
+                {"patches": len(patch_to_token), "tokens": tokens, "blocks": _blocks(record.vision, tile)}
+                for tile, (tokens, patch_to_token) in zip(record.tiles[self._prompt], images, strict=True)
             ],
-            "before_mlp": state.overrides("inside_vision_block"),
+            "before_mlp": record.before_mlp,
             "key_tokens": tokens_in.vision_index[row][key_tokens].tolist(),
             "text_tokens": int(tokens_in.counts[row] - tokens_in.vision[row].sum()),
-            "vision_tokens": _vision_counts(state.tokens_in, row),
-            "vision_tokens_after": _vision_counts(state.tokens_out, row),
+            "vision_tokens": _vision_counts(record.tokens_in, row),
+            "vision_tokens_after": _vision_counts(record.tokens_out, row),
             "kept": kept,
             "cache_lengths": cache_lengths,
-            "cache_bytes": sum(n * size for n, size in zip(cache_lengths, state.kv_bytes, strict=True)),
-            "plans": _plans(state, row) if images else {},
+            "cache_bytes": sum(n * size for n, size in zip(cache_lengths, record.kv_bytes, strict=True)),
+            "plans": _plans(record, row) if images else {},
+            "selector_macs": record.selector_macs,
         }
-        self._patch_to_token, self._state = owners[0], None
+        self._patch_to_token, self._record = owners[0], None
         return facts
 
     @cached_property
@@ -139,13 +186,13 @@ class Trace:
         return f"Trace(vision_tokens={self.vision_tokens}, mean_tokens={self.mean_tokens:.1f})"
 
 
-def _plans(state: ForwardState, row: int) -> dict[int, dict]:
+def _plans(record: PassRecord, row: int) -> dict[int, dict]:
     """The layers of a prompt that were computed by a plan, counted as if it had been alone."""
     pairs: dict[tuple, int] = {}
     plans = {}
-    for layer, plan in enumerate(state.plans):
+    for layer, plan in enumerate(record.plans):
         if plan is not None:
-            tokens = state.tokens_in[layer]
+            tokens = record.tokens_in[layer]
             key = id(tokens), plan.window
             if key not in pairs:
                 rows = SplitRows.of(_alone(tokens, row), plan.window)
@@ -160,10 +207,10 @@ def _alone(tokens: Tokens, row: int) -> Tokens:
     return own.select(torch.ones_like(own.image, dtype=torch.bool))[1]
 
 
-def _shares(state: ForwardState, prompt: int) -> tuple[float, float]:
+def _shares(record: PassRecord, prompt: int) -> tuple[float, float]:
     """A prompt's part of a batch's time, and of the time that its images took."""
-    encoded = len({tile for tiles in state.tiles for tile in tiles})
-    return 1 / len(state.images), len(state.tiles[prompt]) / max(encoded, 1)
+    encoded = len({tile for tiles in record.tiles for tile in tiles})
+    return 1 / len(record.images), len(record.tiles[prompt]) / max(encoded, 1)
 
 
 def _patch_to_token(images: list[tuple[int, Tensor]]) -> Tensor:

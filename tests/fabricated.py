@@ -70,7 +70,8 @@ def write_cell(
         "score_ci95": [100 * end for end in facts["ci95"]], **facts, "mean_tokens": retain + 2.0,
         "mean_tokens_official": float(retain), "flops_reduction": saved,
         "flops_reductions": dict.fromkeys(CONVENTIONS, saved), "cache_bytes": 1000.0 * retain, "vision_ms": 10.0,
-        "prefill_ms": 1.0 * retain, "selector_ms": 0.5, "decode_ms": 5.0, **row,
+        "prefill_ms": 1.0 * retain, "selector_ms": 0.5, "decode_ms": 5.0, "selector_macs": 10 * retain,
+        "selector_prompt": {"images": 1, "text_tokens": 9, "vision_tokens": retain}, **row,
     }  # fmt: skip
     name = method if method == "vanilla" else f"{method}_{retain}"
     file = folder / "cells" / task / f"{name}{f'-seed{seed}' if seed else ''}-{key}.json"

@@ -15,7 +15,7 @@ PATCHES, TEXT = SIDE * SIDE, 12
 KEYS = {
     "method", "retain", "batch_size", "vision_ms", "prefill_ms", "selector_ms", "ttft_ms", "decode_tokens_per_s",
     "peak_bytes", "cache_bytes", "predicted_cache_bytes", "flop_speedup", "measured_speedup", "share_of_flop_speedup",
-    "replay_floor_ms", "share_of_replay_floor",
+    "replay_floor_ms", "share_of_replay_floor", "selector_macs",
 }  # fmt: skip
 
 
@@ -65,6 +65,7 @@ def test_counts_are_as_forced_and_the_cache_as_predicted_to_the_byte(report):
         else:
             assert row["mean_tokens_official"] == pytest.approx(row["retain"], abs=0.5)
             assert row["flop_speedup"] > 1 and row["ttft_flop_speedup"] > 1
+        assert (row["selector_macs"] > 0) == (row["method"] in ("mustdrop", "fastv", "avgpool"))
 
 
 def test_the_table_says_what_was_measured(report):

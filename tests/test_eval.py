@@ -82,6 +82,8 @@ def record(tokens: float, milliseconds: float = 1.0, layers: int = 32) -> dict:
         "vision_tokens": [tokens] * layers,
         "cache_lengths": [tokens] * layers,
         "cache_bytes": 1000 * tokens,
+        "selector_macs": 7 * tokens,
+        "selector_prompt": {"images": 1, "text_tokens": 0, "vision_tokens": tokens},
         "mean_tokens": float(tokens),
         "mean_tokens_official": float(tokens),
         "times_ms": {"prefill": milliseconds},
@@ -109,10 +111,11 @@ def test_row_and_shares():
     cut = row("mustdrop", [1, 1, 0, 0], [record(64)] * 4)
     plain, cut = summary.with_shares([plain, cut])
     assert (plain["n"], plain["accuracy"], plain["prefill_ms"], plain["mean_tokens"]) == (4, 0.75, 2.5, 576)
-    assert plain["flops_reduction"] == pytest.approx(0) and plain["share_of_vanilla"] == 1
+    assert plain["flops_reduction"] == pytest.approx(0, abs=1e-6) and plain["share_of_vanilla"] == 1
     assert cut["share_of_vanilla"] == pytest.approx(2 / 3)
     assert cut["flops_reductions"]["vision-only"] == pytest.approx(0.891, abs=5e-4)
     assert cut["flops_reduction"] < cut["flops_reductions"]["vision-only"]
+    assert cut["selector_macs"] == 7 * 64 and cut["selector_prompt"]["vision_tokens"] == 64
     assert cut["accuracy_by_type"] == {"a": {"accuracy": 1, "n": 2}, "b": {"accuracy": 0, "n": 2}}
     low, high = cut["ci95"]
     assert 0 < low < 0.5 < high < 1
@@ -362,6 +365,10 @@ def test_run_writes_a_summary_and_resumes(checkpoint, configs, small_task, tmp_p
     line = json.loads(answers.read_text().splitlines()[0])
     assert {"question_id", "type", "target", "score", "flops", "kept", "times_ms"} <= set(line)
     assert line["flops"]["with-text"]["used"] < line["flops"]["with-text"]["full"]
+    assert line["selector_macs"] == cut["selector_macs"] > 0 == vanilla["selector_macs"]
+    assert line["selector_prompt"] == cut["selector_prompt"] and cut["selector_prompt"]["images"] == 1
+    assert cut["selector_prompt"]["vision_tokens"] <= 36 and cut["selector_prompt"]["text_tokens"] > 1
+    assert "counted by torch on one prompt" in (out / "summary.md").read_text()
     assert samples.patches(line["kept"]["vision"]["0"], 36).any()
     assert {path.name for path in (out / "pictures" / "mini_gqa").iterdir()} == {f"{i}.jpg" for i in range(4)}
 

@@ -232,12 +232,13 @@ def test_decoder_layers_compute_on_the_tokens_the_trace_counts(reducer):
 @reducing
 @torch.no_grad()
 def test_the_cost_model_predicts_everything_up_to_the_first_token(reducer):
-    """Tower, projector, the method and prefill, as torch counts them, of a prompt that begins with its picture."""
-    model, ids = ours(), torch.tensor([[IMAGE_TOKEN_INDEX, *range(5, 11)]])
+    """Tower, projector, the method and prefill, as torch counts them."""
+    model, ids = ours(), torch.tensor([[1, IMAGE_TOKEN_INDEX, *range(5, 11)]])
     shape = ModelShape.from_config(model.config.to_dict(), "tiny")
-    with reducer.on(model) as record, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    counting = reducer.on(model, count=True)
+    with counting as record, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.generate(ids, images=pictures(1, seed=1), max_new_tokens=1)
-    parts = macs.costs(shape, Workload.of_trace(shape, record.traces[0].to_dict(), reducer))
+    parts = macs.costs(shape, Workload.of_trace(shape, record.traces[0].to_dict()))
     assert counter.get_total_flops() == 2 * sum(parts.values())
 
 

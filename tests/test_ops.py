@@ -114,8 +114,6 @@ def test_key_tokens_are_the_best_of_each_image_and_their_number_rounds_up_as_pyt
     valid = torch.arange(400) < torch.tensor(lengths)[:, None]
     tokens = VisionTokens.from_patches(torch.randn(3, 400, 2), (20, 20), 0)
     tokens = replace(tokens, valid=valid, lengths=tuple(lengths))
-        VisionTokens.from_patches(torch.randn(3, 400, 2), (20, 20), 0), valid=valid, lengths=tuple(lengths)
-    )
     keys = [math.ceil(length * 0.08) for length in lengths]
     after = Keep.protect(score, keys).apply(tokens)
     assert after.keys == tuple(keys) and after.protected.sum(-1).tolist() == keys

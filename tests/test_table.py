@@ -94,6 +94,18 @@ def test_collect_finds_cells_at_any_depth_and_computes_shares(folder):
     assert len(collect([folder, folder])[0]) == 9
 
 
+def test_results_in_which_nobody_counted_what_choosing_costs_say_so(tmp_path):
+    for method, retain in (("vanilla", 36), ("mustdrop", 18), ("fastv", 9)):
+        file = write_cell(tmp_path, "mini_gqa", method, retain)
+        content = json.loads(file.read_text())
+        if method != "fastv":
+            del content["row"]["selector_macs"], content["row"]["selector_prompt"]
+        file.write_text(json.dumps(content))
+    results, notes = collect([tmp_path])
+    assert len(results) == 3 and len(notes) == 1
+    assert notes[0].startswith("what choosing costs is not known") and notes[0].endswith(": mustdrop_18")
+
+
 def test_collect_keeps_the_newest_and_the_largest(tmp_path):
     write_cell(tmp_path, "mini_gqa", date="2026-01-02", key="a" * 12)
     write_cell(tmp_path, "mini_gqa", date="2026-01-03", key="b" * 12, score=50.0)

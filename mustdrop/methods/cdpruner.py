@@ -11,8 +11,6 @@ from torch import Tensor
 
 from mustdrop.checks import require
 from mustdrop.hooks import Keep, Reducer, VisionStep
-from mustdrop.macs import Workload
-from mustdrop.shape import ModelShape
 
 RIDGE = 1e-3  # once features span no further direction, relevance decides, not rounding
 
@@ -56,15 +54,6 @@ class CDPruner(Reducer):
         relevance = stretched(mean_similarity(units, step.instruction, step.real), tokens.valid)
         chosen = most_probable(relevance[..., None] * units, relevance, self.retain, tokens.valid)
         return Keep.top(chosen.float(), self.retain)
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """All pairs of features, all pairs with the text (an upper bound), and the rounds of choosing."""
-        encoded = zip(work.tower_tokens, work.image_tokens, strict=True)
-        return sum(
-            tokens * ((tokens + work.text_tokens) * shape.hidden + left * (left - 1) // 2)
-            for (*_, tokens), left in encoded
-            if left < tokens
-        )
 
 
 def mean_similarity(units: Tensor, instruction: Tensor, real: Tensor) -> Tensor:

@@ -10,9 +10,7 @@ import torch
 from mustdrop import ops
 from mustdrop.checks import require
 from mustdrop.hooks import Keep, Reducer, VisionStep, VisionTokens
-from mustdrop.macs import Workload
 from mustdrop.reach import Touch, Tower
-from mustdrop.shape import ModelShape
 
 
 @dataclass
@@ -99,8 +97,3 @@ class AveragePool(Control):
     def leaves(self, grid: tuple[int, int], tokens: int) -> int | None:
         """Of an image of which some patches are gone, not every cell has a token."""
         return super().leaves(grid, tokens) if tokens == grid[0] * grid[1] else None
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """The means, as one product."""
-        counts = (pair[-2:] for pair in work.tower_tokens)
-        return sum(left * tokens * shape.vision_hidden for tokens, left in counts if left < tokens)

@@ -9,15 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mustdrop.checks import check_layers, one_of, require
+from mustdrop.checks import one_of, require
 from mustdrop.hooks import DecoderStep, Keep, Tokens, gather
-from mustdrop.macs import Workload
-from mustdrop.methods.layerwise import LayerwiseDrop, Stage, layer_number
-from mustdrop.shape import ModelShape
+from mustdrop.methods.layerwise import SingleDrop, Stage
 
 
 @dataclass
-class DART(LayerwiseDrop):
+class DART(SingleDrop):
     """DART.
 
     Before one decoder layer, by the keys of the layer before it: pivots are the vision tokens of an image, and the text
@@ -60,18 +58,11 @@ class DART(LayerwiseDrop):
         require(self.text_pivots >= 0, "text_pivots", self.text_pivots, "0 or more")
         require(self.retain is None or self.tokens is None, "retain", self.retain, "left out where tokens is given")
 
-    def check(self, layers: int, blocks: int) -> None:
-        if self.layer is not None:
-            check_layers("layer", [self.layer], layers, least=1)
-
-    def schedule(self, layers: int, tokens: int) -> dict[int, int]:
-        after = layer_number(2 / 32 if self.layer is None else self.layer, layers) - 1
-        if self.retain is not None:
-            return self.solve(self.retain, layers, tokens, lambda share: {after: max(1, round(share * tokens))})
+    def kept(self, tokens: int) -> int:
         number = 64 if self.tokens is None else self.tokens
         if self.compat == "official":
             number = self.pivots + number - number % (self.pivots + self.text_pivots)
-        return {after: number}
+        return number
 
     def keep(self, step: DecoderStep, stages: list[list[Stage | None]]) -> Keep:
         counts = self.wanted(step, stages)
@@ -115,12 +106,6 @@ class DART(LayerwiseDrop):
             own = [[count // number + (place < count % number) for place in range(number)] for count in rest]
             shares.append([[*share, *[0] * (self.pivots + text - number)] for share in own])
         return shares
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """The similarity of all tokens with the pivots of each image (an upper bound: the text may be shorter)."""
-        pivots = len(work.image_tokens) * (self.pivots + min(self.text_pivots, work.text_tokens))
-        tokens = sum(work.vision_tokens[layer] + work.text_tokens for layer in work.filter_layers)
-        return pivots * tokens * shape.hidden
 
 
 def _set_order(positions: list[int], count: int) -> list[int]:

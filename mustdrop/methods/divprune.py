@@ -10,8 +10,6 @@ from torch import Tensor
 
 from mustdrop.checks import require
 from mustdrop.hooks import Keep, Reducer, VisionStep
-from mustdrop.macs import Workload
-from mustdrop.shape import ModelShape
 
 
 @dataclass
@@ -45,11 +43,6 @@ class DivPrune(Reducer):
         if self.retain >= tokens.patch_index.shape[1]:
             return None
         return Keep.top(most_diverse(tokens.patches, self.retain, tokens.valid).float(), self.retain)
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """All pairs of features; the rounds of choosing need no product."""
-        encoded = zip(work.tower_tokens, work.image_tokens, strict=True)
-        return sum(tokens**2 * shape.hidden for (*_, tokens), left in encoded if left < tokens)
 
 
 def most_diverse(features: Tensor, count: int, valid: Tensor | None = None) -> Tensor:

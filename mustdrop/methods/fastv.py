@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mustdrop.checks import check_layers, one_of, require
+from mustdrop.checks import one_of, require
 from mustdrop.hooks import DecoderStep
-from mustdrop.methods.layerwise import LayerwiseDrop, layer_number
+from mustdrop.methods.layerwise import SingleDrop
 
 
 @dataclass
-class FastV(LayerwiseDrop):
+class FastV(SingleDrop):
     """FastV.
 
     Before one decoder layer, each image keeps the tokens that the prompt's last token attends to most in the layer
@@ -48,16 +48,8 @@ class FastV(LayerwiseDrop):
         require(retain is None or retain > 0, "retain", retain, "1 or more")
         require(retain is None or ratio is None, "retain", retain, "left out where drop_ratio is given")
 
-    def check(self, layers: int, blocks: int) -> None:
-        if self.layer is not None:
-            check_layers("layer", [self.layer], layers, least=1)
-
-    def schedule(self, layers: int, tokens: int) -> dict[int, int]:
-        after = layer_number(2 / 32 if self.layer is None else self.layer, layers) - 1
-        if self.retain is not None:
-            return self.solve(self.retain, layers, tokens, lambda share: {after: max(1, round(share * tokens))})
-        ratio = 0.5 if self.drop_ratio is None else self.drop_ratio
-        return {after: round(tokens * (1 - ratio))}
+    def kept(self, tokens: int) -> int:
+        return round(tokens * (1 - (0.5 if self.drop_ratio is None else self.drop_ratio)))
 
     def score(self, step: DecoderStep) -> Tensor:
         return self.mean_over_heads(step.attention, step.tokens.last_row(), step.hidden.dtype)[:, 0]

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from mustdrop import ops
-from mustdrop.checks import require
+from mustdrop.checks import check_layers, require
 from mustdrop.hooks import Attention, DecoderStep, ImageFacts, Keep, Reducer
-from mustdrop.macs import Workload, filters_macs
-from mustdrop.shape import ModelShape
 
 
 class Stage(NamedTuple):
@@ -55,10 +53,6 @@ class LayerwiseDrop(Reducer):
 
     def check_tokens(self, layers: int, tokens: int) -> None:
         self.schedule(layers, tokens)
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """Attention of the prompt's last token after every layer in which tokens go."""
-        return filters_macs(shape, work, rows=1)
 
     def expected(self, layers: int, tokens: int) -> float:
         """Vision tokens per decoder layer, a layer counting after its drop (the authors' meter)."""
@@ -138,6 +132,29 @@ class LayerwiseDrop(Reducer):
         """Attention of some rows `[batch, rows, length]`; the authors' codes average in the model's precision."""
         probabilities = attention.probabilities(rows)
         return (probabilities.to(dtype) if self.compat == "official" else probabilities).mean(1)
+
+
+class SingleDrop(LayerwiseDrop):
+    """Base of methods that drop once: before `layer`, the first that sees fewer tokens, by default 2 of 32 layers.
+
+    How many stay is `kept`, or what `retain` makes of it.
+    """
+
+    layer: int | float | None = None
+
+    def kept(self, tokens: int) -> int:
+        """Tokens that stay of an image of so many, without `retain`."""
+        raise NotImplementedError
+
+    def check(self, layers: int, blocks: int) -> None:
+        if self.layer is not None:
+            check_layers("layer", [self.layer], layers, least=1)
+
+    def schedule(self, layers: int, tokens: int) -> dict[int, int]:
+        after = layer_number(2 / 32 if self.layer is None else self.layer, layers) - 1
+        if self.retain is not None:
+            return self.solve(self.retain, layers, tokens, lambda share: {after: max(1, round(share * tokens))})
+        return {after: self.kept(tokens)}
 
 
 def layer_number(layer: int | float, layers: int) -> int:

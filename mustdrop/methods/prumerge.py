@@ -12,9 +12,7 @@ from torch import Tensor
 from mustdrop import ops
 from mustdrop.checks import require
 from mustdrop.hooks import Attention, Keep, Reducer, VisionStep, VisionTokens, compact, gather
-from mustdrop.macs import Workload, key_probe_macs
 from mustdrop.reach import Touch, Tower
-from mustdrop.shape import ModelShape
 
 
 @dataclass
@@ -81,14 +79,6 @@ class PruMerge(Reducer):
         column = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
         more = {"states": states, "merge_into": torch.where(stays, column, best)}
         return Keep.where(every, **more) if left is None else Keep.top(every.float(), left, **more)
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """CLS attention, keys once more, their similarity, and the merging."""
-        total, d = 0, shape.vision_hidden
-        for *_, tokens, left in work.tower_tokens:
-            if left < tokens:
-                total += key_probe_macs(shape, tokens) + (tokens + 1) * d * d + 2 * left * tokens * d
-        return total
 
     def _stays(self, score: Tensor, tokens: VisionTokens) -> Tensor:
         """Tokens that stay as themselves, bool `[images, tokens]`."""

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from mustdrop.checks import check_layers, one_of, require
 from mustdrop.hooks import DecoderStep
-from mustdrop.macs import Workload
 from mustdrop.methods.layerwise import LayerwiseDrop, layer_number
-from mustdrop.shape import ModelShape
 
 PUBLISHED = {8 / 32: 0.5, 16 / 32: 0.25, 24 / 32: 0.125}  # first layer of a stage, as a share of the depth: tokens
 LAYERS_TO_SOLVE_FOR = (2 / 32, 8 / 32, 16 / 32)  # the published ones see too much to reach a ninth of the tokens
@@ -78,11 +76,6 @@ class PyramidDrop(LayerwiseDrop):
             return {layer: max(1, round(tokens * share**power)) for power, layer in enumerate(after, 1)}
 
         return self.solve(self.retain, layers, tokens, stages)
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """The next layer's keys, of all tokens, besides the last token's attention."""
-        keys = sum(work.vision_tokens[layer] + work.text_tokens for layer in work.filter_layers)
-        return super().selector_macs(shape, work) + keys * shape.hidden * shape.kv_heads * shape.head_dim
 
     def score(self, step: DecoderStep) -> Tensor:
         return self.mean_over_heads(step.next_attention, step.tokens.last_row(), step.hidden.dtype)[:, 0]

@@ -13,10 +13,8 @@ from mustdrop import ops
 from mustdrop.checks import check_layers, one_of, require
 from mustdrop.hooks import DecoderStep, Keep, Tokens, gather
 from mustdrop.keep import each_image, padded
-from mustdrop.macs import Workload, filters_macs
 from mustdrop.methods.layerwise import LayerwiseDrop, Stage
 from mustdrop.methods.sparsevlm_ops import raters, recycle, recycled, rotary_similarity
-from mustdrop.shape import ModelShape
 
 LAYERS = {False: (2, 6, 15), True: (2, 6, 15, 19)}  # of 32; by whether the rank decides
 HEADS = 14  # of 32
@@ -142,22 +140,6 @@ class SparseVLM(LayerwiseDrop):
 
     def added(self, dropped: int) -> int:
         return recycled(dropped)[1] if self.version == 1 else 0
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """Likeness of text and image, attention of the text (an upper bound: after the image), and recycling."""
-        if not work.filter_layers:
-            return 0
-        rows, tokens = work.text_tokens, max(work.image_tokens)
-        stages = self.stages(self.schedule(shape.layers, tokens), tokens)
-        total = (work.vision_tokens[0] + rows) * rows * shape.hidden + filters_macs(shape, work, rows, list(stages))
-        if self.version == 2 and self.compat == "official":
-            total += sum(rows * (work.vision_tokens[layer] + rows) * shape.head_dim for layer in stages)
-        for layer, stage in stages.items() if self.version == 1 else ():
-            by_rank = self.rank_scale is not None  # room for all that an image has: the host does not know the rank
-            dropped = work.vision_tokens[layer] // len(work.image_tokens) if by_rank else stage.before - stage.kept
-            joining, clusters = recycled(dropped)
-            total += len(work.image_tokens) * joining * clusters * shape.hidden
-        return total
 
     def before_decoder_layer(self, step: DecoderStep) -> None:
         """Choose the raters from the embeddings."""

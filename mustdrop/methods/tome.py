@@ -13,9 +13,7 @@ from torch import Tensor
 from mustdrop import ops
 from mustdrop.checks import require
 from mustdrop.hooks import Keep, Reducer, VisionStep
-from mustdrop.macs import Workload
 from mustdrop.reach import Touch, Tower
-from mustdrop.shape import ModelShape
 
 
 @dataclass
@@ -68,14 +66,6 @@ class ToMe(Reducer):
         total = torch.zeros_like(tokens.size).scatter_add(1, merge_into, tokens.size)
         counts = [length - number for length, number in zip(tokens.known_lengths, pairs, strict=True)]
         return Keep.merge(merge_into, counts, tokens.size / total.gather(1, merge_into))
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """In every block that merges: keys once more, their similarity, and the merging."""
-        total, d = 0, shape.vision_hidden
-        for tokens, left in (pair for counts in work.tower_tokens for pair in pairwise(counts) if pair[0] > pair[1]):
-            similarity = (tokens + 1) // 2 * (tokens // 2) * d // shape.vision_heads
-            total += (tokens + 1) * d * d + similarity + left * tokens * d
-        return total
 
 
 def schedule(tokens: int, retain: int, blocks: int) -> list[int]:

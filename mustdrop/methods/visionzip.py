@@ -12,9 +12,7 @@ from torch import Tensor
 from mustdrop import ops
 from mustdrop.checks import one_of, require
 from mustdrop.hooks import Keep, Reducer, VisionStep, compact, gather
-from mustdrop.macs import Workload, key_probe_macs
 from mustdrop.reach import Touch, Tower
-from mustdrop.shape import ModelShape
 
 CONTEXTUAL_SHARE = 10 / 64  # of the published 54 + 10, 108 + 20 and 162 + 30
 
@@ -110,15 +108,6 @@ class VisionZip(Reducer):
         if not official:
             return Keep.merge(merge_into, left)
         return Keep.merge(merge_into, left, **self._official(merge_into, is_target))
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """CLS attention, keys once more, their similarity with the targets', and the merging."""
-        total, d = 0, shape.vision_hidden
-        for *_, tokens, left in work.tower_tokens:
-            similarity = tokens * self.numbers[1] * d // shape.vision_heads
-            if left < tokens:
-                total += key_probe_macs(shape, tokens) + (tokens + 1) * d * d + similarity + left * tokens * d
-        return total
 
     def _score(self, step: VisionStep) -> Tensor:
         """Attention that CLS (without one: every token) pays each patch token, `[images, tokens]`."""

@@ -11,8 +11,6 @@ from mustdrop import ops
 from mustdrop.checks import check_layers, require
 from mustdrop.hooks import Attention, CacheStep, DecoderStep, Keep, Reducer, Tokens
 from mustdrop.keep import are_in
-from mustdrop.macs import Workload, filters_macs
-from mustdrop.shape import ModelShape
 
 
 @dataclass
@@ -48,10 +46,6 @@ class OutputAwareCache(Reducer):
 
     def overrides(self, hook: str) -> bool:
         return super().overrides(hook) and (hook != "after_decode_layer" or self.output_threshold is not None)
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        layers = () if self.output_threshold is None else range(shape.layers)
-        return filters_macs(shape, work, 1, layers)
 
     def after_prefill(self, step: CacheStep) -> Keep | None:
         tokens, first = step.tokens, ops.layer_index(self.first_layer, step.layers)

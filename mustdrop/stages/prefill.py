@@ -12,8 +12,6 @@ from mustdrop import ops
 from mustdrop.checks import check_layers, one_of, require
 from mustdrop.hooks import DecoderStep, ImageFacts, Keep, Reducer
 from mustdrop.keep import each_image
-from mustdrop.macs import Workload, filters_macs
-from mustdrop.shape import ModelShape
 from mustdrop.stages.budget import TAPER, check_budget, filter_schedule, key_count
 
 PUBLISHED_LAYERS = (2, 6, 10, 14)  # of LLaVA-1.5-7B's 32
@@ -112,10 +110,6 @@ class DualAttentionFilter(Reducer):
         elif self.budget is not None:
             right = f"given where a decoder of {layers} layers has too few for the published ones"
             require(len(set(self.layers_of(layers))) == len(self.budget), "filter_layers", self.layers, right)
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        layers = None if self.budgeted else self.layers_of(shape.layers)
-        return filters_macs(shape, work, work.text_tokens + self.budgeted, layers)
 
     def after_decoder_layer(self, step: DecoderStep) -> Keep | None:
         tokens = step.tokens

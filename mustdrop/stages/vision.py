@@ -12,9 +12,7 @@ from torch import Tensor
 from mustdrop import ops
 from mustdrop.checks import one_of, require
 from mustdrop.hooks import Keep, Reducer, VisionStep, VisionTokens
-from mustdrop.macs import Workload, key_probe_macs
 from mustdrop.reach import Touch, Tower, square
-from mustdrop.shape import ModelShape
 from mustdrop.stages.budget import key_count, windows_to_merge
 
 
@@ -196,11 +194,6 @@ class KeyTokens(Reducer):
         here = frozenset({min(block, tower.last)})
         return Touch(reads=here) if block < tower.run else Touch(reads_next=here)
 
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        if self._keeps_all(shape.patches):
-            return 0
-        return sum(key_probe_macs(shape, tokens) for *_, tokens in work.tower_tokens)
-
     def after_vision_block(self, step: VisionStep) -> Keep | None:
         block = self.block % step.blocks
         if self._keeps_all(step.tokens.patch_to_token.shape[1]):
@@ -248,8 +241,3 @@ class DiverseTokens(Reducer):
             return None
         redundancy = ops.redundancy(tokens.patches, tokens.valid, tokens.protected)
         return Keep.top(-redundancy, self.count)
-
-    def selector_macs(self, shape: ModelShape, work: Workload) -> int:
-        """The similarity of all pairs."""
-        encoded = zip(work.tower_tokens, work.image_tokens, strict=True)
-        return sum(tokens**2 * shape.hidden for (*_, tokens), left in encoded if left < tokens)

@@ -30,7 +30,7 @@ class Asked:
         hooks = "before_decoder_layer", "after_decoder_layer", "after_prefill"
         plans, drops, cuts = (tokens.images > 0 and state.overrides(hook) for hook in hooks)
         cuts = cuts and cache is not None
-        return cls(plans, drops, cuts, cuts and state.any("reads_output_attention", "after_prefill"))
+        return cls(plans, drops, cuts, cuts and state.any("reads_output_attention", ["after_prefill"]))
 
 
 @dataclass
@@ -127,7 +127,8 @@ class DecoderLoop:
                 record.note(hidden)
                 stream = replace(stream, hidden=hidden, tokens=stream.tokens.to(hidden.device))
                 if asked.drops:
-                    stream = self.reduce(index, entering, stream, cache, state)
+                    with state.timed("selector", hidden.device):
+                        stream = self.reduce(index, entering, stream, cache, state)
                 state.tokens_out.append(stream.tokens)
                 if asked.reads:
                     last = entering.last_row(last)
@@ -188,7 +189,8 @@ class DecoderLoop:
     def plan(self, index: int, stream: Stream, state: ForwardState) -> LayerPlan | None:
         """Ask the reducer what a layer shall compute for vision tokens."""
         step = DecoderStep(index, len(self.layers), stream.tokens, stream.hidden)
-        return LayerPlan.all_of(state.ask("before_decoder_layer", step))
+        with state.timed("selector", stream.hidden.device):
+            return LayerPlan.all_of(state.ask("before_decoder_layer", step))
 
     def without_vision(self, index: int, stream: Stream, state: ForwardState) -> Stream:
         """The text alone: from layer `index` on nothing is computed for vision tokens, protected ones included.
@@ -264,9 +266,16 @@ class DecoderLoop:
     def finish_prefill(
         self, cache: VisionCache, final: Tokens, last_rows: list[Attention | None], state: ForwardState
     ) -> None:
-        """Note positions for decoding, ask the reducer what each layer's cache keeps, and cut it."""
+        """Note positions for decoding, cut the caches, and hand the record of the pass on."""
         cache.start_decoding(state)
         cache.check_filled()
+        if last_rows:
+            with state.timed("selector", cache.layers[0].keys.device):
+                self.cut(cache, final, last_rows, state)
+        state.finish_prefill(cache.records, [cache.bytes_per_position(layer) for layer in range(len(self.layers))])
+
+    def cut(self, cache: VisionCache, final: Tokens, last_rows: list[Attention | None], state: ForwardState) -> None:
+        """Ask the reducer what each layer's cache keeps, and cut it to that."""
         cuts: dict[tuple[int, int], tuple[Tensor, Tokens]] = {}
         for layer, attention in enumerate(last_rows):
             tokens = cache.records[layer]
@@ -274,8 +283,7 @@ class DecoderLoop:
             keep = Keep.all_of(state.ask("after_prefill", step), tokens)
             if keep is not None:
                 key = id(tokens), id(keep.later)
-                cut = cuts.get(key) or keep.cut(tokens)
-                if keep.later is not None:  # layers that hold the same tokens and keep the same ones
-                    cuts[key] = cut
-                cache.select(layer, *cut)
-        state.finish_prefill(cache.records, [cache.bytes_per_position(layer) for layer in range(len(self.layers))])
+                columns = cuts.get(key) or keep.cut(tokens)
+                if keep.later is not None:  # layers that hold the same tokens and keep the same ones share the work
+                    cuts[key] = columns
+                cache.select(layer, *columns)
