@@ -76,6 +76,10 @@ class VisionTokens:
     lengths, keys : tuple of int or None
         What the host knows: tokens of each image, None where that is all there are; and how many of them are protected,
         None where none are.
+    views : tuple of int or None
+        Views (frames) of each image; None where it is one.
+    shown : tuple of int or None
+        Patches of each image, where these are not its views times the grid.
     """
 
     hidden: Tensor
@@ -87,6 +91,8 @@ class VisionTokens:
     protected: Tensor | None = None
     lengths: tuple[int, ...] | None = None
     keys: tuple[int, ...] | None = None
+    views: tuple[int, ...] | None = None
+    shown: tuple[int, ...] | None = None
 
     @classmethod
     def from_patches(cls, hidden: Tensor, grid: tuple[int, int], prefix: int = 1) -> VisionTokens:
@@ -127,13 +133,23 @@ class VisionTokens:
         """`valid` for all of `hidden`, bool `[images, prefix + tokens]` or None."""
         return None if self.valid is None else F.pad(self.valid, (self.prefix, 0), value=True)
 
+    @property
+    def known_views(self) -> tuple[int, ...]:
+        """Views of each image, for the host."""
+        return self.views or (1,) * len(self.patch_index)
+
+    @property
+    def known_patches(self) -> tuple[int, ...]:
+        """Patches of each image, all its views together, for the host."""
+        return self.shown or tuple(views * self.grid[0] * self.grid[1] for views in self.known_views)
+
     def rows(self, numbers: Sequence[int]) -> VisionTokens:
         """The tokens of these images; an image may come several times."""
         index = torch.tensor(numbers, device=self.hidden.device)
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         known = {
             name: None if fields[name] is None else tuple(fields[name][number] for number in numbers)
-            for name in ("lengths", "keys")
+            for name in ("lengths", "keys", "views", "shown")
         }
         return dataclasses.replace(
             self, **{name: value[index] for name, value in fields.items() if isinstance(value, Tensor)}, **known

@@ -29,6 +29,7 @@ METHODS = {
     "tome": {"retain": 12},
     "divprune": {"retain": 12},
     "cdpruner": {"retain": 12},
+    "vidcom2": {"retain": 12},
     "random": {"retain": 12},
     "uniform": {"retain": 9},
     "avgpool": {"retain": 9},

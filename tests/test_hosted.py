@@ -215,3 +215,20 @@ def test_several_images_of_onevision_have_one_view_each():
     with KeepAll().on(model) as run:
         assert torch.equal(generate(model, given)[1], logits)
     assert [image["tokens"] for image in run.traces[0].images] == [stock.SIDE**2] * 2
+
+
+@pytest.mark.parametrize(("family", "text"), [("video", "llama"), ("onevision", "qwen2")])
+def test_methods_for_videos_choose_among_frames(family, text):
+    model = stock.stock(family, text)
+    places = stock.SIDE**2 if family == "video" else (stock.SIDE // 2) ** 2
+    still = stock.pixels(1, 4)[:, :1].repeat(1, 4, 1, 1, 1)
+    still[:, 2] = stock.pixels(1, 1, seed=1)[:, 0]  # one frame that differs, and so does what follows it
+    extra = 4 if family == "video" else 1
+    given = {**ids_of([(3, [(stock.VIDEO, 4 * places + extra)], 6)]), "pixel_values_videos": still}
+    for name, count in (("evs", 3 * places), ("vidcom2", 2 * places)):
+        with load_reducer({"method": name, "retain": count}).on(model) as run:
+            generate(model, given)
+        stands = [patch // places for own in run.traces[0].tokens for patch in own]
+        assert len(stands) == count
+        if name == "evs":
+            assert set(stands) == {0, 2, 3}  # the second frame repeats the first

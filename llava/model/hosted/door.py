@@ -157,6 +157,8 @@ def _shown(places: Places, columns: Tensor, embeds: Tensor, states: bool) -> Vis
         prefix=0,
         valid=valid,
         lengths=places.counts,
+        views=places.frames,
+        shown=places.counts,
     )
 
 

@@ -36,6 +36,8 @@ class Places:
         Number of the image that a row of the towers belongs to.
     counts : tuple of int
         Slots of each image.
+    frames : tuple of int
+        Frames of each video; 1 for images, tiles or not.
     prompts : list of list of int
         Numbers of each prompt's images, in the order in which the prompt shows them.
     raster : bool
@@ -56,6 +58,7 @@ class Places:
     slot: Tensor
     image_of_view: Tensor
     counts: tuple[int, ...]
+    frames: tuple[int, ...]
     prompts: list[list[int]]
     raster: bool
 
@@ -93,6 +96,7 @@ class Places:
         placeholder = everywhere(torch.ones_like(at), 0).bool()
         real = torch.ones_like(placeholder) if valid is None else valid
         views = torch.tensor([layout.views for layout in parts], dtype=torch.long)
+        frames = tuple(layout.views if kind == "video" else 1 for kind, layout in layouts)
         return cls(
             shape=tuple(ids.shape),
             image=everywhere(torch.where(shows, ordinal[number], -1)),
@@ -108,6 +112,7 @@ class Places:
             slot=torch.cat([layout.slot for layout in parts]) if parts else torch.zeros(0, 0, dtype=torch.long),
             image_of_view=torch.arange(len(parts)).repeat_interleave(views),
             counts=counts,
+            frames=frames,
             prompts=prompts,
             raster=bool(shows.all()) and _one_run_each(at, number),
         )
