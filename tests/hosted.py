@@ -9,6 +9,7 @@ ROWS = [
     ("llava", "mistral"),
     ("llava", "qwen2"),
     ("llava", "qwen3"),
+    ("llava", "phi3"),
     ("next", "llama"),
     ("next", "mistral"),
     ("onevision", "qwen2"),

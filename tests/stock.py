@@ -39,6 +39,8 @@ TEXTS = {
     "llama": lambda: hf.LlamaConfig(**TEXT),
     "mistral": lambda: hf.MistralConfig(**TEXT, sliding_window=None),
     "sliding": lambda: hf.MistralConfig(**TEXT, sliding_window=40),
+    "phi3": lambda: hf.Phi3Config(**TEXT, sliding_window=None),
+    "gemma": lambda: hf.GemmaConfig(**TEXT, head_dim=16),
     "qwen2": lambda: hf.Qwen2Config(**TEXT),
     "qwen3": lambda: hf.Qwen3Config(**TEXT, head_dim=16),
 }

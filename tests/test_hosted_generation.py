@@ -8,7 +8,7 @@ import stock
 import torch
 from hosted import FAMILIES, KeepAll, reducer_of
 from stock import alone, ids_of, inputs
-from transformers import GenerationMixin, StoppingCriteria, TextIteratorStreamer
+from transformers import GenerationConfig, GenerationMixin, StoppingCriteria, TextIteratorStreamer
 
 import llava  # noqa: F401  (it hosts stock models)
 from llava.model.language_model.cache import CACHE_NAME
@@ -105,6 +105,19 @@ def test_generation_that_a_reducer_cannot_do_is_refused_by_name(argument):
         model.generate(**given, **argument, max_new_tokens=2)
     with pytest.raises(ValueError, match="tokens: 36"), KeepAll().on(model):
         model(**{**given, "pixel_values": stock.pixels(2)})
+
+
+def test_settings_of_generation_by_place():
+    model = stock.stock("llava")
+    given = alone(inputs("llava", model), 0)
+    settings = GenerationConfig(max_new_tokens=3, min_new_tokens=3, do_sample=False, eos_token_id=2, pad_token_id=0)
+    ids = given.pop("input_ids")
+    expected = model.generate(ids, settings, **given)
+    with KeepAll().on(model):
+        assert torch.equal(model.generate(ids, settings, **given), expected)
+        settings.guidance_scale = 2.0
+        with pytest.raises(ValueError, match="guidance_scale"):
+            model.generate(ids, settings, **given)
 
 
 def test_a_cache_that_holds_a_prompt_is_refused_by_generate():

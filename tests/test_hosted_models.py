@@ -150,6 +150,9 @@ def test_what_a_stock_model_cannot_do_is_refused_when_the_block_begins():
         with pytest.raises(ValueError, match=match) as error, load_reducer(method).on(model):
             pass
         assert "\n" not in str(error.value) and "forward" not in vars(model.model)
+    gemma = stock.stock("llava", "gemma")
+    with pytest.raises(ValueError, match="text_config.model_type is 'gemma'"), reducer_of("fastv").on(gemma):
+        pass
     several = stock.stock("llava", "llama", vision_feature_layer=(-2, -3))
     with pytest.raises(ValueError, match="vision_feature_layer"), reducer_of("mustdrop").on(several):
         pass

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from llava.model.hosted import forwards
-from llava.model.hosted.base import Host, under_way
+from llava.model.hosted.base import Host, Pass, under_way
 from llava.model.hosted.replaced import Replaced
 from llava.model.language_model.arguments import check_generation, new_tokens
 from mustdrop.hooks import active, carrying
@@ -87,24 +87,36 @@ class _Generating:
     """What a hosted model's class has in front of its own."""
 
     @carrying
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Transformers' `generate` of the model, with the reducer that is on where this was looked up."""
         attached = _open.get(id(self))
         if attached is None or active(attached.host) is None:
-            return super().generate(inputs, *args, **kwargs)
-        host = attached.host
-        ids = kwargs.get("input_ids") if inputs is None else inputs
-        check_generation(ids, kwargs, self.generation_config)
-        held = forwards.cache_in(kwargs)
-        if held is not None and held.get_seq_length():
-            raise ValueError("past_key_values: holds positions already, with a reducer generate() starts with none")
-        if kwargs.pop("use_cache", True) is False:
-            logger.warning_once("use_cache=False is ignored: with a reducer generate() always decodes from the cache")
-        _check_copies(self, kwargs)
-        current = host.begin(ids, dict(kwargs))
-        current.new_tokens = new_tokens(kwargs, self.generation_config, ids.shape[1])
-        with opened(self, type(host)), under_way(current):
-            return super().generate(inputs, *args, use_cache=True, **kwargs)
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        given = kwargs if generation_config is None else {**kwargs, "generation_config": generation_config}
+        current = _prompt(self, attached.host, inputs, given)
+        with opened(self, type(attached.host)), under_way(current):
+            return super().generate(inputs, generation_config, *args, **{**kwargs, "use_cache": True})
+
+
+def _prompt(model: PreTrainedModel, host: Host, inputs: Tensor | None, given: dict[str, Any]) -> Pass:
+    """The pass of a prompt that `generate` is given, which it encodes before it comes to the first forward.
+
+    Raises
+    ------
+    ValueError
+        If an argument asks for what cannot be done with a reducer.
+    """
+    ids = given.get("input_ids") if inputs is None else inputs
+    check_generation(ids, given, model.generation_config)
+    held = forwards.cache_in(given)
+    if held is not None and held.get_seq_length():
+        raise ValueError("past_key_values: holds positions already, with a reducer generate() starts with none")
+    if given.get("use_cache") is False:
+        logger.warning_once("use_cache=False is ignored: with a reducer generate() always decodes from the cache")
+    _check_copies(model, given)
+    current = host.begin(ids, given)
+    current.new_tokens = new_tokens(given, model.generation_config, ids.shape[1])
+    return current
 
 
 def _check_copies(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:

@@ -15,6 +15,12 @@ from llava.model.hosted.layout import Layout
 from mustdrop.hooks import ForwardState, Reducer, VisionTokens, active
 from mustdrop.reach import Tower, square
 
+TEXTS = "llama", "mistral", "qwen2", "qwen3", "phi3"
+"""`model_type` of text models whose layers our loop runs."""
+
+TOWERS = "clip_vision_model", "siglip_vision_model"
+"""`model_type` of vision towers whose blocks our loop runs."""
+
 TOWER_HOOKS = "on_pixels", "after_vision_block", "inside_vision_block", "on_vision_features"
 
 
@@ -112,6 +118,9 @@ class Host:
 
     def check(self, reducer: Reducer) -> None:
         """Raise ValueError, in one line, if a reducer cannot work on this model."""
+        for name, config, known in (("text_config", self.config, TEXTS), ("vision_config", self.vision_config, TOWERS)):
+            if config.model_type not in known:
+                raise ValueError(f"{name}.model_type is {config.model_type!r}: supported are {', '.join(known)}")
         reducer.check_placeholders()
         if not isinstance(self.feature_layer, int) and any(map(reducer.overrides, TOWER_HOOKS)):
             raise ValueError(

@@ -17,11 +17,8 @@ from llava.model.checkpoint.names import listed
 from llava.model.checkpoint.places import locate
 from llava.model.checkpoint.settings import LoadSettings
 from llava.model.hosted import HOSTS
+from llava.model.hosted.base import TEXTS, TOWERS
 
-TEXTS = "llama", "mistral", "qwen2", "qwen3"
-"""`model_type` of text models whose layers our loop runs."""
-
-TOWERS = "clip_vision_model", "siglip_vision_model"
 UNPACKED = ["vision_tower", "image_tower", "video_tower", "multi_modal_projector", "lm_head"]
 _SAID = OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError
 
