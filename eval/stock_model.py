@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from eval.inference import LoadedModel, UnfitQuestion
+from eval.asking import AskedModel, UnfitQuestion
 from llava.constants import DEFAULT_IMAGE_TOKEN
 
 _VICUNA = "USER: {} ASSISTANT:"
 
 
 @dataclass
-class StockModel(LoadedModel):
+class StockModel(AskedModel):
     """A stock model; its ``image_processor`` is transformers' whole processor, of text too."""
 
     def prompt(self, question: str, images: int, answer: str | None = None) -> str:

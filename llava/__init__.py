@@ -3,6 +3,5 @@
 Importing the package loads nothing else; the model side is imported from :mod:`llava.model`.
 """
 
-from mustdrop.hosts import register_hosts
-
-register_hosts("llava.model.hosted")
+__mustdrop_hosts__ = "llava.model.hosted"
+"""Where reducers find hook points for transformers' own classes, see `mustdrop.hosts`."""

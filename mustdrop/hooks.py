@@ -32,7 +32,7 @@ from torch import Tensor
 from mustdrop.active import activated, active, carrying
 from mustdrop.attention import Attention
 from mustdrop.compute_plan import LayerPlan
-from mustdrop.hosts import host_of
+from mustdrop.hosts import host_of, hosting_modules
 from mustdrop.keep import Keep
 from mustdrop.neighbours import SplitRows
 from mustdrop.reach import Fitting
@@ -264,7 +264,10 @@ def hooked_model(model: object) -> object:
         If there is none, or several.
     """
     inside = list(model.modules()) if isinstance(model, torch.nn.Module) else [model]
-    found = [part for part in inside if _has_hooks(part)] or [part for part in inside if host_of(part)]
+    found = [part for part in inside if _has_hooks(part)]
+    if not found:
+        hosts = hosting_modules()
+        found = [part for part in inside if any(host.hosts(part) for host in hosts)]
     if len(found) == 1:
         return found[0]
     kind = type(model).__name__

@@ -1,17 +1,19 @@
-"""Who gives hook points to models that have none of their own, such as transformers' classes as they are."""
+"""Who gives hook points to models that have none of their own, such as transformers' classes as they are.
+
+A package that hosts models names the module that does so as its `__mustdrop_hosts__`, which counts once the package has
+been imported, or in an entry point of the group `mustdrop.hosts`, which counts where it is installed.
+"""
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Protocol
 
-GROUP = "mustdrop.hosts"
-"""Entry points of this group name modules that host models."""
-
-_modules: dict[str, None] = {}
+GROUP, ATTRIBUTE = "mustdrop.hosts", "__mustdrop_hosts__"
 
 
 class Hosts(Protocol):
@@ -28,18 +30,19 @@ class Hosts(Protocol):
         """
 
 
-def register_hosts(module: str) -> None:
-    """Name a module that hosts models; it is imported when a model without hook points is met."""
-    _modules.setdefault(module)
+def hosting_modules() -> list[Hosts]:
+    """All modules that host models here and now."""
+    packages = [package for name, package in list(sys.modules.items()) if "." not in name]
+    named = [getattr(package, "__dict__", {}).get(ATTRIBUTE) for package in packages]
+    return [import_module(name) for name in dict.fromkeys([*filter(None, named), *_installed()])]
 
 
 def host_of(model: object) -> Hosts | None:
     """The module that hosts a model, None if there is none."""
-    found = (import_module(name) for name in [*_modules, *_installed()])
-    return next((module for module in found if module.hosts(model)), None)
+    return next((module for module in hosting_modules() if module.hosts(model)), None)
 
 
 @cache
 def _installed() -> tuple[str, ...]:
     """The modules that installed distributions name."""
-    return tuple(point.value for point in entry_points(group=GROUP) if point.value not in _modules)
+    return tuple(point.value for point in entry_points(group=GROUP))

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from llava.model.hosted.layout import Layout
 from mustdrop.hooks import ForwardState, Reducer, VisionTokens, active
-from mustdrop.reach import Tower, square
 
 TEXTS = "llama", "mistral", "qwen2", "qwen3", "phi3"
 """`model_type` of text models whose layers our loop runs."""
@@ -129,9 +128,7 @@ class Host:
             )
         heads, patches, blocks = self.config.num_attention_heads, self.side**2, self.num_vision_layers
         run = self.feature_layer % (blocks + 1) if isinstance(self.feature_layer, int) else blocks
-        reducer.check_sizes(self.num_layers, blocks, run, patches if self.fixed_size else None, heads=heads)
-        if not self.fixed_size:
-            reducer.check_tower(Tower(blocks, run, square(patches)))
+        reducer.check_sizes(self.num_layers, blocks, run, patches, heads, one_view=self.fixed_size)
 
     @property
     def feature_layer(self) -> int | list[int]:
