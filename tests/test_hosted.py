@@ -138,6 +138,7 @@ def test_every_method_runs_and_its_trace_adds_up(family, text, name):
         assert sum(image["tokens"] for image in trace.images) == trace.vision_tokens[0]
         patches = sum(image["patches"] for image in trace.images)
         assert all(0 <= patch < patches for own in trace.tokens for patch in own)
+        assert all(0 <= patch < patches for stage in trace.kept.values() for own in stage.values() for patch in own)
         assert (trace.vision_tokens_after[-1] < patches) == (name != "vanilla")
         assert all(0 < length <= trace.vision_tokens[0] + trace.text_tokens for length in trace.cache_lengths)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -126,19 +127,35 @@ def _images(arrival: Arrival, places: Places, embeds: Tensor, tokens: Tokens) ->
     with state.timed("vision", embeds.device):
         for hook in hooks:
             left = state.choose(hook, _step(hook, left, places, embeds))
-    state.tiles.extend([_first_view(places, image) for image in images] for images in places.prompts)
+    _note_views(state, places)
     lengths = left.known_lengths
     state.images.extend(
         [(lengths[image], left.patch_to_token[image, : places.counts[image]]) for image in images]
         for images in places.prompts
     )
-    if left.patch_to_token is shown.patch_to_token and left.protected is None:
+    same = left.patch_to_token is shown.patch_to_token and left.hidden is shown.hidden
+    if same and left.protected is None:
         return embeds, tokens
     return _compacted(places, columns, left, embeds, tokens, hooks)
 
 
-def _first_view(places: Places, image: int) -> int:
-    return int((places.image_of_view == image).byte().argmax())
+def _note_views(state: ForwardState, places: Places) -> None:
+    """Say which rows of the towers' output show an image, and number what they did by slots."""
+    ends = [0, *accumulate(places.views)]
+    state.tiles.extend([ends[image] for image in images] for images in places.prompts)
+    if not places.plain:
+        state.vision.update({block: _by_slot(stands, places, ends) for block, stands in state.vision.items()})
+
+
+def _by_slot(stands: Tensor, places: Places, ends: list[int]) -> Tensor:
+    """A `patch_to_token` map of views as one of images, in the row of each one's first view; -1 in all others."""
+    (views, patches), device = stands.shape, stands.device
+    number = torch.arange(views, device=device)[:, None]
+    apart = torch.where(stands < 0, stands, stands + number * patches).flatten()  # tokens of several views
+    slots = torch.where(places.columns < places.shape[0] * places.shape[1], places.middle, -1).to(device)
+    own = torch.where(slots < 0, slots, apart[slots.clamp(min=0)])
+    by_slot = stands.new_full((views, own.shape[1]), -1)
+    return by_slot.index_copy(0, torch.tensor(ends[:-1], device=device), own)
 
 
 def _shown(places: Places, columns: Tensor, embeds: Tensor, states: bool) -> VisionTokens:
@@ -185,7 +202,7 @@ def _after_towers(shown: VisionTokens, places: Places, towers: list[VisionTokens
     alive, keys = alive[:-1].view(images, most), keys[:-1].view(images, most)
     stand = torch.cat([of.flatten() for of in stands])[places.middle.to(device)]
     stand = torch.where(alive | (stand < 0), shown.patch_index, stand)
-    whole = places.raster and all(len(tower.patch_index) == images for tower in towers)
+    whole = places.plain and len(towers) == 1 and len(towers[0].patch_index) == images
     left = shown
     if not all(map(untouched, towers)):
         lengths = towers[0].known_lengths if whole else alive.sum(-1).tolist()

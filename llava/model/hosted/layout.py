@@ -57,6 +57,11 @@ class Layout:
         return len(self.slot)
 
     @property
+    def plain(self) -> bool:
+        """Whether slots are the patches of the views, all of them and in their order."""
+        return torch.equal(self.slot.flatten(), torch.arange(self.slot.numel()))
+
+    @property
     def shows(self) -> Tensor:
         """True for placeholders that show a patch, bool `[placeholders]`."""
         return self.patch != EXTRA

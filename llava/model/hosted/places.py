@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ class Places:
     ----------
     shape : (prompts, length)
         Of the ids.
-    image, extra, view, row, column, group : int64 `[prompts, length]`
+    image, extra, row, column, group : int64 `[prompts, length]`
         Of every position: its image's number in the prompt (-1 for text and extras), the same for extras alone, its
-        tile or frame, its place on the image's grid, and the group whose patches an extra stays with (-1 for text).
+        place on the image's grid, and the group whose patches an extra stays with (-1 for text).
     valid : bool `[prompts, length]`
         False for padding.
     instruction : bool `[prompts, length]`
@@ -36,18 +37,21 @@ class Places:
         Number of the image that a row of the towers belongs to.
     counts : tuple of int
         Slots of each image.
+    views : tuple of int
+        Rows of the towers' output for each image.
+    plain : bool
+        Whether slots are the patches of the views, all of them and in their order.
     frames : tuple of int
         Frames of each video; 1 for images, tiles or not.
     prompts : list of list of int
         Numbers of each prompt's images, in the order in which the prompt shows them.
     raster : bool
-        Whether every image is one run of placeholders without extras, so that its tokens may change their order.
+        Whether the slots of every image are neighbours, so that its tokens may change their order.
     """
 
     shape: tuple[int, int]
     image: Tensor
     extra: Tensor
-    view: Tensor
     row: Tensor
     column: Tensor
     group: Tensor
@@ -58,6 +62,8 @@ class Places:
     slot: Tensor
     image_of_view: Tensor
     counts: tuple[int, ...]
+    views: tuple[int, ...]
+    plain: bool
     frames: tuple[int, ...]
     prompts: list[list[int]]
     raster: bool
@@ -75,52 +81,50 @@ class Places:
         """
         at, number = _positions(ids, layouts, placeholders)
         parts = [layout for _, layout in layouts]
-        first_view = [0]
-        for layout in parts:
-            first_view.append(first_view[-1] + layout.views)
-        patches = parts[0].slot.shape[1] if parts else 0
-        sources = {
-            name: torch.cat([getattr(layout, name) for layout in parts]) if parts else at
-            for name in ("view", "patch", "row", "column", "group")
-        }
-        shows = sources["patch"] >= 0
         prompts, ordinal = _by_prompt(ids.shape, at, number, len(parts))
+        views, counts = tuple(layout.views for layout in parts), tuple(int(layout.shows.sum()) for layout in parts)
+        told = {name: _told(name, parts) for name in ("view", "patch", "row", "column", "group")}
+        shows = told["patch"] >= 0
 
         def everywhere(values: Tensor, fill: int = -1) -> Tensor:
             return torch.full((ids.numel(),), fill).scatter(0, at, values).view(ids.shape)
 
-        largest = int(sources["group"].max()) + 1 if parts else 1
-        offset = torch.tensor(first_view[:-1], dtype=torch.long)[number]
-        middle = (offset + sources["view"]) * patches + sources["patch"]
-        counts = tuple(int(layout.shows.sum()) for layout in parts)
+        first_view = torch.tensor([0, *accumulate(views)])[number]
+        patches = parts[0].slot.shape[1] if parts else 0
+        middle = (first_view + told["view"]) * patches + told["patch"]
         placeholder = everywhere(torch.ones_like(at), 0).bool()
         real = torch.ones_like(placeholder) if valid is None else valid
-        views = torch.tensor([layout.views for layout in parts], dtype=torch.long)
-        frames = tuple(layout.views if kind == "video" else 1 for kind, layout in layouts)
+        groups = int(told["group"].max()) + 1 if parts else 1
         return cls(
             shape=tuple(ids.shape),
             image=everywhere(torch.where(shows, ordinal[number], -1)),
             extra=everywhere(torch.where(shows, -1, ordinal[number])),
-            view=everywhere(sources["view"]),
-            row=everywhere(sources["row"]),
-            column=everywhere(sources["column"]),
-            group=everywhere(number * largest + sources["group"]),
+            row=everywhere(told["row"]),
+            column=everywhere(told["column"]),
+            group=everywhere(number * groups + told["group"]),
             valid=real,
             instruction=real & ~placeholder & (placeholder.cumsum(-1) > 0),
             columns=_padded(at[shows], counts, ids.numel()),
             middle=_padded(middle[shows], counts, 0),
             slot=torch.cat([layout.slot for layout in parts]) if parts else torch.zeros(0, 0, dtype=torch.long),
-            image_of_view=torch.arange(len(parts)).repeat_interleave(views),
+            image_of_view=torch.arange(len(parts)).repeat_interleave(torch.tensor(views, dtype=torch.long)),
             counts=counts,
-            frames=frames,
+            views=views,
+            frames=tuple(layout.views if kind == "video" else 1 for kind, layout in layouts),
+            plain=all(layout.plain for layout in parts),
             prompts=prompts,
-            raster=bool(shows.all()) and _one_run_each(at, number),
+            raster=_one_run_each(at[shows], number[shows]),
         )
 
     @property
     def images(self) -> int:
         """Images of the prompt that has most."""
         return max(map(len, self.prompts), default=0)
+
+
+def _told(name: str, layouts: list[Layout]) -> Tensor:
+    """What all layouts say of their placeholders, one after another."""
+    return torch.cat([torch.empty(0, dtype=torch.long), *(getattr(layout, name) for layout in layouts)])
 
 
 def _positions(ids: Tensor, layouts: list[tuple[str, Layout]], placeholders: dict[str, int]) -> tuple[Tensor, Tensor]:
@@ -162,5 +166,5 @@ def _padded(values: Tensor, counts: tuple[int, ...], fill: int) -> Tensor:
 
 
 def _one_run_each(at: Tensor, number: Tensor) -> bool:
-    """Whether the placeholders of every image are neighbours."""
+    """Whether the positions of every image are neighbours."""
     return bool(((at.diff() == 1) | (number.diff() != 0)).all())
