@@ -22,7 +22,12 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
 
 class HostedCache(VisionCache):
-    """Our cache, filled for a stock model: only a block that hosts the model knows how to go on with it."""
+    """Our cache, filled for a stock model: only a block that hosts the model knows how to go on with it.
+
+    `positions_seen` is the length of the prompts before anything was dropped.
+    """
+
+    positions_seen: int = 0
 
     def get_mask_sizes(self, *args, **kwargs):
         if self.filled:
