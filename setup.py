@@ -76,5 +76,6 @@ if __name__ == "__main__":  # scripts and tests read the ranges without setuptoo
         entry_points={
             "console_scripts": ["mustdrop = mustdrop_command:main"],
             "lmms_eval.models": ["llava_mustdrop = mustdrop_command:manifest"],
+            "mustdrop.hosts": ["llava = llava.model.hosted"],
         },
     )

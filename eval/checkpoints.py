@@ -161,11 +161,12 @@ def _named(model: str, file: str, field: str) -> str | None:
 
 def _look_over(wanted: dict, away: bool) -> None:
     """All that the loader does before it reads weights; of a checkpoint that is away, only what it depends on here."""
-    from llava.model.builder import check_tokenizer
+    from llava.model.builder import check_stock, check_tokenizer
     from llava.model.checkpoint import describe_checkpoint
     from llava.model.checkpoint.load import check_weights
     from llava.model.checkpoint.quantised import resolve_quantisation
     from llava.model.checkpoint.settings import LoadSettings
+    from llava.model.hosted.load import load_stock_processor, stock_config
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
     from llava.model.processor import load_processor
     from llava.model.tokenizer import load_tokenizer, tokenizer_folder
@@ -174,6 +175,10 @@ def _look_over(wanted: dict, away: bool) -> None:
     if away:
         return
     try:
+        if stock := stock_config(wanted["model"]):
+            check_stock(stock[1], wanted["model_base"])
+            load_stock_processor(*stock)
+            return
         checkpoint = describe_checkpoint(wanted["model"], LlavaConfig, wanted["model_base"])
         check_weights(LlavaLlamaForCausalLM, checkpoint)
         check_tokenizer(load_tokenizer(tokenizer_folder(checkpoint.folders)), checkpoint)

@@ -15,20 +15,18 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import is_flash_attn_2_available
 
+from eval.asking import AskedModel, UnfitQuestion
+from eval.stock_model import StockModel
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path, load_image, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from mustdrop import Reducer
+from llava.model.llava_arch import LlavaMetaForCausalLM
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 Item, Prepared = TypeVar("Item"), TypeVar("Prepared")
-
-
-class UnfitQuestion(ValueError):
-    """A question that cannot be asked: an image that cannot be read, fewer image tokens than images, ..."""
 
 
 def ahead(prepare: Callable[[Item], Prepared], items: Iterable[Item]) -> Iterator[Prepared]:
@@ -74,22 +72,8 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
 
 
 @dataclass
-class LoadedModel:
-    """A model with what belongs to it.
-
-    Attributes
-    ----------
-    tokenizer, model, image_processor, context_len
-        As ``llava.model.builder.load_pretrained_model`` returns them.
-    conv_template : str
-        Name of the conversation template, a key of ``llava.conversation.conv_templates``.
-    """
-
-    tokenizer: object
-    model: torch.nn.Module
-    image_processor: object
-    context_len: int
-    conv_template: str = "vicuna_v1"
+class LoadedModel(AskedModel):
+    """Our own LLaVA, asked in LLaVA's conversation templates; `load` also gives transformers' own classes."""
 
     @classmethod
     def load(
@@ -104,7 +88,7 @@ class LoadedModel:
         model_base: str | None = None,
         load_4bit: bool = False,
         load_8bit: bool = False,
-    ) -> LoadedModel:
+    ) -> AskedModel:
         """Load a checkpoint in evaluation mode.
 
         Parameters
@@ -148,28 +132,8 @@ class LoadedModel:
             load_4bit=load_4bit,
             load_8bit=load_8bit,
         )
-        return cls(tokenizer, model.eval(), image_processor, context_len, conv_template)
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go: the device of the model's first parameter that is on one."""
-        return next(one.device for one in self.model.parameters() if one.device.type != "meta")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What images are cast to: the type of the first parameter that is not quantised."""
-        return next(one.dtype for one in self.model.parameters() if one.is_floating_point() and one.dtype.itemsize > 1)
-
-    @property
-    def bits(self) -> int | None:
-        """4 or 8 if the language model is quantised, as it was stored or on the way in."""
-        return next((bits for bits in (4, 8) if getattr(self.model, f"is_loaded_in_{bits}bit", False)), None)
-
-    @property
-    def pad_token_id(self) -> int:
-        """Id that fills short prompts on the left."""
-        pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad
+        kind = cls if isinstance(model, LlavaMetaForCausalLM) else StockModel
+        return kind(tokenizer, model.eval(), image_processor, context_len, conv_template)
 
     def prompt(self, question: str, images: int, answer: str | None = None) -> str:
         """A one-turn conversation.
@@ -202,10 +166,6 @@ class LoadedModel:
     def encode(self, prompt: str, images: int | None = None) -> Tensor:
         """Ids of a prompt, int64 ``[length]``, ``IMAGE_TOKEN_INDEX`` for each of the first ``images`` image tokens."""
         return tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt", images=images)
-
-    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict:
-        """Arguments for ``model.generate``: what ``prepare`` returns, on the model's device."""
-        return self._on_device(self.prepare(prompts, images))
 
     def prepare(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict:
         """The host's part of a batch, padded on the left; it may be done in another thread.
@@ -250,13 +210,6 @@ class LoadedModel:
             raise UnfitQuestion(f"question: got {tokens} image tokens for {images} images, expected as many")
         return self.encode(prompt, images)
 
-    @staticmethod
-    def _read(picture: Image.Image) -> Image.Image:
-        try:
-            return load_image(picture)
-        except ValueError as error:
-            raise UnfitQuestion(str(error)) from None
-
     def _pixels(self, pictures: list[Image.Image]) -> list[Tensor] | None:
         """One tensor per image; those that look the same are prepared once and are one tensor, encoded once."""
         if not pictures:
@@ -267,10 +220,6 @@ class LoadedModel:
         pixels = process_images(list(different.values()), self.image_processor, self.model.config)
         ready = {key: self._staged(tiles.to(self.dtype)) for key, tiles in zip(different, pixels, strict=True)}
         return [ready[key] for key in keys]
-
-    def _staged(self, tensor: Tensor) -> Tensor:
-        """A tensor in memory from which a GPU copies while the host goes on."""
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     def _on_device(self, prepared: dict) -> dict:
         """A prepared batch where the model is; one tensor for several prompts stays one."""
@@ -289,31 +238,6 @@ class LoadedModel:
             "images": None if images is None else [move(tiles) for tiles in images],
         }
 
-    @torch.inference_mode()
-    def selector_cost(self, reducer: Reducer, prompt: str, images: Sequence[Image.Image]) -> dict:
-        """What a reducer's own choosing costs, counted on one prompt.
-
-        Parameters
-        ----------
-        reducer : Reducer
-            Whose choosing.
-        prompt : str
-            What ``prompt`` returns.
-        images : sequence of PIL.Image.Image
-            The prompt's images.
-
-        Returns
-        -------
-        dict
-            ``selector_macs``, multiply-adds up to the first new token, and ``selector_prompt``, on what they were
-            counted: ``images``, ``text_tokens`` and ``vision_tokens`` (those that enter the first decoder layer).
-        """
-        with reducer.on(self.model, count=True) as run:
-            self.model.generate(**self.inputs([prompt], [images]), max_new_tokens=1, do_sample=False)
-        trace = run.traces[0]
-        prompt_facts = {"text_tokens": trace.text_tokens, "vision_tokens": trace.vision_tokens[0]}
-        return {"selector_macs": trace.selector_macs, "selector_prompt": {"images": len(images), **prompt_facts}}
-
     def seen(self, picture: Image.Image) -> Image.Image | None:
         """A picture as the vision tower sees it, padded or cropped and resized; None if it is cut into tiles."""
         pixels = process_images([picture], self.image_processor, self.model.config)[0]
@@ -324,10 +248,6 @@ class LoadedModel:
             for values in (self.image_processor.image_mean, self.image_processor.image_std)
         )
         return Image.fromarray(((pixels * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
-
-    def answer(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], **generation) -> list[str]:
-        """Generate for a batch; arguments as ``inputs`` takes them, ``generation`` as transformers does."""
-        return self.answer_prepared(self.prepare(prompts, images), **generation)
 
     @torch.inference_mode()
     def answer_prepared(self, prepared: dict, **generation) -> list[str]:

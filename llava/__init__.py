@@ -2,3 +2,6 @@
 
 Importing the package loads nothing else; the model side is imported from :mod:`llava.model`.
 """
+
+__mustdrop_hosts__ = "llava.model.hosted"
+"""Where reducers find hook points for transformers' own classes, see `mustdrop.hosts`."""

@@ -50,6 +50,10 @@ class Compose(Reducer):
     def check_tokens(self, layers: int, tokens: int) -> None:
         check_counts(self.flat(), layers, square(tokens), tokens)
 
+    def check_placeholders(self) -> None:
+        for part in self.parts:
+            part.check_placeholders()
+
     def overrides(self, hook: str) -> bool:
         return bool(self.asked_at(hook))
 

@@ -22,9 +22,9 @@ a call needs to remember lives in a `ForwardState` made for it; reducers and mod
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from torch import Tensor
 from mustdrop.active import activated, active, carrying
 from mustdrop.attention import Attention
 from mustdrop.compute_plan import LayerPlan
+from mustdrop.hosts import host_of, hosting_modules
 from mustdrop.keep import Keep
 from mustdrop.neighbours import SplitRows
 from mustdrop.reach import Fitting
@@ -226,16 +227,30 @@ class Reducer(Fitting):
         ValueError
             If the settings do not fit the model's depth, or are out of reach for its number of vision tokens.
         """
-        model = hooked_model(model)
+        run = TraceRecorder(timing, keep, count)
+        with _hook_points(hooked_model(model)) as points:
+            points.check(self) if hasattr(points, "check") else self._check_model(points)
+            with activated(points.hook_key, self, run):
+                yield run
+
+    def _check_model(self, model) -> None:
+        """Raise ValueError if the settings do not fit a model with hook points of its own."""
         tower = getattr(model, "get_vision_tower", lambda: None)()
         sizes = (getattr(tower, "blocks_run", None), tower.num_patches) if tower is not None else ()
         config = getattr(model, "config", None)
         self.check_sizes(
             model.num_layers, model.num_vision_layers, *sizes, heads=getattr(config, "num_attention_heads", None)
         )
-        run = TraceRecorder(timing, keep, count)
-        with activated(model.hook_key, self, run):
-            yield run
+
+
+def _hook_points(model: object) -> AbstractContextManager[Any]:
+    """What has the hook points of a model inside a `with` block: itself, or its host."""
+    return nullcontext(model) if _has_hooks(model) else host_of(model).hosting(model)
+
+
+def _has_hooks(model: object) -> bool:
+    """Whether a model has hook points of its own."""
+    return "hook_key" in getattr(model, "__dict__", ()) and hasattr(model, "num_layers")
 
 
 def hooked_model(model: object) -> object:
@@ -244,21 +259,25 @@ def hooked_model(model: object) -> object:
     Parameters
     ----------
     model
-        Has the attributes `hook_key`, `num_layers` and `num_vision_layers` of its own, or is a module that wraps one
-        that has, at any depth: PEFT, torch.compile, DataParallel, DistributedDataParallel, accelerate, DeepSpeed.
+        Has the attributes `hook_key`, `num_layers` and `num_vision_layers` of its own, or somebody who hosts it
+        (`mustdrop.hosts`), or is a module that wraps one such, at any depth: PEFT, torch.compile, DataParallel,
+        DistributedDataParallel, accelerate, DeepSpeed.
 
     Raises
     ------
     TypeError
         If there is none, or several.
     """
-    inside = model.modules() if isinstance(model, torch.nn.Module) else [model]
-    found = [
-        module for module in inside if "hook_key" in getattr(module, "__dict__", ()) and hasattr(module, "num_layers")
-    ]
+    inside = list(model.modules()) if isinstance(model, torch.nn.Module) else [model]
+    found = [part for part in inside if _has_hooks(part)]
+    if not found:
+        hosts = hosting_modules()
+        found = [part for part in inside if any(host.hosts(part) for host in hosts)]
     if len(found) == 1:
         return found[0]
     kind = type(model).__name__
     if found:
         raise TypeError(f"{kind} holds {len(found)} models with hook points, give the one to reduce")
-    raise TypeError(f"{kind} has no hook points: load it with llava.model.builder")
+    raise TypeError(
+        f"{kind} has no hook points: load it with llava.model.builder, or import llava for transformers' own classes"
+    )

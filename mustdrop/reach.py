@@ -69,6 +69,12 @@ class Fitting:
     def check_tower(self, tower: Tower) -> None:
         """Raise ValueError if the settings do not fit a vision tower."""
 
+    def check_placeholders(self) -> None:
+        """Raise ValueError if it cannot work on prompts that have a placeholder for every patch, and for nothing else.
+
+        Such are those of transformers' own classes.
+        """
+
     def check_tokens(self, layers: int, tokens: int) -> None:
         """Raise ValueError if the settings are out of reach for images of `tokens` vision tokens."""
 
@@ -97,7 +103,13 @@ class Fitting:
         return set()
 
     def check_sizes(
-        self, layers: int, blocks: int, run: int | None = None, patches: int | None = None, heads: int | None = None
+        self,
+        layers: int,
+        blocks: int,
+        run: int | None = None,
+        patches: int | None = None,
+        heads: int | None = None,
+        one_view: bool = True,
     ) -> None:
         """All checks against a model's sizes; what is not known of it is not looked at.
 
@@ -108,9 +120,11 @@ class Fitting:
         run : int, optional
             ViT blocks that are run. Default: all.
         patches : int, optional
-            Patches of an image, on a square grid.
+            Patches of a view, on a square grid.
         heads : int, optional
             Attention heads of a decoder layer.
+        one_view : bool
+            Whether an image has one view, so that its tokens are known.
 
         Raises
         ------
@@ -122,7 +136,8 @@ class Fitting:
             self.check_heads(heads)
         if patches is not None:
             self.check_tower(Tower(blocks, blocks if run is None else run, square(patches)))
-            self.check_tokens(layers, patches)
+            if one_view:
+                self.check_tokens(layers, patches)
 
 
 def square(patches: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mustdrop.hooks import Reducer
 from mustdrop.methods import (
     DART,
+    EVS,
     YOPO,
     AveragePool,
     CDPruner,
@@ -17,6 +18,7 @@ from mustdrop.methods import (
     SparseVLM,
     ToMe,
     Uniform,
+    VidCom2,
     VisionZip,
 )
 from mustdrop.mustdrop import MustDrop
@@ -34,6 +36,8 @@ METHODS: dict[str, type[Reducer]] = {
     "dart": DART,
     "divprune": DivPrune,
     "cdpruner": CDPruner,
+    "evs": EVS,
+    "vidcom2": VidCom2,
     "tome": ToMe,
     "yopo": YOPO,
     "random": Random,

@@ -82,7 +82,9 @@ class VisionTokens:
         What the host knows: tokens of each image, None where that is all there are; and how many of them are protected,
         None where none are.
     views : tuple of int or None
-        Views of each image; None where it is one.
+        Views (tiles, frames) of each image; None where it is one.
+    shown : tuple of int or None
+        Patches of each image, where these are not its views times the grid.
     extras : `[images, views, prefix, width]` or None
         After the vision encoder, the prefix of every view: neither scored nor counted, it goes on in any case.
     """
@@ -97,6 +99,7 @@ class VisionTokens:
     lengths: tuple[int, ...] | None = None
     keys: tuple[int, ...] | None = None
     views: tuple[int, ...] | None = None
+    shown: tuple[int, ...] | None = None
     extras: Tensor | None = None
 
     @classmethod
@@ -166,11 +169,8 @@ class VisionTokens:
         stands = self.patch_to_token[index]
         stands = torch.where((stands >= 0) & real[..., None], stands + view * tokens, -1).flatten(1)
         lengths = [sum(self.known_lengths[start : start + n]) for start, n in zip(starts, views, strict=True)]
-        keys = (
-            None
-            if self.keys is None
-            else [sum(self.keys[start : start + n]) for start, n in zip(starts, views, strict=True)]
-        )
+        starting = list(zip(starts, views, strict=True))
+        keys = None if self.keys is None else tuple(sum(self.keys[start : start + n]) for start, n in starting)
         wide = dataclasses.replace(
             alone,
             hidden=alone.hidden[index].flatten(1, 2),
@@ -178,10 +178,15 @@ class VisionTokens:
             patch_to_token=stands,
             valid=None,
             protected=None if self.protected is None else self.protected[index].flatten(1),
-            keys=None if keys is None else tuple(keys),
+            keys=keys,
             extras=None if prefix is None else prefix[index],
         )
         return wide.select(stays, lengths)
+
+    @property
+    def known_patches(self) -> tuple[int, ...]:
+        """Patches of each image, all its views together, for the host."""
+        return self.shown or tuple(views * self.grid[0] * self.grid[1] for views in self.known_views)
 
     def rows(self, numbers: Sequence[int]) -> VisionTokens:
         """The tokens of these images; an image may come several times."""
@@ -189,7 +194,7 @@ class VisionTokens:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         known = {
             name: None if fields[name] is None else tuple(fields[name][number] for number in numbers)
-            for name in ("lengths", "keys", "views")
+            for name in ("lengths", "keys", "views", "shown")
         }
         return dataclasses.replace(
             self, **{name: value[index] for name, value in fields.items() if isinstance(value, Tensor)}, **known

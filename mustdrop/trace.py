@@ -118,8 +118,8 @@ class Trace:
         patches = {key: _patches(patch_to_token, tokens, row) for key, (patch_to_token, tokens) in alive.items()}
         kept: dict[str, dict[int, list[int]]] = {"vision": {}, "prefill": {}, "decode": {}}
         if images:
-            rows = [row for views in record.views[self._prompt] for row in views]
-            kept["vision"] = {b: (o[rows].reshape(-1) >= 0).nonzero()[:, 0].tolist() for b, o in record.vision.items()}
+            shown = list(zip(record.views[self._prompt], (len(own) for _, own in images), strict=True))
+            kept["vision"] = {block: _standing(own, shown) for block, own in record.vision.items()}
             kept["prefill"] = {layer: patches[id(tokens)] for layer, tokens in pruned.items()}
             kept["decode"] = {layer: patches[id(tokens)] for layer, tokens in enumerate(record.cached)}
         key_tokens = tokens_in.protected[row] & tokens_in.vision[row]
@@ -238,6 +238,12 @@ def _joined(patch_to_token: Tensor, index: Tensor, merge_into: Tensor) -> Tensor
         stands[patch_to_token.clamp(max=len(stands) - 1)],
         patch_to_token,
     )
+
+
+def _standing(patch_to_token: Tensor, shown: list[tuple[list[int], int]]) -> list[int]:
+    """Patches that a token stands for after a vision block; `shown` are the rows and the patches of each image."""
+    stands = torch.cat([patch_to_token[views].reshape(-1)[:patches] for views, patches in shown])
+    return (stands >= 0).nonzero()[:, 0].tolist()
 
 
 def _blocks(changed: dict[int, Tensor], views: list[int]) -> list[list[int]]:

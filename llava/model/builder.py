@@ -6,13 +6,14 @@ import os
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.checkpoint import Checkpoint, describe_checkpoint
 from llava.model.checkpoint.load import check_weights, load_weights
 from llava.model.checkpoint.settings import LoadSettings
+from llava.model.hosted.load import load_stock, stock_config
 from llava.model.language_model.compiled import compile_model
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.processor import load_processor
@@ -29,7 +30,7 @@ def load_pretrained_model(
     device: str | torch.device | None = None,
     compile: bool = False,
     **kwargs: Any,
-) -> tuple[PreTrainedTokenizerBase, LlavaLlamaForCausalLM, CLIPImageProcessorPil | None, int]:
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, CLIPImageProcessorPil | ProcessorMixin | None, int]:
     """Load everything that inference needs.
 
     What `model_path` holds is found from its files, see docs/checkpoints.md.
@@ -59,7 +60,8 @@ def load_pretrained_model(
     -------
     tuple
         `(tokenizer, model, image_processor, context_len)`; the model is in evaluation mode. The image processor is
-        None only for a model without a vision tower.
+        None only for a model without a vision tower. Of a stock model (LLaVA-NeXT, LLaVA-OneVision, Video-LLaVA,
+        Hugging Face's LLaVA on other text models than LLaMA) these are transformers' own class and its processor.
 
     Raises
     ------
@@ -69,6 +71,10 @@ def load_pretrained_model(
         If an argument's name is unknown.
     """
     settings = LoadSettings.of(load_8bit, load_4bit, device_map, device, kwargs)
+    if stock := stock_config(model_path, **settings.hub):
+        check_stock(stock[1], model_base, compile)
+        model, processor = load_stock(model_path, *stock, settings)
+        return processor.tokenizer, model, processor, stock[1].text_config.max_position_embeddings
     checkpoint = describe_checkpoint(model_path, LlavaConfig, model_base, **settings.hub)
     check_weights(LlavaLlamaForCausalLM, checkpoint)
     tokenizer = load_tokenizer(tokenizer_folder(checkpoint.folders))
@@ -87,6 +93,14 @@ def load_pretrained_model(
 def _context_length(config: LlavaConfig) -> int:
     """Positions that a prompt and its answer may take, as LLaVA reads them from a configuration."""
     return getattr(config, "max_sequence_length", None) or getattr(config, "tokenizer_model_max_length", None) or 2048
+
+
+def check_stock(config: PreTrainedConfig, model_base: str | os.PathLike | None = None, compile: bool = False) -> None:
+    """Raise ValueError for what cannot be done with a stock model."""
+    if model_base is not None:
+        raise ValueError(f"model_base is {str(model_base)!r}: {config.model_type} is a whole model and needs no base")
+    if compile:
+        raise ValueError(f"compile: {config.model_type} is transformers' own class, use torch.compile(model)")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> int:

@@ -1,4 +1,4 @@
-"""Attention masks in the form each attention implementation wants, for keys of any number and padding."""
+"""Masks: attention masks in the form each implementation wants, and labels without those of dropped tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from transformers.masking_utils import (
     causal_mask_function,
 )
 
+from llava.constants import IGNORE_INDEX
 from llava.model import cpu_attention
+from mustdrop.hooks import Tokens
 
 
 def attention_mask(
@@ -77,3 +79,11 @@ def expand_mask(config, mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool or config._attn_implementation in ("sdpa", cpu_attention.NAME):
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def labels_of(tokens: Tokens, labels: Tensor) -> Tensor:
+    """Labels of the tokens that are left, from those of the whole prompt `[batch, length]`."""
+    if tokens.original_column.shape == labels.shape and tokens.valid is None:
+        return labels
+    left = labels.gather(1, tokens.original_column)
+    return left if tokens.valid is None else left.masked_fill(~tokens.valid, IGNORE_INDEX)

@@ -39,6 +39,12 @@ class SmallImage(Reducer):
     def __post_init__(self) -> None:
         require(self.retain > 0, "retain", self.retain, "1 or more")
 
+    def check_placeholders(self) -> None:
+        raise ValueError(
+            "method: smallimage makes images smaller, but in transformers' own classes a prompt has a placeholder for "
+            "every patch; use uniform or avgpool, or a checkpoint that llava.model.builder loads as our LLaVA"
+        )
+
     def shrinks(self, grid: tuple[int, int]) -> tuple[int, int]:
         return grid if self.retain >= grid[0] * grid[1] else nearest_grid(grid, self.retain)
 

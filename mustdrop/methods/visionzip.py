@@ -78,6 +78,13 @@ class VisionZip(Reducer):
         contextual = max(1, round(self.retain * CONTEXTUAL_SHARE))
         return self.retain - contextual, contextual
 
+    def check_placeholders(self) -> None:
+        if self.compat == "official":
+            raise ValueError(
+                "compat: got 'official', expected 'default': it makes a token of CLS, for which a prompt of "
+                "transformers' own classes has no placeholder"
+            )
+
     def after_vision_block(self, step: VisionStep) -> Keep | None:
         tokens, (dominant, contextual) = step.tokens, self.numbers
         if not step.last or dominant + contextual >= tokens.patch_index.shape[1]:

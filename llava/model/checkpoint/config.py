@@ -13,7 +13,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava.model.checkpoint.files import first_line
 
-SUPPORTED = "LLaVA-1.5 on LLaMA: original ('llava', 'llava_llama') or Hugging Face ('llava')"
+SUPPORTED = (
+    "LLaVA-1.5 on LLaMA: original ('llava', 'llava_llama') or Hugging Face ('llava'), and as transformers has them "
+    "'llava_next', 'llava_onevision', 'video_llava'"
+)
 _ORIGINAL_TYPES = ("llava", "llava_llama", "llama")
 _FEATURES = {"default": "patch", "full": "cls_patch"}
 _NONE = (None, False)

@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from llava.constants import IGNORE_INDEX
 from llava.model.checkpoint import describe_checkpoint
 from llava.model.checkpoint.load import check_weights, load_weights, valid_generation_config
 from llava.model.language_model.arguments import check_generation, new_tokens, one_cache
@@ -18,7 +17,8 @@ from llava.model.language_model.cache import CACHE_NAME, VisionCache
 from llava.model.language_model.decoder import LlavaConfig, LlavaLlamaModel
 from llava.model.language_model.loop import Record
 from llava.model.llava_arch import LlavaMetaForCausalLM, Prompt, text_prompt
-from mustdrop.hooks import Tokens, carrying
+from llava.model.masks import labels_of
+from mustdrop.hooks import carrying
 
 __all__ = ["LlavaConfig", "LlavaLlamaForCausalLM", "LlavaLlamaModel"]
 
@@ -294,14 +294,6 @@ def position_limit(config: LlavaConfig) -> float:
     rope = getattr(config, "rope_parameters", None) or {}
     stretched = rope.get("rope_type") in ("linear", "dynamic")
     return config.max_position_embeddings * (rope.get("factor") or 1 if stretched else 1)
-
-
-def labels_of(tokens: Tokens, labels: Tensor) -> Tensor:
-    """Labels of the tokens that are left, from those of the whole prompt `[batch, length]`."""
-    if tokens.original_column.shape == labels.shape and tokens.valid is None:
-        return labels
-    left = labels.gather(1, tokens.original_column)
-    return left if tokens.valid is None else left.masked_fill(~tokens.valid, IGNORE_INDEX)
 
 
 AutoConfig.register("llava_llama", LlavaConfig)

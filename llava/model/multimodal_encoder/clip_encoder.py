@@ -35,15 +35,27 @@ class CLIPVisionTower(nn.Module):
 
     def __init__(self, config: CLIPVisionConfig, select_layer: int = -2, select_feature: str = "patch"):
         super().__init__()
+        self._select(config.num_hidden_layers, select_layer, select_feature)
+        self.vision_tower = CLIPVisionModel(config)
+
+    @classmethod
+    def around(cls, module: nn.Module, select_layer: int) -> CLIPVisionTower:
+        """The same loop over the blocks of a loaded CLIP or SigLIP tower, whose CLS token (CLIP) stays in front."""
+        tower = cls.__new__(cls)
+        super(cls, tower).__init__()
+        tower._select(module.config.num_hidden_layers, select_layer, "cls_patch")
+        tower.vision_tower = module
+        return tower
+
+    def _select(self, depth: int, select_layer: int, select_feature: str) -> None:
+        """Note which state gives the features."""
         if select_feature not in ("patch", "cls_patch"):
             raise ValueError(f"mm_vision_select_feature is {select_feature!r}: it must be 'patch' or 'cls_patch'")
-        depth = config.num_hidden_layers
         if not -depth - 1 <= select_layer <= depth:
             raise ValueError(f"mm_vision_select_layer is {select_layer}: a ViT of {depth} blocks has no such state")
         self.select_layer = select_layer
         self.select_feature = select_feature
         self.blocks_run = select_layer % (depth + 1)
-        self.vision_tower = CLIPVisionModel(config)
         self.image_processor = None
         self.is_loaded = True
 
@@ -65,11 +77,15 @@ class CLIPVisionTower(nn.Module):
         state = state or ForwardState(Reducer())
         model = self.vision_tower
         patches = model.embeddings.patch_embedding
-        images = images.to(device=patches.weight.device, dtype=patches.weight.dtype)
+        images = images.to(patches.weight.dtype)
+        if patches.weight.device.type != "meta":  # else the weights come to where the images are
+            images = images.to(patches.weight.device)
         images = state.pixels(images, patches.stride[0])
         grid = tuple(size // patches.stride[0] for size in images.shape[-2:])
-        hidden = model.pre_layrnorm(model.embeddings(images, interpolate_pos_encoding=grid != self._native_grid))
-        tokens = VisionTokens.from_patches(hidden, grid, prefix=1)
+        hidden = model.embeddings(images, interpolate_pos_encoding=grid != self._native_grid)
+        if hasattr(model, "pre_layrnorm"):  # CLIP; SigLIP has neither this nor CLS
+            hidden = model.pre_layrnorm(hidden)
+        tokens = VisionTokens.from_patches(hidden, grid, prefix=hidden.shape[1] - grid[0] * grid[1])
         mask = None
         for index, block in enumerate(model.encoder.layers[: self.blocks_run]):
             before = tokens

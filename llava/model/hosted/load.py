@@ -1,0 +1,117 @@
+"""Folders of stock models: what they hold, and the model with its own processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.models.auto.tokenization_auto import AutoTokenizer
+from transformers.utils import is_torchvision_available
+
+from llava.model.checkpoint.files import first_line, read_complete, read_json
+from llava.model.checkpoint.names import listed
+from llava.model.checkpoint.places import locate
+from llava.model.checkpoint.settings import LoadSettings
+from llava.model.hosted import HOSTS
+from llava.model.hosted.base import TEXTS, TOWERS
+
+UNPACKED = ["vision_tower", "image_tower", "video_tower", "multi_modal_projector", "lm_head"]
+_SAID = OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError
+
+
+def stock_config(path: object, **hub: Any) -> tuple[Path, PreTrainedConfig] | None:
+    """The folder and the configuration of a stock model; None for what is none, or what our own LLaVA computes.
+
+    Parameters
+    ----------
+    path : str or path
+        Folder or hub id.
+    **hub
+        As `locate` takes them.
+
+    Raises
+    ------
+    ValueError
+        If it is a stock model of a kind that cannot be hosted, or its weights are not all there.
+    """
+    folder = locate(path, "model_path", **hub)
+    if not (folder / "config.json").is_file():
+        return None
+    facts = read_json(folder / "config.json")
+    parts = [facts.get(name) for name in ("text_config", "vision_config")]
+    if facts.get("model_type") not in HOSTS or not all(isinstance(part, dict) for part in parts):
+        return None
+    text, tower = (part.get("model_type", kind) for part, kind in zip(parts, ("llama", TOWERS[0]), strict=True))
+    if facts["model_type"] == "llava" and (text, tower) in ((TEXTS[0], TOWERS[0]), *_refused_by_our_own(text, tower)):
+        return None
+    for name, kind, known in (("text_config", text, TEXTS), ("vision_config", tower, TOWERS)):
+        if kind not in known:
+            raise ValueError(f"{path}: {name}.model_type is {kind!r}: supported are {', '.join(known)}")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except _SAID as error:
+        raise ValueError(f"{path}: config.json: {first_line(error)}") from None
+    if not read_complete(folder):
+        raise ValueError(f"{path}: holds no weights, expected *.safetensors or pytorch_model*.bin")
+    return folder, config
+
+
+def _refused_by_our_own(text: str, tower: str) -> list[tuple[str, str]]:
+    """Kinds of Hugging Face's LLaVA that nobody supports: our own loader says so in its own words."""
+    return [] if text in TEXTS and tower in TOWERS else [(text, tower)]
+
+
+def load_stock(
+    path: object, folder: Path, config: PreTrainedConfig, settings: LoadSettings
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A stock model in evaluation mode, and its processor.
+
+    Raises
+    ------
+    ValueError
+        If a weight is missing or has no place, or the processor cannot be read.
+    """
+    processor = load_stock_processor(folder, config)
+    arguments = dict(settings.arguments)
+    quantise = arguments.get("quantization_config")
+    if quantise is not None and not quantise.llm_int8_skip_modules:
+        quantise.llm_int8_skip_modules = UNPACKED
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
+    except _SAID as error:
+        raise ValueError(f"{path}: cannot be loaded ({first_line(error)})") from None
+    wrong = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} weights are missing or of another shape ({listed(wrong)})")
+    if unknown := set(info["unexpected_keys"]):
+        raise ValueError(f"{path}: {len(unknown)} weights have no place in the model ({listed(unknown)})")
+    return model.eval(), processor
+
+
+def load_stock_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:
+    """A stock model's processor; without torchvision it takes no videos, and is otherwise the same."""
+    kind = PROCESSOR_MAPPING[type(config)]
+    if not is_torchvision_available() and any("video" in name for name in kind.get_attributes()):
+        kind = type(kind.__name__, (_ImagesOnly, kind), {"__module__": kind.__module__})
+    try:
+        return kind.from_pretrained(folder)
+    except _SAID as error:
+        raise ValueError(f"{folder}: no processor can be read ({first_line(error)})") from None
+
+
+class _ImagesOnly:
+    """Put before a processor's class: its part for videos is left out, which transformers cannot make here."""
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, folder, processor_dict=None, **kwargs):
+        makers = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
+        return [makers[name].from_pretrained(folder) if name in makers else None for name in cls.get_attributes()]
+
+    def check_argument_for_proper_class(self, name, argument):
+        return None if argument is None else super().check_argument_for_proper_class(name, argument)

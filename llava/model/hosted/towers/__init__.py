@@ -1,0 +1,1 @@
+"""Loops over the blocks of stock vision towers."""

@@ -1,0 +1,224 @@
+"""Tiny random models of transformers' own multimodal classes, one per family, and inputs for them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import cache
+
+import torch
+import transformers as hf
+
+IMAGE, VIDEO = 150, 151  # ids of placeholders
+SIDE = 6  # patches along the side of a view
+PIXELS = 14 * SIDE
+LAYERS = 6
+TEXT = {
+    "vocab_size": 200,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "patch_size": 14,
+    "image_size": PIXELS,
+}
+GRIDS = [[PIXELS, 2 * PIXELS], [2 * PIXELS, PIXELS], [2 * PIXELS, 2 * PIXELS], [3 * PIXELS, PIXELS]]
+SIZES = [[150, 160], [70, 160]]  # (height, width): four tiles, and two
+
+TEXTS = {
+    "llama": lambda: hf.LlamaConfig(**TEXT),
+    "mistral": lambda: hf.MistralConfig(**TEXT, sliding_window=None),
+    "sliding": lambda: hf.MistralConfig(**TEXT, sliding_window=40),
+    "phi3": lambda: hf.Phi3Config(**TEXT, sliding_window=None),
+    "gemma": lambda: hf.GemmaConfig(**TEXT, head_dim=16),
+    "qwen2": lambda: hf.Qwen2Config(**TEXT),
+    "qwen3": lambda: hf.Qwen3Config(**TEXT, head_dim=16),
+}
+
+
+def _parts(text: str) -> dict:
+    return {"vision_config": hf.CLIPVisionConfig(**VISION), "text_config": TEXTS[text]()}
+
+
+def _llava(text: str, **more):
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**VISION), text_config=TEXTS[text](), image_token_index=IMAGE, **more
+    )
+    return hf.LlavaForConditionalGeneration(config)
+
+
+def _next(text: str, **more):
+    config = hf.LlavaNextConfig(
+        vision_config=hf.CLIPVisionConfig(**VISION),
+        text_config=TEXTS[text](),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=GRIDS,
+        **more,
+    )
+    return hf.LlavaNextForConditionalGeneration(config)
+
+
+def _onevision(text: str, **more):
+    config = hf.LlavaOnevisionConfig(
+        vision_config=hf.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=TEXTS[text](),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=GRIDS,
+        **more,
+    )
+    return hf.LlavaOnevisionForConditionalGeneration(config)
+
+
+def _video(text: str, **more):
+    config = hf.VideoLlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**VISION),
+        text_config=TEXTS[text](),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        **more,
+    )
+    return hf.VideoLlavaForConditionalGeneration(config)
+
+
+FAMILIES = {"llava": _llava, "next": _next, "onevision": _onevision, "video": _video}
+
+
+@cache
+def stock(family: str, text: str = "llama", **more):
+    """A random model in evaluation mode whose attention is far from uniform, so that choices have a margin."""
+    torch.manual_seed(0)
+    more = {name: list(value) if isinstance(value, tuple) else value for name, value in more.items()}
+    model = FAMILIES[family](text, **more).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() >= 2:
+                weight.normal_(std=0.18 if "q_proj" in name or "k_proj" in name else 0.06)
+    return model
+
+
+def pixels(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Noise that is faint in two thirds of every view, so that some windows merge."""
+    size = (*shape, 3, PIXELS, PIXELS)
+    noise = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    noise[..., : PIXELS * 2 // 3] *= 0.02
+    noise[..., : PIXELS * 2 // 3] += 0.5
+    return noise
+
+
+def ids_of(prompts: list[tuple[int, list[tuple[int, int]], int]], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Prompts, padded on the left: text before, placeholders (id, how many) with a token after each, text after."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def text(count: int) -> list[int]:
+        return torch.randint(3, 140, (count,), generator=generator).tolist()
+
+    rows = [
+        torch.tensor(text(before) + [i for token, count in runs for i in [token] * count + [5]] + text(after))
+        for before, runs, after in prompts
+    ]
+    return {
+        name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_side="left")
+        for name, values in (("input_ids", rows), ("attention_mask", [torch.ones_like(row) for row in rows]))
+    }
+
+
+def tokens_of(model, size: list[int] | None = None) -> int:
+    """Placeholders of an image, from the stock model's own features."""
+    given = {"pixel_values": pixels(1)}
+    if size is not None:
+        given = {"pixel_values": pixels(1, 5), "image_sizes": torch.tensor([size])}
+    with torch.no_grad():
+        return len(model.get_image_features(**given).pooler_output[0])
+
+
+def inputs(family: str, model, images: int = 2) -> dict[str, torch.Tensor]:
+    """A batch of prompts with an image (or video) each, of different sizes where the family has such."""
+    texts = [(3, 6), (5, 9), (2, 4)][:images]
+    if family == "llava":
+        counts, given = [tokens_of(model)] * images, {"pixel_values": pixels(images)}
+    elif family == "video":
+        counts = [4 * (SIDE**2 + 1)] * images
+        given = {"pixel_values_videos": pixels(images, 4)}
+    else:
+        sizes = (SIZES * 2)[:images]
+        counts = [tokens_of(model, size) for size in sizes]
+        given = {"pixel_values": pixels(images, 5), "image_sizes": torch.tensor(sizes)}
+    token = VIDEO if family == "video" else IMAGE
+    prompts = [(before, [(token, count)], after) for (before, after), count in zip(texts, counts, strict=True)]
+    return {**ids_of(prompts), **given}
+
+
+def alone(given: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
+    """One prompt of a batch with an image each, without padding."""
+    mask = given["attention_mask"][row].bool()
+    single = {name: value[row : row + 1] for name, value in given.items()}
+    return {**single, **{name: single[name][:, mask] for name in ("input_ids", "attention_mask")}}
+
+
+def generate(model, given: dict[str, torch.Tensor], new_tokens: int = 4, **how):
+    """Greedy ids and the logits of every step `[rows, steps, vocabulary]`."""
+    how = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, **how}
+    output = model.generate(**given, **how, output_logits=True, return_dict_in_generate=True)
+    return output.sequences, torch.stack(output.logits, dim=1)
+
+
+CHAT = (
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'video' %}"
+    "<video>{% else %}{{ part['text'] }}{% endif %}{% endfor %} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def save(folder, family: str, text: str, tokenizer_folder):
+    """A whole checkpoint of a random stock model, with its processor; returns the folder."""
+    import shutil
+
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(tokenizer_folder / "tokenizer.model", folder)
+    tokenizer = hf.LlamaTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<image>", "<video>"], special_tokens=True)
+    tokenizer.pad_token = "</s>"
+    tokenizer.chat_template = CHAT
+    size = {"height": PIXELS, "width": PIXELS}
+    if family in ("llava", "video"):
+        images = CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=size)
+    elif family == "next":
+        images = LlavaNextImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=size, image_grid_pinpoints=GRIDS)
+    else:
+        images = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=GRIDS)
+    model = copy.deepcopy(stock(family, text))
+    image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.config.image_token_id = model.config.image_token_index = image
+    if family in ("onevision", "video"):
+        model.config.video_token_id = model.config.video_token_index = video
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    images.save_pretrained(folder)
+    kinds = {
+        "llava": ("LlavaProcessor", {"patch_size": 14, "num_additional_image_tokens": 1}),
+        "next": ("LlavaNextProcessor", {"patch_size": 14, "num_additional_image_tokens": 1}),
+        "onevision": ("LlavaOnevisionProcessor", {"num_image_tokens": SIDE**2}),
+        "video": ("VideoLlavaProcessor", {"patch_size": 14, "num_additional_image_tokens": 1}),
+    }
+    kind, facts = kinds[family]
+    strategy = "full" if family == "onevision" else "default"
+    facts = {"processor_class": kind, "vision_feature_select_strategy": strategy, "image_token": "<image>", **facts}
+    (folder / "processor_config.json").write_text(json.dumps(facts))
+    return folder
