@@ -13,6 +13,8 @@ SETTINGS = {
     "mustdrop by numbers": {"method": "mustdrop", "retain": 60},
     "yopo": {"window": 5, "heads": 0.5},
     "prumerge": {"retain": None},
+    "evs": {"retain": 0.6},
+    "vidcom2": {"retain": 0.6},
 }
 METHODS = [*available_methods(), "mustdrop by numbers"]
 
