@@ -125,6 +125,8 @@ class Keep:
             If the answer does not fit the tokens.
         """
         self._check(tokens.patch_index.shape)
+        if self.later is not None:
+            raise ValueError("Keep: Keep.like names a later record of prompts, there is none in the vision encoder")
         if self.states is not None:
             tokens = tokens.with_patches(self.states)
         if self.score is None and self.mask is None:
@@ -152,7 +154,13 @@ class Keep:
             If the answer does not fit the tokens.
         """
         self._check(tokens.image.shape)
+        if self.protects or self.with_prefix:
+            raise ValueError(
+                "Keep: protect and with_prefix are for the vision encoder, inside the decoder it is too late"
+            )
         prompts = tokens.facts()
+        if self.score is None and self.mask is None and self.later is None:
+            return torch.ones_like(tokens.vision), prompts
         if self.score is not None:
             counts = [self._wanted(number, prompt) for number, prompt in enumerate(prompts)]
             score = self.score.masked_fill(tokens.protected, float("inf"))
@@ -163,6 +171,20 @@ class Keep:
             stays = stays | ~tokens.vision
             counts = ops.tokens_per_image(tokens.image.masked_fill(~stays, -1), tokens.images).tolist()
         return stays, tuple(prompt.with_tokens(own) for prompt, own in zip(prompts, counts, strict=True))
+
+    def new_states(self, states: Tensor, stays: Tensor) -> Tensor:
+        """The states that take the place of the present ones of prompts `[batch, length, width]`.
+
+        `stays` bool `[batch, length]` are the positions that go on.
+        """
+        states = states if self.states is None else self.states
+        if self.weights is None:
+            return states
+        column = torch.arange(stays.shape[1], device=stays.device)
+        merge_into = torch.where(stays, column, self.merge_into)[..., None].expand_as(states)
+        # Summed in float32: a token may stand for many.
+        sums = torch.zeros_like(states, dtype=torch.float32)
+        return sums.scatter_add(1, merge_into, states.float() * self.weights[..., None].float()).to(states.dtype)
 
     def cut(self, tokens: Tokens) -> tuple[Tensor, Tokens]:
         """Which cached entries stay, int64 `[batch, kept]`, and their record; text stays."""

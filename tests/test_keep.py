@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mustdrop.hooks import ImageFacts, Keep, PromptFacts, Tokens
+from mustdrop.hooks import ImageFacts, Keep, PromptFacts, Tokens, VisionTokens
 
 IMAGE = torch.tensor([[-1, 0, 0, 0, 1, 1, -1, -1], [-1, 0, 0, 0, 0, 0, 0, -1]])
 KEY = torch.zeros_like(IMAGE, dtype=torch.bool)
@@ -61,8 +61,32 @@ def test_what_the_host_does_not_know_is_read(keep):
         (Keep.where(SCORE), "mask is torch.float32, it must be bool"),
         (Keep.where(KEY, merge_into=IMAGE[:, :2]), r"merge_into has shape \[2, 2\]"),
         (Keep.top(SCORE, 1, order=IMAGE[0]), r"order has shape \[8\]"),
+        (Keep.top(SCORE, 1, weights=SCORE), "weights are given without merge_into"),
+        (Keep.protect(SCORE, 1), "protect and with_prefix are for the vision encoder"),
     ],
 )
 def test_what_is_no_answer_is_an_error(keep, says):
     with pytest.raises(ValueError, match=rf"^Keep: [^\n]*{says}"):
         keep.choose(tokens())
+
+
+def test_a_later_record_means_nothing_in_the_vision_encoder():
+    encoded = VisionTokens.from_patches(torch.randn(2, 5, 3), (2, 2))
+    with pytest.raises(ValueError, match=r"^Keep: Keep\.like names a later record of prompts"):
+        Keep.like(tokens()).apply(encoded)
+
+
+def test_weighted_sums_are_the_same_before_and_inside_the_decoder():
+    merge_into = torch.tensor([[0, 0, 2, 2], [3, 1, 2, 3]])
+    weights, states = torch.rand(2, 4), torch.randn(2, 4, 3)
+    keep = Keep.merge(merge_into, [2, 3], weights)
+    before = keep.apply(VisionTokens.from_patches(states, (2, 2), prefix=0))
+    inside = keep.new_states(states, keep.score.bool())
+    torch.testing.assert_close(before.hidden[0, :2], inside[0, [0, 2]])
+    torch.testing.assert_close(before.hidden[1], inside[1, 1:])
+
+
+def test_new_states_alone_drop_nothing():
+    states = torch.randn(2, 8, 3)
+    mask, prompts = Keep(states=states).choose(tokens())
+    assert mask.all() and prompts == tokens().facts() and Keep(states=states).new_states(0 * states, mask) is states

@@ -256,10 +256,10 @@ class DecoderLoop:
         if keep.merge_into is not None:
             state.merge_maps[index] = keep.merge_into
         stays, prompts = keep.choose(stream.tokens)
+        hidden, weights = keep.new_states(stream.hidden, stays), stream.weights
         if prompts == stream.tokens.facts() and keep.order is None:
-            return stream
+            return stream if hidden is stream.hidden else stream.with_hidden(hidden)
         indices, tokens = stream.tokens.select(stays, order=keep.order, prompts=prompts)
-        hidden, weights = stream.hidden if keep.states is None else keep.states, stream.weights
         if state.reducer.positions == "renumber":
             stream = self.stream(gather(hidden, indices), tokens.renumbered(), state)
         else:
