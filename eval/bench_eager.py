@@ -116,7 +116,7 @@ def _prefill(
     hidden = torch.cat([before, features, after], dim=1)
     filters = next(part for part in reducer.flat() if hasattr(part, "layers_of"))
     patches = decoder.get_vision_tower().num_patches
-    schedule = filters.schedule(len(decoder.layers), patches, len(keys))
+    schedule = filters.schedule(len(decoder.layers), patches, len(keys), int(keys.sum()))
     column, mask, columns = torch.arange(hidden.shape[1], device=hidden.device), None, []
     for number, layer in enumerate(decoder.layers):
         if number >= min(schedule) and mask is None:

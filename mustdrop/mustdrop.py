@@ -134,9 +134,7 @@ class MustDrop(Compose):
             score_dtype=self.score_dtype,
             budget=self.budget,
             retain=self.retain,
-            key_rate=self.key_rate if "vision" in self.stages else 0.0,
             taper=self.taper,
-            thinned=self.diverse,
         )
         first = self.filter_layers[0] if self.cache_from is None else self.cache_from
         cache = OutputAwareCache(first_layer=first, output_threshold=self.output_threshold)

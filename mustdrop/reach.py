@@ -78,13 +78,17 @@ class Fitting:
     def check_tokens(self, layers: int, tokens: int) -> None:
         """Raise ValueError if the settings are out of reach for images of `tokens` vision tokens."""
 
-    def check_counts(self, layers: int, grid: tuple[int, int], tokens: int) -> None:
-        """As `check_tokens`, where other reducers have left `tokens` of an image's patches."""
+    def check_counts(self, layers: int, grid: tuple[int, int], tokens: int, keys: int = 0) -> None:
+        """As `check_tokens`, where other reducers have left `tokens` of an image's patches, `keys` of them for good."""
         self.check_tokens(layers, tokens)
 
     def leaves(self, grid: tuple[int, int], tokens: int) -> int | None:
         """Tokens of an image that are left before the decoder of so many, None if that depends on the image."""
         return tokens
+
+    def protects(self, tokens: int) -> int:
+        """How many of an image's tokens it makes key tokens."""
+        return 0
 
     def shrinks(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the patches that are left of an image."""
@@ -175,12 +179,13 @@ def check_counts(parts: Sequence[Fitting], layers: int, grid: tuple[int, int], t
 
     Where that depends on the image, they are taken to leave all: of fewer tokens nothing is further out of reach.
     """
-    drops = []
+    drops, keys = [], 0
     in_decoder = [part for part in parts if part.overrides("after_decoder_layer")]
     others = [part for part in parts if not part.overrides("after_decoder_layer")]
     before = [part for hook in COUNTED for part in others if part.counts_at == hook]
     for part in (*before, *in_decoder):
-        part.check_counts(layers, grid, tokens)
+        part.check_counts(layers, grid, tokens, keys)
+        keys = max(keys, part.protects(tokens))
         drops.append((part, part.drops_after(layers, tokens), part.merges_after(layers, tokens)))
         grid = part.shrinks(grid)
         left = part.leaves(grid, tokens)

@@ -69,7 +69,7 @@ def test_retain_is_met_at_any_depth_and_number_of_patches(layers, patches, share
     reducer.check_tokens(layers, patches)
     merge, keys, diverse, chosen, _ = reducer.parts
     entering = min(merge.merged(patches), diverse.count)
-    schedule = chosen.schedule(layers, patches, entering)
+    schedule = chosen.schedule(layers, patches, entering, keys.protects(merge.merged(patches)))
     counts = [entering]
     for layer in range(layers):
         counts.append(schedule.get(layer, counts[-1]))
@@ -233,9 +233,14 @@ def test_two_names_for_two_algorithms():
 
 
 def test_text_and_key_tokens_stay_whatever_the_numbers():
-    trace = trace_of(Compose([KeyTokens(0.5), DualAttentionFilter(budget=[60, 41, 30, 20])]))
+    trace = trace_of(Compose([KeyTokens(0.5), FastV(layer=1, drop_ratio=0.9)]))
     assert trace.vision_tokens[4] == 72 and trace.cache_lengths[-1] == 72 + trace.text_tokens
-    assert set(trace.kept["prefill"][3]) <= set(trace.key_tokens)
+    assert set(trace.kept["prefill"][0]) == set(trace.key_tokens)
+
+
+def test_a_budget_below_the_key_tokens_of_another_reducer_is_refused():
+    with pytest.raises(ValueError, match="budget is 60: it must be from 72 .key tokens are never dropped"):
+        trace_of(Compose([KeyTokens(0.5), DualAttentionFilter(budget=[60, 41, 30, 20])]))
 
 
 def test_a_budget_that_another_reducer_has_undercut_changes_nothing():

@@ -70,7 +70,7 @@ class YOPO(Reducer):
     def check_tokens(self, layers: int, tokens: int) -> None:
         self.check_counts(layers, square(tokens), tokens)
 
-    def check_counts(self, layers: int, grid: tuple[int, int], tokens: int) -> None:
+    def check_counts(self, layers: int, grid: tuple[int, int], tokens: int, keys: int = 0) -> None:
         widest = max(5, 2 * max(grid) - 1)
         require((self.window or 1) <= widest, "window", self.window, f"at most {widest}, which sees the whole image")
 

@@ -12,7 +12,7 @@ from mustdrop import ops
 from mustdrop.checks import check_layers, one_of, require
 from mustdrop.hooks import DecoderStep, ImageFacts, Keep, Reducer
 from mustdrop.keep import each_image
-from mustdrop.stages.budget import TAPER, check_budget, filter_schedule, key_count
+from mustdrop.stages.budget import TAPER, check_budget, filter_schedule
 
 PUBLISHED_LAYERS = (2, 6, 10, 14)  # of LLaVA-1.5-7B's 32
 
@@ -45,13 +45,8 @@ class DualAttentionFilter(Reducer):
         Tokens of an image that go on after each of the layers; floats are shares of its patches.
     retain : int, optional
         Instead: mean tokens per decoder layer and image, by the authors' meter.
-    key_rate : float
-        Share of the tokens that a stage before this one protects.
     taper : float
         With `retain`: what the last filter leaves of what the first left.
-    thinned : int, optional
-        Tokens that are left if some are dropped between the choice of key tokens and the decoder. How many of them are
-        key tokens is then only known to be at most `key_rate` of the patches.
     """
 
     global_threshold: float = 0.011
@@ -60,9 +55,7 @@ class DualAttentionFilter(Reducer):
     score_dtype: str = "float32"
     budget: Sequence[int | float] | None = None
     retain: int | None = None
-    key_rate: float = 0.0
     taper: float = TAPER
-    thinned: int | None = None
 
     def __post_init__(self) -> None:
         require(0 < self.taper <= 1, "taper", self.taper, "more than 0 and at most 1")
@@ -79,22 +72,22 @@ class DualAttentionFilter(Reducer):
         """Whether numbers, not the thresholds, decide how many tokens stay."""
         return self.budget is not None or self.retain is not None
 
-    def schedule(self, layers: int, patches: int, entering: int, strict: bool = True) -> dict[int, int]:
+    def schedule(self, layers: int, patches: int, entering: int, keys: int = 0, strict: bool = True) -> dict[int, int]:
         """Decoder layer -> tokens that go on after it, of an image of which `entering` tokens enter the decoder.
 
-        If `budget` or `retain` is out of reach: ValueError, or if not `strict`, what comes nearest.
+        `keys` of them are key tokens. If `budget` or `retain` is out of reach: ValueError, or if not `strict`, what
+        comes nearest.
         """
         budget = None if self.budget is None else tuple(self.budget)
-        keys = key_count(self.key_rate, patches if entering == self.thinned else entering)
         after = tuple(dict.fromkeys(self.layers_of(layers)))
         return filter_schedule(after, layers, patches, entering, keys, budget, self.retain, self.taper, strict)
 
     def check_tokens(self, layers: int, tokens: int) -> None:
         self.check_counts(layers, (1, tokens), tokens)
 
-    def check_counts(self, layers: int, grid: tuple[int, int], tokens: int) -> None:
+    def check_counts(self, layers: int, grid: tuple[int, int], tokens: int, keys: int = 0) -> None:
         if self.budgeted:
-            self.schedule(layers, grid[0] * grid[1], tokens)
+            self.schedule(layers, grid[0] * grid[1], tokens, keys)
 
     def asks_after(self, layers: int) -> set[int]:
         return set(self.layers_of(layers))
@@ -132,9 +125,8 @@ class DualAttentionFilter(Reducer):
         tokens = step.tokens
 
         def count(image: ImageFacts) -> int:
-            return self.schedule(step.layers, image.patches, image.tokens_in, strict=False).get(
-                step.layer, image.tokens
-            )
+            schedule = self.schedule(step.layers, image.patches, image.tokens_in, image.keys, strict=False)
+            return schedule.get(step.layer, image.tokens)
 
         counts = each_image(tokens, count)
         if counts == each_image(tokens, lambda image: image.tokens):

@@ -82,7 +82,7 @@ class LocalSpatialMerge(Reducer):
     def check_tokens(self, layers: int, tokens: int) -> None:
         self.check_counts(layers, square(tokens), tokens)
 
-    def check_counts(self, layers: int, grid: tuple[int, int], tokens: int) -> None:
+    def check_counts(self, layers: int, grid: tuple[int, int], tokens: int, keys: int = 0) -> None:
         if self.budgeted:
             self.merged(tokens, grid)
         right = f"at most {min(grid)}, the side of the patch grid"
@@ -186,6 +186,9 @@ class KeyTokens(Reducer):
     def check_tower(self, tower: Tower) -> None:
         block, right = self.block % tower.blocks, f"at most {tower.run}: of {tower.blocks} ViT blocks so many are run"
         require(block <= tower.run, "key_block", self.block, right)
+
+    def protects(self, tokens: int) -> int:
+        return 0 if self._keeps_all(tokens) else key_count(self.rate, tokens)
 
     def touches(self, tower: Tower) -> Touch:
         block = self.block % tower.blocks
