@@ -37,7 +37,8 @@ from mustdrop.keep import Keep
 from mustdrop.neighbours import SplitRows
 from mustdrop.reach import Fitting
 from mustdrop.recording import ForwardState, TraceRecorder
-from mustdrop.tokens import APART, ImageFacts, PromptFacts, Tokens, VisionTokens, compact, gather
+from mustdrop.tokens import APART, ImageFacts, PromptFacts, Tokens, compact, gather
+from mustdrop.vision_tokens import VisionTokens
 
 __all__ = [
     "APART",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mustdrop import ops
-from mustdrop.tokens import ImageFacts, PromptFacts, Tokens, VisionTokens
+from mustdrop.tokens import ImageFacts, PromptFacts, Tokens
+from mustdrop.vision_tokens import VisionTokens
 
 Counts = int | Sequence[int] | Sequence[Sequence[int]]
 

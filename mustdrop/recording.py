@@ -14,8 +14,9 @@ from torch import Tensor
 from mustdrop.checks import fits_type, require
 from mustdrop.counting import counted_products
 from mustdrop.reach import Fitting
-from mustdrop.tokens import Tokens, VisionTokens
+from mustdrop.tokens import Tokens
 from mustdrop.trace import PassRecord, Trace
+from mustdrop.vision_tokens import VisionTokens
 
 HOOKS = (
     "on_pixels", "after_vision_block", "inside_vision_block", "on_vision_features", "on_projected_features",
