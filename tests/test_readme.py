@@ -53,11 +53,15 @@ def test_scripts_are_sound(script):
 
 @needs_model
 def test_python_runs(capsys):
-    (code,) = blocks("python")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    counts = json.loads(done.stdout.splitlines()[-1])
+    printed = []
+    for code in blocks("python"):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        printed.append(done.stdout.splitlines()[-1])
+    counts = json.loads(printed[0])
     assert counts[0] <= 576 and counts[-1] < counts[0]
+    answer, tokens = printed[1].split()
+    assert answer.isalpha() and 64 < float(tokens) < 72
 
 
 @needs_model
