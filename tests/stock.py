@@ -95,6 +95,7 @@ FAMILIES = {"llava": _llava, "next": _next, "onevision": _onevision, "video": _v
 
 
 @cache
+@torch.inference_mode(False)  # a test that runs in inference mode may be the first to ask
 def stock(family: str, text: str = "llama", **more):
     """A random model in evaluation mode whose attention is far from uniform, so that choices have a margin."""
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ LAYERS = 8
 
 
 @cache
+@torch.inference_mode(False)  # a test that runs in inference mode may be the first to ask
 def hugging_face(layers: int = LAYERS, kv_heads: int = 2, strategy: str = "default", side: int = SIDE, seed: int = 0):
     """A random `LlavaForConditionalGeneration` whose attention is far from uniform, so that choices have a margin."""
     torch.manual_seed(seed)
@@ -56,6 +57,7 @@ def hugging_face(layers: int = LAYERS, kv_heads: int = 2, strategy: str = "defau
 
 
 @cache
+@torch.inference_mode(False)  # a test that runs in inference mode may be the first to ask
 def ours(attn_implementation: str = "sdpa", dtype: torch.dtype = torch.float32, **shape) -> LlavaLlamaForCausalLM:
     """Our class on the weights of `hugging_face(**shape)`, through its saved folder."""
     with tempfile.TemporaryDirectory() as folder:
