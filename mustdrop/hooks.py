@@ -280,5 +280,5 @@ def hooked_model(model: object) -> object:
     if found:
         raise TypeError(f"{kind} holds {len(found)} models with hook points, give the one to reduce")
     raise TypeError(
-        f"{kind} has no hook points: load it with llava.model.builder, or import llava for transformers' own classes"
+        f"{kind} has no hook points: load it with llava.model.builder; transformers' own classes need llava imported"
     )
