@@ -14,6 +14,7 @@ ROWS = [
     ("next", "mistral"),
     ("onevision", "qwen2"),
     ("video", "llama"),
+    ("llava", "sliding"),
 ]
 FAMILIES = [("llava", "llama"), ("next", "llama"), ("onevision", "qwen2"), ("video", "llama")]
 METHODS = {

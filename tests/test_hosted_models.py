@@ -9,7 +9,7 @@ import pytest
 import stock
 import torch
 from hosted import FAMILIES, KeepAll, attributes, reducer_of
-from stock import alone, generate, ids_of, inputs
+from stock import alone, generate, inputs
 
 import llava  # noqa: F401  (it hosts stock models)
 from mustdrop import Reducer, load_reducer
@@ -126,17 +126,6 @@ def test_hidden_states_attentions_and_labels():
     row_before_text = found.logits[0, left - (len(own) - 3) - 1]
     expected += torch.nn.functional.cross_entropy(row_before_text[None], own[3:4], reduction="sum")
     torch.testing.assert_close(found.loss, expected / (len(own) - 1))
-
-
-def test_sliding_windows_are_refused_where_the_prompt_is_longer():
-    model = stock.stock("llava", "sliding")
-    short = {**ids_of([(2, [], 3)])}
-    with KeepAll().on(model):
-        assert generate(model, short)[1].isfinite().all()
-        with pytest.raises(ValueError, match="sliding_window: llava's text model sees 40 positions"):
-            model(**inputs("llava", model))
-        with pytest.raises(ValueError, match="sliding_window"):
-            generate(model, short, 60)
 
 
 def test_what_a_stock_model_cannot_do_is_refused_when_the_block_begins():

@@ -140,22 +140,6 @@ class Host:
         found = active(self)
         return None if found is None else Pass(self, ForwardState(found.reducer, found.run), ids, inputs)
 
-    @property
-    def window(self) -> int | None:
-        """Positions that the text model sees where it does not see all."""
-        kinds = getattr(self.config, "layer_types", None)
-        if kinds is not None and "sliding_attention" not in kinds:
-            return None
-        return getattr(self.config, "sliding_window", None)
-
-    def check_window(self, positions: int) -> None:
-        """Raise ValueError for more positions than the text model's window."""
-        if self.window is not None and positions > self.window:
-            raise ValueError(
-                f"sliding_window: {self.model.config.model_type}'s text model sees {self.window} positions at a time, "
-                f"with a reducer on a prompt and its answer may take no more, got {positions}"
-            )
-
 
 @contextmanager
 def under_way(current: Pass | None) -> Iterator[None]:

@@ -22,12 +22,7 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
 
 class HostedCache(VisionCache):
-    """Our cache, filled for a stock model: only a block that hosts the model knows how to go on with it.
-
-    `positions_seen` is the length of the prompts before anything was dropped.
-    """
-
-    positions_seen: int = 0
+    """Our cache, filled for a stock model: only a block that hosts the model knows how to go on with it."""
 
     def get_mask_sizes(self, *args, **kwargs):
         if self.filled:
@@ -125,7 +120,6 @@ def _prefill(
         )
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
         raise ValueError("attention_mask: with a reducer on it must be [batch, length], zero for padding")
-    host.check_window(inputs_embeds.shape[1])
     arrival = Arrival(current.state, current.ids, host.placeholder_ids, host.layouts(current.inputs), current.towers)
     hidden, tokens = enter(arrival, inputs_embeds, attention_mask, position_ids)
     model = host.text
@@ -134,7 +128,6 @@ def _prefill(
     cache = None
     if not training and (wanted or given is not None):
         cache = HostedCache(model.config, current.state)
-        cache.positions_seen = inputs_embeds.shape[1]
         if current.new_tokens is not None:
             cache.expect(current.new_tokens)
     record = _record(model.config, kwargs)
@@ -145,7 +138,6 @@ def _prefill(
 def _decode(host: Host, cache: HostedCache, kwargs: dict[str, Any]) -> BaseModelOutputWithPast:
     """New positions `[rows, new, width]` of prompts that are cached."""
     embeds, record = kwargs["inputs_embeds"], _record(host.config, kwargs)
-    host.check_window(cache.positions_seen + cache.generated + embeds.shape[1])
     hidden = HostedDecoder(host.text).decode(embeds, cache, record)
     return _output(host.text, hidden, cache, record)
 
