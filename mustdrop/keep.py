@@ -20,10 +20,10 @@ Counts = int | Sequence[int] | Sequence[Sequence[int]]
 class Keep:
     """Which vision tokens go on; the same answer at every hook that chooses. Text goes on in any case.
 
-    Made by `Keep.top`, `Keep.where`, `Keep.like` or `Keep.protect`. Whether the host knows how many tokens go on is the
-    engine's business: after `top` it does, after `where` it reads the numbers once. Protected tokens stay whatever the
-    answer is. `rows` below are images in the vision encoder and before the decoder, prompts inside it; `tokens` are the
-    vision tokens of an image there, all positions of a prompt here.
+    Made by `Keep.top`, `Keep.where`, `Keep.merge`, `Keep.like` or `Keep.protect`. Whether the host knows how many tokens
+    go on is the engine's business: after `top` it does, after `where` it reads the numbers once. Protected tokens stay
+    whatever the answer is. `rows` below are images in the vision encoder and before the decoder, prompts inside it;
+    `tokens` are the vision tokens of an image there, all positions of a prompt here.
 
     Attributes
     ----------
@@ -109,13 +109,21 @@ class Keep:
         Raises
         ------
         ValueError
-            If one of several merges tokens.
+            If one of several does more than choose.
         """
         if len(answers) < 2:
             return answers[0] if answers else None
         if any(answer.merge_into is not None for answer in answers):
             raise ValueError("parts: after a decoder layer in which one reducer merges tokens no other may drop any")
+        if any(answer.changes for answer in answers):
+            raise ValueError("parts: where one reducer gives new states or another order no other may choose tokens")
         return cls.where(reduce(Tensor.logical_and, [answer.choose(tokens)[0] for answer in answers]))
+
+    @property
+    def changes(self) -> bool:
+        """Whether the answer does more than choose: it merges, orders, protects, or gives new states."""
+        given = self.states is not None or self.merge_into is not None or self.order is not None
+        return given or self.protects or self.with_prefix
 
     def apply(self, tokens: VisionTokens) -> VisionTokens:
         """The tokens of a vision encoder that go on, one row per image.
@@ -138,7 +146,7 @@ class Keep:
             stays = stays if tokens.valid is None else stays & tokens.valid
             lengths = stays.sum(-1).tolist()
         else:
-            wanted = [self.counts] * len(known) if isinstance(self.counts, int) else self.counts
+            wanted = _for_each(self.counts, len(known), "images")
             lengths = [min(length, max(count, key)) for count, length, key in zip(wanted, known, keys, strict=True)]
             stays = ops.top_count(self._ranked(tokens), _per_row(lengths, self.score.device))
         if self.protects:
@@ -163,7 +171,8 @@ class Keep:
         if self.score is None and self.mask is None and self.later is None:
             return torch.ones_like(tokens.vision), prompts
         if self.score is not None:
-            counts = [self._wanted(number, prompt) for number, prompt in enumerate(prompts)]
+            wanted = _for_each(self.counts, len(prompts), "prompts")
+            counts = [_within(own, prompt) for own, prompt in zip(wanted, prompts, strict=True)]
             score = self.score.masked_fill(tokens.protected, float("inf"))
             stays = ops.top_per_image(score, tokens.image, padded(counts, tokens.images, score.device))
             stays = stays | ~tokens.vision
@@ -189,11 +198,15 @@ class Keep:
 
     def cut(self, tokens: Tokens) -> tuple[Tensor, Tokens]:
         """Which cached entries stay, int64 `[batch, kept]`, and their record; text stays."""
+        if self.changes:
+            raise ValueError(
+                "Keep: of a cache entries can be chosen, they cannot be merged, ordered or given new states"
+            )
+        self._check(tokens.image.shape)
         if self.later is not None:
             return columns_of(self.later, tokens)
         if self.score is not None:
             return tokens.select(self.choose(tokens)[0])
-        self._check(tokens.image.shape)
         return tokens.select(self.mask | tokens.protected | ~tokens.vision)
 
     def _ranked(self, tokens: VisionTokens) -> Tensor:
@@ -202,12 +215,6 @@ class Keep:
         if tokens.protected is not None:
             score = score.float().masked_fill(tokens.protected, float("inf"))
         return score if tokens.valid is None else score.float().masked_fill(~tokens.valid, float("-inf"))
-
-    def _wanted(self, number: int, prompt: PromptFacts) -> list[int]:
-        """Tokens that go on of each image of a prompt."""
-        wanted = [self.counts] * len(prompt.images) if isinstance(self.counts, int) else self.counts[number]
-        pairs = zip(wanted, prompt.images, strict=True)
-        return [min(image.tokens, max(count, image.keys)) for count, image in pairs]
 
     def _check(self, shape: torch.Size) -> None:
         """Raise ValueError unless the answer is one, and for tokens of this shape."""
@@ -227,6 +234,20 @@ class Keep:
             raise ValueError(f"Keep: mask is {self.mask.dtype}, it must be bool; scores belong in Keep.top")
         if any(count < 0 for count in _flat(self.counts)):
             raise ValueError(f"Keep: counts are {self.counts}, they must be 0 or more")
+
+
+def _for_each(counts: int | Sequence, number: int, of: str) -> Sequence:
+    """The counts of so many images or prompts."""
+    counts = [counts] * number if isinstance(counts, int) else counts
+    if len(counts) != number:
+        raise ValueError(f"Keep: counts are {counts}, there are {number} {of}")
+    return counts
+
+
+def _within(counts: int | Sequence[int], prompt: PromptFacts) -> list[int]:
+    """Tokens that go on of each image of a prompt: no more than there are, no fewer than its key tokens."""
+    pairs = zip(_for_each(counts, len(prompt.images), "images in a prompt"), prompt.images, strict=True)
+    return [min(image.tokens, max(count, image.keys)) for count, image in pairs]
 
 
 def _flat(counts: Counts | None) -> list[int]:

@@ -86,8 +86,8 @@ class Fitting:
         """Tokens of an image that are left before the decoder of so many, None if that depends on the image."""
         return tokens
 
-    def protects(self, tokens: int) -> int:
-        """How many of an image's tokens it makes key tokens."""
+    def protects(self, grid: tuple[int, int], tokens: int) -> int:
+        """How many of the `tokens` that are left of an image it makes key tokens."""
         return 0
 
     def shrinks(self, grid: tuple[int, int]) -> tuple[int, int]:
@@ -185,7 +185,7 @@ def check_counts(parts: Sequence[Fitting], layers: int, grid: tuple[int, int], t
     before = [part for hook in COUNTED for part in others if part.counts_at == hook]
     for part in (*before, *in_decoder):
         part.check_counts(layers, grid, tokens, keys)
-        keys = max(keys, part.protects(tokens))
+        keys = max(keys, part.protects(grid, tokens))
         drops.append((part, part.drops_after(layers, tokens), part.merges_after(layers, tokens)))
         grid = part.shrinks(grid)
         left = part.leaves(grid, tokens)

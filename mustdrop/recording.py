@@ -83,8 +83,11 @@ class ForwardState(PassRecord):
 
     def pixels(self, images: Tensor, patch_size: int) -> Tensor:
         """The preprocessed images `[images, 3, height, width]` that the vision encoder is given."""
+        asked = self._asked_at("on_pixels")
+        if not asked:
+            return images
         with self.timed("selector", images.device):
-            for part, _ in self._asked_at("on_pixels"):
+            for part, _ in asked:
                 changed = part.on_pixels(images, patch_size)
                 images = images if changed is None else changed
         return images

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -109,32 +110,30 @@ class VisionTokens:
         most, device = max(views), self.device
         if most == 1:
             return dataclasses.replace(alone, extras=None if prefix is None else prefix[:, None])
-        starts = [sum(views[:number]) for number in range(len(views))]
-        index = torch.tensor(
-            [[start + min(v, n - 1) for v in range(most)] for start, n in zip(starts, views, strict=True)]
-        )
-        real = torch.tensor([[v < n for v in range(most)] for n in views])
-        index, real = index.to(device), real.to(device)
+        first = [*accumulate(views, initial=0)][:-1]
+        rows = [range(start, start + count) for start, count in zip(first, views, strict=True)]
+        index = torch.tensor([[*own, *[own[-1]] * (most - len(own))] for own in rows]).to(device)
+        real = torch.tensor([[view < len(own) for view in range(most)] for own in rows]).to(device)
         (_, tokens), patches = self.patch_index.shape, self.patch_to_token.shape[1]
         view = torch.arange(most, device=device)[:, None]
-        stays = real[..., None].expand(-1, -1, tokens)
-        stays = (stays if self.valid is None else stays & self.valid[index]).flatten(1)
         stands = self.patch_to_token[index]
-        stands = torch.where((stands >= 0) & real[..., None], stands + view * tokens, -1).flatten(1)
-        lengths = [sum(self.known_lengths[start : start + n]) for start, n in zip(starts, views, strict=True)]
-        starting = list(zip(starts, views, strict=True))
-        keys = None if self.keys is None else tuple(sum(self.keys[start : start + n]) for start, n in starting)
+        lengths, keys = self.known_lengths, self.keys
         wide = dataclasses.replace(
             alone,
             hidden=alone.hidden[index].flatten(1, 2),
             patch_index=(self.patch_index[index] + view * patches).flatten(1),
-            patch_to_token=stands,
+            patch_to_token=torch.where((stands >= 0) & real[..., None], stands + view * tokens, -1).flatten(1),
             valid=None,
+            lengths=None,
             protected=None if self.protected is None else self.protected[index].flatten(1),
-            keys=keys,
+            keys=None if keys is None else tuple(sum(keys[row] for row in own) for own in rows),
             extras=None if prefix is None else prefix[index],
         )
-        return wide.select(stays, lengths)
+        if self.valid is None and min(views) == most:
+            return wide
+        stays = real[..., None].expand(-1, -1, tokens)
+        stays = (stays if self.valid is None else stays & self.valid[index]).flatten(1)
+        return wide.select(stays, [sum(lengths[row] for row in own) for own in rows])
 
     @property
     def known_patches(self) -> tuple[int, ...]:

@@ -69,7 +69,7 @@ def test_retain_is_met_at_any_depth_and_number_of_patches(layers, patches, share
     reducer.check_tokens(layers, patches)
     merge, keys, diverse, chosen, _ = reducer.parts
     entering = min(merge.merged(patches), diverse.count)
-    schedule = chosen.schedule(layers, patches, entering, keys.protects(merge.merged(patches)))
+    schedule = chosen.schedule(layers, patches, entering, keys.protects((1, patches), merge.merged(patches)))
     counts = [entering]
     for layer in range(layers):
         counts.append(schedule.get(layer, counts[-1]))

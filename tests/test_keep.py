@@ -63,6 +63,8 @@ def test_what_the_host_does_not_know_is_read(keep):
         (Keep.top(SCORE, 1, order=IMAGE[0]), r"order has shape \[8\]"),
         (Keep.top(SCORE, 1, weights=SCORE), "weights are given without merge_into"),
         (Keep.protect(SCORE, 1), "protect and with_prefix are for the vision encoder"),
+        (Keep.top(SCORE, [[1, 1]]), r"counts are \[\[1, 1\]\], there are 2 prompts"),
+        (Keep.top(SCORE, [[1, 1], [1, 1]]), r"counts are \[1, 1\], there are 1 images in a prompt"),
     ],
 )
 def test_what_is_no_answer_is_an_error(keep, says):
@@ -90,3 +92,19 @@ def test_new_states_alone_drop_nothing():
     states = torch.randn(2, 8, 3)
     mask, prompts = Keep(states=states).choose(tokens())
     assert mask.all() and prompts == tokens().facts() and Keep(states=states).new_states(0 * states, mask) is states
+
+
+@pytest.mark.parametrize("more", [{"states": torch.zeros(2, 8, 1)}, {"order": IMAGE}, {"merge_into": IMAGE}], ids=str)
+def test_a_cache_is_only_chosen_from_and_several_answers_only_choose(more):
+    with pytest.raises(ValueError, match="^Keep: of a cache entries can be chosen"):
+        Keep.where(KEY, **more).cut(tokens())
+    with pytest.raises(ValueError, match="^parts: [^\n]*no other may"):
+        Keep.all_of([Keep.where(KEY), Keep.where(KEY, **more)], tokens())
+
+
+def test_counts_before_the_decoder_are_for_each_image():
+    encoded = VisionTokens.from_patches(torch.randn(2, 5, 3), (2, 2))
+    score = torch.rand(2, 4)
+    assert Keep.top(score, [1, 3]).apply(encoded).known_lengths == (1, 3)
+    with pytest.raises(ValueError, match=r"^Keep: counts are \[1, 2, 3\], there are 2 images$"):
+        Keep.top(score, [1, 2, 3]).apply(encoded)

@@ -187,8 +187,8 @@ class KeyTokens(Reducer):
         block, right = self.block % tower.blocks, f"at most {tower.run}: of {tower.blocks} ViT blocks so many are run"
         require(block <= tower.run, "key_block", self.block, right)
 
-    def protects(self, tokens: int) -> int:
-        return 0 if self._keeps_all(tokens) else key_count(self.rate, tokens)
+    def protects(self, grid: tuple[int, int], tokens: int) -> int:
+        return 0 if self._keeps_all(grid[0] * grid[1]) else key_count(self.rate, tokens)
 
     def touches(self, tower: Tower) -> Touch:
         block = self.block % tower.blocks
