@@ -20,10 +20,10 @@ Counts = int | Sequence[int] | Sequence[Sequence[int]]
 class Keep:
     """Which vision tokens go on; the same answer at every hook that chooses. Text goes on in any case.
 
-    Made by `Keep.top`, `Keep.where`, `Keep.merge`, `Keep.like` or `Keep.protect`. Whether the host knows how many tokens
-    go on is the engine's business: after `top` it does, after `where` it reads the numbers once. Protected tokens stay
-    whatever the answer is. `rows` below are images in the vision encoder and before the decoder, prompts inside it;
-    `tokens` are the vision tokens of an image there, all positions of a prompt here.
+    Made by `Keep.top`, `Keep.where`, `Keep.merge`, `Keep.like` or `Keep.protect`. Whether the host knows how many go on
+    is the engine's business: after `top` it does, after `where` it reads the numbers once. Protected tokens stay in any
+    case. `rows` below are images in the vision encoder and before the decoder, prompts inside it; `tokens` are the
+    vision tokens of an image there, all positions of a prompt here.
 
     Attributes
     ----------

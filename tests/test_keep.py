@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from tiny import ours, pictures, prompt
 
-from mustdrop.hooks import ImageFacts, Keep, PromptFacts, Tokens, VisionTokens
+from mustdrop import Reducer
+from mustdrop.hooks import DecoderStep, ImageFacts, Keep, PromptFacts, Tokens, VisionTokens
 
 IMAGE = torch.tensor([[-1, 0, 0, 0, 1, 1, -1, -1], [-1, 0, 0, 0, 0, 0, 0, -1]])
 KEY = torch.zeros_like(IMAGE, dtype=torch.bool)
@@ -108,3 +110,41 @@ def test_counts_before_the_decoder_are_for_each_image():
     assert Keep.top(score, [1, 3]).apply(encoded).known_lengths == (1, 3)
     with pytest.raises(ValueError, match=r"^Keep: counts are \[1, 2, 3\], there are 2 images$"):
         Keep.top(score, [1, 2, 3]).apply(encoded)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["top", "where"])
+def test_key_tokens_stay_in_the_vision_encoder_and_before_the_decoder(known):
+    protected = torch.tensor([[False, False, False, True], [True, False, False, False]])
+    encoded = VisionTokens.from_patches(torch.randn(2, 5, 3), (2, 2)).with_protected(protected, (1, 1))
+    score = torch.tensor([[4.0, 3, 2, 1], [1, 2, 3, 4]])
+    after = (Keep.top(score, 2) if known else Keep.where(score > 3)).apply(encoded)
+    assert after.patch_index.tolist() == [[0, 3], [0, 3]] and after.keys == (1, 1)
+    assert after.protected.tolist() == [[False, True], [True, False]]
+
+
+def test_a_token_that_goes_on_is_not_merged_away():
+    states, merge_into = torch.randn(1, 4, 3), torch.tensor([[1, 1, 1, 3]])
+    keep = Keep.where(torch.tensor([[True, True, False, True]]), merge_into=merge_into, weights=torch.ones(1, 4))
+    inside = keep.new_states(states, keep.mask)
+    expected = torch.stack([states[0, 0], states[0, 1] + states[0, 2], states[0, 3]])
+    torch.testing.assert_close(inside[0, [0, 1, 3]], expected)
+    torch.testing.assert_close(keep.apply(VisionTokens.from_patches(states, (2, 2), 0)).hidden[0], expected)
+
+
+class Doubled(Reducer):
+    """New states after one layer, and nothing dropped."""
+
+    def after_decoder_layer(self, step: DecoderStep) -> Keep | None:
+        return Keep(states=2 * step.hidden) if step.layer == 3 else None
+
+
+@torch.no_grad()
+def test_new_states_after_a_layer_go_on_without_a_drop():
+    given = {"input_ids": prompt(3, 4), "images": pictures(1)}
+    with Doubled().on(ours()):
+        logits = ours()(**given).logits
+    hook = ours().model.layers[3].register_forward_hook(lambda module, args, output: 2 * output)
+    try:
+        torch.testing.assert_close(logits, ours()(**given).logits)
+    finally:
+        hook.remove()

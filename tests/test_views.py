@@ -51,6 +51,21 @@ def test_the_baseline_sees_views_one_after_another():
     assert together.tokens.prompts[0].images[0].patches == 3 * PATCHES
 
 
+@torch.no_grad()
+def test_every_view_comes_behind_its_own_cls_which_is_neither_scored_nor_counted():
+    model, pixels = ours(strategy="full"), pictures(2)
+    together, apart = model.splice(prompt(3, 4), images=[pixels]), model.splice(prompt(3, 4, images=2), images=pixels)
+    whole = PATCHES + 1
+    first, second = slice(4, 4 + whole), slice(4 + whole, 4 + 2 * whole)
+    after_text = slice(second.start + 1, second.stop + 1)  # two images have a text token between them
+    for mine, theirs, later in ((first, first, 0), (second, after_text, 1)):
+        assert torch.equal(together.embeds[0, mine], apart.embeds[0, theirs])
+        assert torch.equal(together.tokens.position[0, mine] + later, apart.tokens.position[0, theirs])
+    assert (together.tokens.image[0, 4 : second.stop] < 0).nonzero()[:, 0].tolist() == [0, whole]
+    trace = run(model, reducer("divprune"), inputs=prompt(3, 4), images=[pixels])[2][0]
+    assert trace.vision_tokens[0] == 60 and trace.text_tokens == prompt(3, 4).shape[1] - 1 + 2
+
+
 def test_a_budget_is_for_the_image_with_all_its_views():
     trace = run(ours(), reducer("divprune"), inputs=prompt(3, 4), images=[pictures(3)])[2][0]
     assert trace.images[0]["tokens"] == 60 and trace.vision_tokens[0] == 60
