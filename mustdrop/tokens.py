@@ -172,8 +172,9 @@ class Tokens:
 
     def last_position(self) -> Tensor:
         """Rotary position of every prompt's last token, int64 `[..., batch]`."""
-        row = self.last_row()
-        return self.position.gather(-1, row.expand(*self.position.shape[:-1], 1))[..., 0]
+        if self.valid is None:
+            return self.position[..., -1]
+        return self.position.gather(-1, self.last_row().expand(*self.position.shape[:-1], 1))[..., 0]
 
     def repeated(self, batch: int) -> Tokens:
         """The record for `batch` rows, every prompt standing in for equally many neighbouring rows (beams)."""

@@ -17,6 +17,9 @@ from llava.constants import IGNORE_INDEX
 from llava.model import cpu_attention
 from mustdrop.hooks import Tokens
 
+WITH_4D_MASKS = ("sdpa", "eager", "flex_attention", cpu_attention.NAME)
+"""Attention implementations whose masks can say which key each row sees."""
+
 
 def attention_mask(
     config,

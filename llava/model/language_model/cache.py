@@ -140,7 +140,7 @@ class VisionCache(DynamicCache):
     def start_decoding(self, state: ForwardState) -> None:
         """Take over the records of a finished prefill."""
         self.state, self.records, self.generated = state, list(state.tokens_in), 0
-        following = {id(record): _last_position(record) + 1 for record in self.records}
+        following = {id(record): record.last_position() + 1 for record in self.records}
         self.next_position = [following[id(record)] for record in self.records]
 
     def check_filled(self) -> None:
@@ -229,11 +229,6 @@ class VisionCache(DynamicCache):
         self.records = [records[id(record)] for record in self.records]
         positions = {id(position): change(position, -1) for position in self.next_position}
         self.next_position = [positions[id(position)] for position in self.next_position]
-
-
-def _last_position(record: Tokens) -> Tensor:
-    """Rotary position of every prompt's last token, int64 `[..., batch]`: without padding a view of the last column."""
-    return record.position[..., -1] if record.valid is None else record.last_position()
 
 
 def continued(places: Tensor, record: Tokens, new: int) -> Tensor:

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from llava.model.language_model.cache import VisionCache
 from llava.model.language_model.projections import whole_layer
 from llava.model.language_model.stream import Stream
-from llava.model.masks import expand_mask
+from llava.model.masks import WITH_4D_MASKS, expand_mask
 
 STEP = 64  # capacities are multiples of this, so that few shapes occur
-WITH_4D_MASKS = ("sdpa", "eager", "flex_attention", "cpu_matmul")
 # Layers differ in the number they carry; taken as a variable, it does not make a program of its own for each. The
 # programs of all models in a process count towards one limit.
 _SETTINGS = {"allow_unspec_int_on_nn_module": True, "recompile_limit": 64}

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.model.masks import attention_mask
+from llava.model.masks import WITH_4D_MASKS, attention_mask
 from mustdrop.hooks import Tokens
 
 KNOWN = ("full_attention", "sliding_attention")
-WITH_PLACES = ("sdpa", "eager", "flex_attention", "cpu_matmul")  # whose masks can say which key each row sees
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Windows:
         distinct = {window for window in windows if window is not None and window < span}
         if not distinct:
             return None
-        if (name := config._attn_implementation) not in WITH_PLACES:
+        if (name := config._attn_implementation) not in WITH_4D_MASKS:
             raise ValueError(
                 f"sliding_window: is {min(distinct)}, a prompt takes {span} positions: {name} counts the window in "
                 "tokens, also where some were dropped; load the model with attn_implementation='sdpa'"
