@@ -106,9 +106,14 @@ def dual_attention_keep(
     return ~(vision & small_share & (strongest < individual_threshold))
 
 
+def of_each_image(image: Tensor, images: int) -> Tensor:
+    """Which columns belong to each image, bool `[batch, images, length]`, from the image of every column (-1: text)."""
+    return image[:, None] == torch.arange(images, device=image.device)[:, None]
+
+
 def tokens_per_image(image: Tensor, images: int) -> Tensor:
     """Number of vision tokens of each image, int64 `[batch, images]`, from the image of every column (-1: text)."""
-    return (image[:, None] == torch.arange(images, device=image.device)[:, None]).sum(-1)
+    return of_each_image(image, images).sum(-1)
 
 
 def top_per_image(score: Tensor, image: Tensor, wanted: Tensor) -> Tensor:
@@ -126,7 +131,7 @@ def top_per_image(score: Tensor, image: Tensor, wanted: Tensor) -> Tensor:
     -------
     bool `[batch, length]`
     """
-    own = image[:, None] == torch.arange(wanted.shape[1], device=image.device)[:, None]
+    own = of_each_image(image, wanted.shape[1])
     rank = score[:, None].masked_fill(~own, float("-inf")).argsort(dim=-1, descending=True, stable=True).argsort(-1)
     return (own & (rank < wanted[..., None])).any(1)
 
@@ -134,6 +139,47 @@ def top_per_image(score: Tensor, image: Tensor, wanted: Tensor) -> Tensor:
 def top_count(score: Tensor, count: int | Tensor) -> Tensor:
     """Mark the `count` best entries of each row, bool like `score` `[rows, entries]`; `[rows, 1]` for each its own."""
     return score.argsort(dim=-1, descending=True, stable=True).argsort(-1) < count
+
+
+def largest(score: Tensor, mask: Tensor, count: int) -> Tensor:
+    """Columns of the largest entries of a mask, int64 `[..., count]`, others behind; fewer if there are no more."""
+    return score.masked_fill(~mask, float("-inf")).topk(min(count, score.shape[-1])).indices
+
+
+def in_turns(similarity: Tensor, shares: Tensor, own: Tensor, taken: Tensor) -> Tensor:
+    """Let pivots take their shares one after the other, of what is left the tokens least similar to them (DART).
+
+    Parameters
+    ----------
+    similarity : `[batch, images, pivots, length]`
+    shares : int64 `[batch, images, pivots]`
+        Tokens that each pivot takes.
+    own, taken : bool `[batch, images, length]`
+        Tokens of the image, and those that are taken before.
+
+    Returns
+    -------
+    bool `[batch, images, length]`
+        All that are taken.
+    """
+    for to_pivot, share in zip(similarity.unbind(-2), shares.unbind(-1), strict=True):
+        best = top_count((-to_pivot).masked_fill(~own | taken, float("-inf")), share[..., None])
+        taken = taken | (best & own)
+    return taken
+
+
+def set_order(numbers: Tensor, counts: Tensor) -> Tensor:
+    """Places `[batch, images, entries]` of the first of some numbers in the order of a Python set, then the others'.
+
+    `counts` `[batch, 1, 1]` says how many come first. Reads from the device.
+    """
+
+    def order(row: list[int], count: int) -> list[int]:
+        first = [row.index(number) for number in set(row[:count])]
+        return first + [place for place in range(len(row)) if place not in first]
+
+    rows = zip(numbers.tolist(), counts.flatten().tolist(), strict=True)
+    return torch.tensor([[order(row, count) for row in own] for own, count in rows], device=numbers.device)
 
 
 def for_rows(count: int | Sequence[int], device: torch.device) -> tuple[int, int | Tensor]:

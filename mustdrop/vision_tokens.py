@@ -10,6 +10,7 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mustdrop.retain import apportioned
 from mustdrop.tokens import compact, gather
@@ -42,6 +43,8 @@ class VisionTokens:
         Views (tiles, frames) of each image; None where it is one.
     shown : tuple of int or None
         Patches of each image, where these are not its views times the grid.
+    grids : tuple of (rows, columns) or None
+        Patch grid of each image's views, where images have grids of their own.
     extras : `[images, views, prefix, width]` or None
         After the vision encoder, the prefix of every view: neither scored nor counted, it goes on in any case.
     """
@@ -58,6 +61,7 @@ class VisionTokens:
     together: tuple[int, ...] | None = None
     views: tuple[int, ...] | None = None
     shown: tuple[int, ...] | None = None
+    grids: tuple[tuple[int, int], ...] | None = None
     extras: Tensor | None = None
 
     @classmethod
@@ -142,10 +146,39 @@ class VisionTokens:
         stays = (stays if self.valid is None else stays & self.valid[index]).flatten(1)
         return wide.select(stays, [sum(lengths[row] for row in own) for own in rows])
 
+    @classmethod
+    def stacked(cls, parts: Sequence[VisionTokens], order: Sequence[int]) -> VisionTokens:
+        """The images of several records, one token per patch each, in one; `order` numbers them through."""
+
+        def padded(values: list[Tensor], fill: int = 0) -> Tensor:
+            rows = pad_sequence([row for value in values for row in value], batch_first=True, padding_value=fill)
+            return rows[torch.tensor(order, device=rows.device)]
+
+        lengths = [one.known_lengths[0] for one in parts for _ in one.hidden]
+        stands = padded([one.patch_to_token for one in parts], -1)
+        return cls(
+            hidden=padded([one.hidden for one in parts]),
+            patch_index=stands.clamp(min=0),
+            patch_to_token=stands,
+            grid=parts[0].grid,
+            prefix=0,
+            valid=stands >= 0,
+            lengths=tuple(lengths[number] for number in order),
+            views=tuple([one.known_views[0] for one in parts for _ in one.hidden][number] for number in order),
+            grids=tuple([one.grid for one in parts for _ in one.hidden][number] for number in order),
+            extras=None if parts[0].extras is None else padded([one.extras for one in parts]),
+        )
+
+    @property
+    def known_grids(self) -> tuple[tuple[int, int], ...]:
+        """The patch grid of each image's views, for the host."""
+        return self.grids or (self.grid,) * len(self.patch_index)
+
     @property
     def known_patches(self) -> tuple[int, ...]:
         """Patches of each image, all its views together, for the host."""
-        return self.shown or tuple(views * self.grid[0] * self.grid[1] for views in self.known_views)
+        pairs = zip(self.known_views, self.known_grids, strict=True)
+        return self.shown or tuple(views * rows * columns for views, (rows, columns) in pairs)
 
     def divided(self, count: Callable[[int, int], int], per: str = "image") -> list[int]:
         """A number for every row, no more than its tokens; nothing is read from the device.
@@ -177,7 +210,7 @@ class VisionTokens:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         known = {
             name: None if fields[name] is None else tuple(fields[name][number] for number in numbers)
-            for name in ("lengths", "keys", "views", "shown")
+            for name in ("lengths", "keys", "views", "shown", "grids")
         }
         return dataclasses.replace(
             self, **{name: value[index] for name, value in fields.items() if isinstance(value, Tensor)}, **known

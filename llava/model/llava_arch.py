@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -133,12 +133,18 @@ class LlavaMetaForCausalLM:
         asked = state
         state = state or self.new_state()
         projector = self.get_model().mm_projector
-        with state.timed("vision", images.device):
+        # A packed weight's dtype (uint8, int8) says nothing about what its layer computes in.
+        types = (parameter.dtype for parameter in projector.parameters() if parameter.is_floating_point())
+        dtype = next(types, None)
+
+        def projected(images: Tensor, views: Sequence[int] | None) -> VisionTokens:
             tokens = tower.encode(images, state, views)
-            # A packed weight's dtype (uint8, int8) says nothing about what its layer computes in.
-            types = (parameter.dtype for parameter in projector.parameters() if parameter.is_floating_point())
-            tokens = tokens.with_hidden(projector(tokens.hidden.to(next(types, tokens.hidden.dtype))))
-            tokens = tokens if views is None else tokens.joined(views)
+            tokens = tokens.with_hidden(projector(tokens.hidden.to(dtype or tokens.hidden.dtype)))
+            return tokens if views is None else tokens.joined(views)
+
+        with state.timed("vision", images.device):
+            apart = state.overrides("on_pixels") and views is not None and len(set(views)) > 1
+            tokens = _apart(projected, images, views, state) if apart else projected(images, views)
             tokens = state.choose("on_projected_features", VisionStep(tokens))
         return tokens if asked is not None else tokens.hidden
 
@@ -255,6 +261,24 @@ class LlavaMetaForCausalLM:
         return None, position, mask, past_key_values, prompt.embeds, prompt.labels
 
 
+def _apart(
+    encode: Callable[[Tensor, list[int]], VisionTokens], images: Tensor, views: Sequence[int], state: ForwardState
+) -> VisionTokens:
+    """Images of different numbers of views, of which a reducer may want different sizes: each number by itself."""
+    for hook in ("inside_vision_block", "after_vision_block", "on_vision_features"):
+        if state.overrides(hook):
+            raise ValueError(
+                f"images: got images of {sorted(set(views))} views in one batch, expected equal numbers where one "
+                "reducer changes the images' sizes and another one works in the vision tower"
+            )
+    stacks, groups = images.split(list(views)), {}
+    for number, count in enumerate(views):
+        groups.setdefault(count, []).append(number)
+    parts = [encode(torch.cat([stacks[i] for i in own]), [count] * len(own)) for count, own in groups.items()]
+    numbers = [number for own in groups.values() for number in own]
+    return VisionTokens.stacked(parts, sorted(range(len(numbers)), key=numbers.__getitem__))
+
+
 def text_prompt(
     embeds: Tensor,
     attention_mask: Tensor | None,
@@ -306,7 +330,8 @@ class _Sequence:
         """Append the tokens of an encoded image, and in front of those of each view the tokens it comes with (CLS)."""
         count, views = encoded.known_lengths[row], encoded.known_views[row]
         patch_to_token, place = encoded.patch_to_token[row], encoded.patch_index[row, :count]
-        patches, width = encoded.grid[0] * encoded.grid[1], encoded.grid[1]
+        (height, width) = encoded.known_grids[row]
+        patches = height * width
         device, extras = place.device, 0 if encoded.extras is None else encoded.extras.shape[2]
         view = place // patches
         protected = torch.zeros_like(place, dtype=torch.bool)

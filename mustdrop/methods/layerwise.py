@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -165,10 +165,14 @@ class SingleDrop(LayerwiseDrop):
     compat: str = field(default="default", kw_only=True)
 
     instead: ClassVar[str] = ""  # the field that says how many stay without `retain`
+    least: ClassVar[Mapping[str, int]] = {}  # fields that are numbers, and the smallest there may be
 
     def __post_init__(self) -> None:
         one_of("compat", self.compat, ("default", "official"))
         check_retain(self.retain)
+        for name, least in self.least.items():
+            value = getattr(self, name)
+            require(value is None or value >= least, name, value, f"{least} or more")
         alone = self.retain is None or getattr(self, self.instead) is None
         require(alone, "retain", self.retain, f"left out where {self.instead} is given")
 

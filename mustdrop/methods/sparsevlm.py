@@ -197,7 +197,7 @@ class SparseVLM(LayerwiseDrop):
     def _by_rank(self, tokens: Tokens, rating: Tensor, rated: Tensor) -> Tensor:
         """The same where the rank of the raters' attention decides, int64 `[batch, images]`."""
         now = ops.tokens_per_image(tokens.image, tokens.images)
-        own = tokens.image[:, None] == torch.arange(tokens.images, device=tokens.image.device)[:, None]
+        own = ops.of_each_image(tokens.image, tokens.images)
         rank = torch.linalg.matrix_rank((rated[:, None] * own[:, :, None]).float(), rtol=RANK_TOLERANCE)
         wanted = (rank * self.rank_scale + self.rank_bias).long().clamp(min=1)
         return torch.where(rating.any(-1, keepdim=True), torch.minimum(wanted, now), now)
