@@ -28,7 +28,7 @@ METHODS = {
     "visionzip": {"retain": 12},
     "prumerge": {},
     "prumerge+": {"method": "prumerge", "retain": 12, "plus": True},
-    "tome": {"retain": 12},
+    "tome": {"retain": 12, "per": "view"},
     "divprune": {"retain": 12},
     "cdpruner": {"retain": 12},
     "vidcom2": {"retain": 12},

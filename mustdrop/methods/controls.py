@@ -38,11 +38,10 @@ class Control(Retaining):
         return Touch(changes=frozenset({tower.last}))
 
     def after_vision_block(self, step: VisionStep) -> Keep | None:
-        counts = self.counts(step.tokens) if step.last else None
-        return None if counts is None else self.reduce(step.tokens, counts)
+        return self.reduce(step.tokens) if step.last and self.counts(step.tokens) else None
 
-    def reduce(self, tokens: VisionTokens, counts: list[int]) -> Keep:
-        """The tokens that go on, so many of each row."""
+    def reduce(self, tokens: VisionTokens) -> Keep:
+        """The tokens that go on, of more than that."""
         raise NotImplementedError
 
 
@@ -65,17 +64,18 @@ class Random(Control):
         super().__post_init__()
         require(0 <= self.seed < 1 << 63, "seed", self.seed, "0 or more, and below 2^63")
 
-    def reduce(self, tokens: VisionTokens, counts: list[int]) -> Keep:
+    def reduce(self, tokens: VisionTokens) -> Keep:
         generator = torch.Generator().manual_seed(self.seed)
         score = torch.rand(tokens.patch_to_token.shape[1], generator=generator).to(tokens.hidden.device)
-        return Keep.top(score[tokens.patch_index], counts)
+        return Keep.top(score[tokens.patch_index], tokens.divided(self.kept, self.per))
 
 
 @dataclass
 class Uniform(Control):
     """The middle patch of every cell of an even grid."""
 
-    def reduce(self, tokens: VisionTokens, counts: list[int]) -> Keep:
+    def reduce(self, tokens: VisionTokens) -> Keep:
+        counts = tokens.divided(self.kept, self.per)
         cell, middle = cells(tokens, counts)
         in_the_middle = middle.gather(1, cell) == torch.arange(cell.shape[1], device=cell.device)
         return Keep.top(in_the_middle.gather(1, tokens.patch_index).float(), counts)
@@ -85,7 +85,8 @@ class Uniform(Control):
 class AveragePool(Control):
     """The mean of every cell of an even grid; the merged token sits on its middle patch and owns all of them."""
 
-    def reduce(self, tokens: VisionTokens, counts: list[int]) -> Keep:
+    def reduce(self, tokens: VisionTokens) -> Keep:
+        counts = tokens.divided(self.kept, self.per)
         cell, middle = cells(tokens, counts)
         column = torch.arange(tokens.patch_index.shape[1], device=cell.device)
         own = cell.gather(1, tokens.patch_index)

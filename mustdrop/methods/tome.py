@@ -64,7 +64,7 @@ class ToMe(Retaining):
 
     def inside_vision_block(self, step: VisionStep) -> Keep | None:
         tokens, patches = step.tokens, step.tokens.patch_to_token.shape[1]
-        if not step.block:
+        if not step.block or "left" not in step.scratch:
             counts = tokens.divided(lambda all_patches, _: self.kept(all_patches, all_patches), self.per)
             step.scratch["left"] = [self._left(patches, count, step.run) for count in counts]
         left = (own[step.block] for own in step.scratch["left"])

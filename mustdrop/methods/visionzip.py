@@ -84,6 +84,11 @@ class VisionZip(Retaining):
         here = frozenset({tower.last})
         return Touch(changes=here, reads=here)
 
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """Dominant and contextual tokens of an image of 576 patches, of which the published ones are."""
+        return self.numbers_of(576)
+
     def numbers_of(self, patches: int) -> tuple[int, int]:
         """Dominant and contextual tokens of an image of so many patches."""
         if self.retain is None:
