@@ -42,7 +42,7 @@ class DART(SingleDrop):
         return Keep.top(self.least_duplicated(units, norms, step.tokens, counts).float(), counts)
 
     def least_duplicated(self, units: Tensor, norms: Tensor, tokens: Tokens, counts: Sequence[Sequence[int]]) -> Tensor:
-        """Mark `counts` tokens of images, by unit states `[batch, length, width]` and norms of keys `[batch, length]`."""
+        """Mark `counts` tokens of images by unit states `[batch, length, width]`, norms of keys `[batch, length]`."""
         own, (rows, real) = ops.of_each_image(tokens.image, tokens.images), tokens.instruction_rows()
         of_image = ops.largest(norms[:, None], own, self.pivots)
         of_text = rows.gather(1, ops.largest(norms.gather(1, rows), real, self.text_pivots))
