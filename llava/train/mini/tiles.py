@@ -1,0 +1,220 @@
+"""Tuning of a LLaVA-NeXT in miniature: the embedded model's language model learns to read tiles, its tower is frozen.
+
+The tower's views are a quarter of what it was trained on, 168 px a side, so its position table is cropped to the middle
+of its own. Views become vision tokens as in LLaVA-NeXT: the overview, then the tiles put together again, without the
+canvas's border, a newline after every row. A share of the steps shows the overview alone, so that what a question loses
+without tiles is what the overview does not show and not what the model never practised.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from llava.anyres import process_anyres_image
+from llava.train.mini import highres, language, scenes, vision
+from llava.train.mini.data import PlacedMention, Packer, build_tokenizer
+from llava.train.mini.endtoend import MiniLlava, new_projector
+from llava.train.mini.grounding import _CLASSES, Grounding, _places, facts_of
+from llava.train.mini.optim import MuonWithAdamW, save_atomically
+
+log = logging.getLogger(__name__)
+
+#: Layouts that a phase of tuning draws from.
+PHASES = {"strips": ("1x2", "2x1"), "mixed": ("1x2", "2x1", "2x2", "2x2"), "squares": ("2x2",)}
+#: Share of the steps that show the overview alone.
+OVERVIEW_ONLY = 0.12
+#: Steps for which the read-outs learn alone, since the embedded model comes without them.
+READ_OUTS_FIRST = 40
+
+
+def image_processor() -> CLIPImageProcessorPil:
+    """CLIP's image processor at the size of one tile."""
+    side = highres.TILE
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=list(vision.IMAGE_MEAN),
+        image_std=list(vision.IMAGE_STD),
+    )
+
+
+def crop_positions(table: torch.Tensor, full: int, side: int) -> torch.Tensor:
+    """CLS and the middle ``side`` x ``side`` of a position table ``[1 + full * full, width]``."""
+    edge = (full - side) // 2
+    square = table[1:].view(full, full, -1)[edge : edge + side, edge : edge + side]
+    return torch.cat((table[:1], square.flatten(0, 1)))
+
+
+def cropped_tower(tower: CLIPVisionModel) -> CLIPVisionModel:
+    """The same tower for views of one tile."""
+    config = CLIPVisionConfig.from_dict({**tower.config.to_dict(), "image_size": highres.TILE})
+    small = CLIPVisionModel(config)
+    state = tower.state_dict()
+    name = next(name for name in state if name.endswith("position_embedding.weight"))
+    state[name] = crop_positions(state[name], scenes.FULL_GRID, highres.TILE_GRID)
+    small.load_state_dict(state, strict=False)
+    return small.eval().requires_grad_(False)
+
+
+class TiledMini(nn.Module):
+    """Projector, newline and language model; the tower beside them is frozen and no part of the state."""
+
+    def __init__(self, mini: MiniLlava):
+        super().__init__()
+        self.projector, self.model = mini.projector, mini.model
+        self.image_newline = nn.Parameter(torch.randn(self.model.config.hidden_size) * 0.1)
+        self.frozen = [cropped_tower(mini.tower)]  # in a list: not a submodule
+
+    @torch.no_grad()
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Features of views ``[views, 3, side, side]``: ``[views, patches, width]``."""
+        return self.frozen[0](pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+
+    def vision_tokens(self, pixels: torch.Tensor, size: tuple[int, int], only_overview: bool = False) -> torch.Tensor:
+        """Tokens ``[images, tokens, hidden]`` of images of one size, whose views are ``[images, views, 3, ...]``."""
+        pixels = pixels[:, :1] if only_overview else pixels
+        projected = self.projector(self.features(pixels.flatten(0, 1))).unflatten(0, pixels.shape[:2])
+        return lay_out(projected, size, self.image_newline)
+
+
+def lay_out(views: torch.Tensor, size: tuple[int, int], newline: torch.Tensor) -> torch.Tensor:
+    """LLaVA-NeXT's order of vision tokens.
+
+    Parameters
+    ----------
+    views : `[images, 1 + tiles, patches, hidden]`
+        The overview and, unless it comes alone, the tiles row by row.
+    size : tuple of int
+        Width and height of the images, pixels; no canvas changes their scale.
+    newline : `[hidden]`
+        Ends every row of the tiles, or the overview if it comes alone.
+    """
+    overview, tiles = views[:, 0], views[:, 1:]
+    images, count, _, hidden = tiles.shape
+    newline = newline.to(views.dtype)
+    if not count:
+        return torch.cat((overview, newline.expand(images, 1, hidden)), 1)
+    cols, rows = size[0] // scenes.PATCH, size[1] // scenes.PATCH
+    side = highres.TILE_GRID
+    down, across = -(-rows // side), -(-cols // side)
+    whole = tiles.view(images, down, across, side, side, hidden).transpose(2, 3)
+    whole = whole.reshape(images, down * side, across * side, hidden)
+    top, left = (down * side - rows) // 2, (across * side - cols) // 2
+    inside = whole[:, top : top + rows, left : left + cols]
+    ended = torch.cat((inside, newline.expand(images, rows, 1, hidden)), 2)
+    return torch.cat((overview, ended.flatten(1, 2)), 1)
+
+
+class HopGrounding(Grounding):
+    """Read-outs as in :class:`Grounding`; where a question names a thing by its neighbour, one more, three layers on."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.hop_norm = nn.LayerNorm(config.hidden_size)
+        self.hop_head = nn.Linear(config.hidden_size, sum(_CLASSES))
+        self.alone = False
+
+    def loss(self, states: Sequence[torch.Tensor], mentions: list[PlacedMention], length: int) -> torch.Tensor:
+        """Sum of all read-outs' losses; while ``alone`` they do not teach the model."""
+        if self.alone:
+            states = [state.detach() for state in states]
+        hops = [item for item in mentions if item.meaning.phrase.endswith("?")]
+        found = super().loss(states, [item for item in mentions if not item.meaning.phrase.endswith("?")], length)
+        if not hops:
+            return found
+        logits = self.hop_head(self.hop_norm(states[self.compare_depth][:, -length:][_places(hops)])).float()
+        facts = torch.tensor([facts_of(item) for item in hops], device=logits.device)
+        groups = zip(logits.split(list(_CLASSES), -1), facts.T, strict=True)
+        return found + sum(0.3 * F.cross_entropy(group, fact) for group, fact in groups)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Scenes of one size with their views ``[images, views, 3, side, side]`` and questions."""
+
+    size: tuple[int, int]
+    pixels: torch.Tensor
+    asked: list[list[highres.Question]]
+
+
+def training_batch(step: int, phase: str, seed: int, tokens: int) -> Batch:
+    """The scenes of a step, all of one size; as many as ``tokens`` vision tokens hold."""
+    rng = np.random.default_rng((seed, step, 13))
+    layout = str(rng.choice(PHASES[phase]))
+    first = 950_000_000 + seed * 10_000_000 + step * 1000
+    drawn: list[highres.HighResScene] = []
+    for index in range(1000):
+        scene = highres.generate(scenes.scene_seed("train", first + index), layout)
+        if not drawn or scene.size == drawn[0].size:
+            drawn.append(scene)
+        if len(drawn) * (scene.rows * (scene.cols + 1) + highres.TILE_GRID**2) >= tokens:
+            break
+    processor = image_processor()
+    views = [process_anyres_image(highres.draw(scene), processor, highres.PINPOINTS) for scene in drawn]
+    count = 24 if layout == "2x2" else 16
+    asked = [highres.ask(np.random.default_rng((s.seed, 3)), s, count, highres.TRAINING_MIX) for s in drawn]
+    return Batch(drawn[0].size, torch.stack(views), asked)
+
+
+def tune_tiles(
+    begin: Path, output: Path, phases: str, *, lr: float = 2e-3, tokens: int = 1500, seed: int = 0, save_every: int = 50
+) -> Path:
+    """Train projector, newline and language model on high-resolution scenes, or go on where ``output`` stands.
+
+    Parameters
+    ----------
+    begin : Path
+        Exported folder of the embedded model.
+    output : Path
+        The stage's checkpoint.
+    phases : str
+        ``strips:500,mixed:100,squares:300``: what each number of steps draws from.
+    tokens : int
+        Vision tokens of a step, at least.
+    """
+    plan = [(name, int(steps)) for name, steps in (part.split(":") for part in phases.split(","))]
+    names = [name for name, steps in plan for _ in range(steps)]
+    torch.manual_seed(seed)
+    tiled = TiledMini(MiniLlava.from_hugging_face(begin))
+    grounding = HopGrounding(tiled.model.config)
+    optimizer = MuonWithAdamW((tiled, grounding), lr, len(names), warmup=0.04)
+    start = 0
+    if output.exists():
+        state = torch.load(output, map_location="cpu", weights_only=True)
+        tiled.load_state_dict(state["tiled"])
+        grounding.load_state_dict(state["grounding"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    packer, accuracy, blind = Packer(build_tokenizer()), language.RunningAccuracy(), language.RunningAccuracy()
+    for step in tqdm(range(start, len(names)), initial=start, total=len(names), desc="tiles", mininterval=30):
+        batch = training_batch(step, names[step], seed, tokens)
+        only_overview = np.random.default_rng((seed, step, 17)).random() < OVERVIEW_ONLY
+        grounding.alone = step < READ_OUTS_FIRST
+        text = packer(batch.asked)
+        with torch.autocast("cpu", torch.bfloat16):
+            shown = tiled.vision_tokens(batch.pixels, batch.size, only_overview)
+            loss, right = language.answer_loss(tiled.model, shown, text, grounding)
+        loss.backward()
+        optimizer.step(step)
+        hits = language.question_hits(right, text, [[question.type for question in row] for row in batch.asked])
+        (blind if only_overview else accuracy).update(hits)
+        if (step + 1) % 10 == 0:
+            log.info("tiles step %d %s loss %.3f %s", step + 1, names[step], loss.item(), accuracy)
+        if (step + 1) % 50 == 0:
+            log.info("overview alone: %s", blind)
+        if (step + 1) % save_every == 0 or step + 1 == len(names):
+            parts = {"tiled": tiled, "grounding": grounding, "optimizer": optimizer}
+            state = {name: part.state_dict() for name, part in parts.items()}
+            save_atomically(state | {"step": step + 1}, output)
+    return output
