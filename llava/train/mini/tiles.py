@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.anyres import process_anyres_image
 from llava.train.mini import highres, language, scenes, vision
-from llava.train.mini.data import PlacedMention, Packer, build_tokenizer
-from llava.train.mini.endtoend import MiniLlava, new_projector
-from llava.train.mini.grounding import _CLASSES, Grounding, _places, facts_of
+from llava.train.mini.data import Packer, PlacedMention, build_tokenizer
+from llava.train.mini.endtoend import MiniLlava
+from llava.train.mini.grounding import CLASSES, Grounding, facts_of, places_of
 from llava.train.mini.optim import MuonWithAdamW, save_atomically
 
 log = logging.getLogger(__name__)
@@ -117,12 +117,12 @@ def lay_out(views: torch.Tensor, size: tuple[int, int], newline: torch.Tensor) -
 
 
 class HopGrounding(Grounding):
-    """Read-outs as in :class:`Grounding`; where a question names a thing by its neighbour, one more, three layers on."""
+    """Read-outs as in :class:`Grounding`; one more, three layers on, for things named by a neighbour."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
         self.hop_norm = nn.LayerNorm(config.hidden_size)
-        self.hop_head = nn.Linear(config.hidden_size, sum(_CLASSES))
+        self.hop_head = nn.Linear(config.hidden_size, sum(CLASSES))
         self.alone = False
 
     def loss(self, states: Sequence[torch.Tensor], mentions: list[PlacedMention], length: int) -> torch.Tensor:
@@ -133,9 +133,9 @@ class HopGrounding(Grounding):
         found = super().loss(states, [item for item in mentions if not item.meaning.phrase.endswith("?")], length)
         if not hops:
             return found
-        logits = self.hop_head(self.hop_norm(states[self.compare_depth][:, -length:][_places(hops)])).float()
+        logits = self.hop_head(self.hop_norm(states[self.compare_depth][:, -length:][places_of(hops)])).float()
         facts = torch.tensor([facts_of(item) for item in hops], device=logits.device)
-        groups = zip(logits.split(list(_CLASSES), -1), facts.T, strict=True)
+        groups = zip(logits.split(list(CLASSES), -1), facts.T, strict=True)
         return found + sum(0.3 * F.cross_entropy(group, fact) for group, fact in groups)
 
 
