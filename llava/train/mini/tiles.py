@@ -49,8 +49,9 @@ def image_processor() -> CLIPImageProcessorPil:
     )
 
 
-def crop_positions(table: torch.Tensor, full: int, side: int) -> torch.Tensor:
-    """CLS and the middle ``side`` x ``side`` of a position table ``[1 + full * full, width]``."""
+def crop_positions(table: torch.Tensor) -> torch.Tensor:
+    """CLS and the middle of the tower's position table: ``[1 + 24 * 24, width]`` -> ``[1 + 12 * 12, width]``."""
+    full, side = scenes.FULL_GRID, highres.TILE_GRID
     edge = (full - side) // 2
     square = table[1:].view(full, full, -1)[edge : edge + side, edge : edge + side]
     return torch.cat((table[:1], square.flatten(0, 1)))
@@ -62,7 +63,7 @@ def cropped_tower(tower: CLIPVisionModel) -> CLIPVisionModel:
     small = CLIPVisionModel(config)
     state = tower.state_dict()
     name = next(name for name in state if name.endswith("position_embedding.weight"))
-    state[name] = crop_positions(state[name], scenes.FULL_GRID, highres.TILE_GRID)
+    state[name] = crop_positions(state[name])
     small.load_state_dict(state, strict=False)
     return small.eval().requires_grad_(False)
 
