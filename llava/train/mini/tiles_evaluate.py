@@ -1,7 +1,7 @@
 """Accuracy of the model with tiles on held-out high-resolution scenes, by kind of question.
 
-Three times the same model and questions: with overview and tiles, with the overview alone, and with noise in the image's
-place. What the second loses is what only tiles show; the third is what the questions alone give away.
+Three times the same model and questions: with overview and tiles, with the overview alone, and with noise instead of the
+image. What the second loses is what only tiles show; the third is what the questions alone give away.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.train.mini import highres
+from llava.train.mini import highres, questions
 from llava.train.mini.data import prompt_parts
 from llava.train.mini.evaluate import Asked
 
