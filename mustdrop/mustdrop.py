@@ -145,6 +145,7 @@ class MustDrop(Compose):
             self.positions,
             self.decode_positions,
         )
+        self.tile_order = "flat" if self.compat == "official" else "model"
 
     def check_tower(self, tower: Tower) -> None:
         if "vision" in self.stages:

@@ -52,7 +52,8 @@ class VisionZip(Reducer):
 
     def __post_init__(self) -> None:
         one_of("compat", self.compat, ("default", "official"))
-        self.positions = "renumber" if self.compat == "official" else "original"
+        official = self.compat == "official"
+        self.positions, self.tile_order = ("renumber", "flat") if official else ("original", "model")
         numbers, retain = (self.dominant, self.contextual), self.retain
         require(retain is None or retain > 1, "retain", retain, "2 or more: one dominant and one contextual token")
         for field, number in zip(("dominant", "contextual"), numbers, strict=True):

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, PreTrainedConfig
 
+from llava.anyres import parse_grid_pinpoints
 from llava.model.checkpoint.config import check_sizes, check_small
 from llava.model.checkpoint.files import first_line, read_complete, read_json, shape_of
 from llava.model.checkpoint.names import TOWER, is_packing, translated
@@ -118,10 +119,21 @@ def _check(config: PreTrainedConfig) -> None:
             f"vision tower: width {made.hidden_size}, {made.num_attention_heads} heads, images of {made.image_size} "
             f"and patches of {made.patch_size} pixels do not go together"
         )
+    wrong = [size for size in _canvases(config) if any(pixels % made.image_size for pixels in size)]
+    if wrong:
+        raise ValueError(
+            f"image_grid_pinpoints has {list(wrong[0])}: width and height must be multiples of the tiles' "
+            f"{made.image_size} pixels"
+        )
     if config.mm_hidden_size is None:
         config.mm_hidden_size = made.hidden_size
     if config.mm_hidden_size != made.hidden_size:
         raise ValueError(f"mm_hidden_size is {config.mm_hidden_size}: the vision tower's width is {made.hidden_size}")
+
+
+def _canvases(config: PreTrainedConfig) -> list[tuple[int, int]]:
+    """Canvases that are cut into tiles."""
+    return parse_grid_pinpoints(config.image_grid_pinpoints) if config.image_aspect_ratio == "anyres" else []
 
 
 def _weights(folder: Path) -> dict[str, Any]:
