@@ -4,7 +4,6 @@ import pytest
 import stock
 import tiles
 import torch
-from hosted import METHODS, reducer_of
 from tiles import SIZES, for_stock, native, prompts, stacks
 
 from mustdrop import load_reducer

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llava.anyres import process_anyres_image
+from llava.anyres import get_anyres_image_grid_shape, process_anyres_image
+from llava.model.stitched import layout_of
 from llava.train.mini import highres, language, scenes, vision
 from llava.train.mini.data import Packer, PlacedMention, build_tokenizer
 from llava.train.mini.endtoend import MiniLlava
@@ -101,20 +102,11 @@ def lay_out(views: torch.Tensor, size: tuple[int, int], newline: torch.Tensor) -
     newline : `[hidden]`
         Ends every row of the tiles, or the overview if it comes alone.
     """
-    overview, tiles = views[:, 0], views[:, 1:]
-    images, count, _, hidden = tiles.shape
-    newline = newline.to(views.dtype)
-    if not count:
-        return torch.cat((overview, newline.expand(images, 1, hidden)), 1)
-    cols, rows = size[0] // scenes.PATCH, size[1] // scenes.PATCH
-    side = highres.TILE_GRID
-    down, across = -(-rows // side), -(-cols // side)
-    whole = tiles.view(images, down, across, side, side, hidden).transpose(2, 3)
-    whole = whole.reshape(images, down * side, across * side, hidden)
-    top, left = (down * side - rows) // 2, (across * side - cols) // 2
-    inside = whole[:, top : top + rows, left : left + cols]
-    ended = torch.cat((inside, newline.expand(images, rows, 1, hidden)), 2)
-    return torch.cat((overview, ended.flatten(1, 2)), 1)
+    images, count, patches, _ = views.shape
+    grid = get_anyres_image_grid_shape(size, highres.PINPOINTS, highres.TILE) if count > 1 else (0, 0)
+    layout = layout_of("spatial_unpad", size if count > 1 else None, grid, highres.TILE_GRID)
+    index = torch.where(layout.shows, layout.view * patches + layout.patch, count * patches)
+    return torch.cat((views.flatten(1, 2), newline.to(views.dtype).expand(images, 1, -1)), 1)[:, index]
 
 
 class HopGrounding(Grounding):

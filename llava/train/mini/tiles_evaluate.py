@@ -1,7 +1,7 @@
 """Accuracy of the model with tiles on held-out high-resolution scenes, by kind of question.
 
-Three times the same model and questions: with overview and tiles, with the overview alone, and with noise instead of the
-image. What the second loses is what only tiles show; the third is what the questions alone give away.
+Three times the same model and questions: with overview and tiles, with the overview alone, and with noise in place of
+the image. What the second loses is what only tiles show; the third is what the questions alone give away.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHOWN = ("tiles", "overview", "noise")
 
 @torch.inference_mode()
 def answer_scene(
-    loaded: tuple, scene: highres.HighResScene, image: Image.Image, asked: list, shown: str
+    loaded: tuple, scene: highres.HighResScene, image: Image.Image, asked: list[questions.Question], shown: str
 ) -> list[Asked]:
     """Greedy answers to the questions about one image; ``loaded`` is what ``load_pretrained_model`` returns."""
     tokenizer, model, processor, _ = loaded
