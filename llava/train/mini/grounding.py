@@ -69,7 +69,7 @@ class Grounding(nn.Module):
         """Sum of the read-outs' losses; ``states`` are ``[batch, tokens, hidden]``, the last ``length`` tokens text."""
         hidden = states[self.depth][:, -length:]
         later = states[self.compare_depth][:, -length:]
-        return self._meaning_loss(hidden, mentions) + self._comparison_loss(
+        return self.meaning_loss(hidden, mentions) + self._comparison_loss(
             later, [item for item in mentions if item.earlier is not None]
         )
 
@@ -85,7 +85,7 @@ class Grounding(nn.Module):
         each = F.binary_cross_entropy_with_logits(logits, (gap < 0).float(), reduction="none")
         return (each * (gap != 0)).mean()
 
-    def _meaning_loss(self, hidden: torch.Tensor, mentions: list[PlacedMention]) -> torch.Tensor:
+    def meaning_loss(self, hidden: torch.Tensor, mentions: list[PlacedMention]) -> torch.Tensor:
         *groups, place = self.grounding_head(self.norm(hidden[places_of(mentions)])).float().split([*CLASSES, 2], -1)
         facts = torch.tensor([facts_of(item) for item in mentions], device=hidden.device)
         single = facts[:, 0] == 1

@@ -251,7 +251,7 @@ def _draw(scene: Scene) -> tuple[np.ndarray, list[np.ndarray]]:
     """Picture ``uint8`` and, per entity, the covered share of each patch of its box."""
     rng = np.random.default_rng((scene.seed, scene.grid, 1))
     side = PATCH * scene.grid
-    canvas = _background(rng, side)
+    canvas = draw_background(rng, side)
     coverage = []
     for entity in scene.entities:
         mask = _mask(entity)
@@ -263,7 +263,12 @@ def _draw(scene: Scene) -> tuple[np.ndarray, list[np.ndarray]]:
     return np.clip(canvas, 0, 255).astype(np.uint8), coverage
 
 
-def _background(rng: np.random.Generator, side: int) -> np.ndarray:
+def draw_entity(entity: Entity) -> tuple[np.ndarray, np.ndarray]:
+    """An entity's opacity, ``float32 [height, width]`` in pixels of its box, and its colours, broadcastable to it."""
+    return _mask(entity), _paint(entity)
+
+
+def draw_background(rng: np.random.Generator, side: int) -> np.ndarray:
     """A linear gradient between two muted colours, ``float32 [side, side, 3]``."""
     first, second = rng.uniform(85, 165, (2, 1, 1, 3)).astype(np.float32)
     angle = rng.uniform(0, 2 * math.pi)
