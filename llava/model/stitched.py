@@ -197,9 +197,7 @@ def _repeats(rows: list[list[int]], counts: list[int]) -> list[Tensor]:
     return [torch.tensor([next(left) if one == IMAGE_TOKEN_INDEX else 1 for one in row]) for row in rows]
 
 
-def _padded(
-    rows: list[Tensor], repeats: list[Tensor], side: str, fill: int = 0
-) -> tuple[Tensor, Tensor | None]:
+def _padded(rows: list[Tensor], repeats: list[Tensor], side: str, fill: int = 0) -> tuple[Tensor, Tensor | None]:
     """Values of every id at each position it takes, `[prompts, length]`, and which are no padding (None: all)."""
     full = [row.repeat_interleave(times) for row, times in zip(rows, repeats, strict=True)]
     values = pad_sequence(full, batch_first=True, padding_value=fill, padding_side=side)
@@ -227,9 +225,7 @@ def _placeholders(encoded: VisionTokens, layouts: list[Layout], newline: Tensor 
     return states[torch.where(index < 0, len(states) - 1, index).to(states.device)]
 
 
-def _trained_on(
-    embeds: Tensor, tokens: Tokens, targets: Tensor, limit: int | None
-) -> tuple[Tensor, Tokens, Tensor]:
+def _trained_on(embeds: Tensor, tokens: Tokens, targets: Tensor, limit: int | None) -> tuple[Tensor, Tokens, Tensor]:
     """Prompts cut to a limit, and labels beside their embeddings."""
     if limit is not None and embeds.shape[1] > limit:
         real = torch.ones_like(tokens.image) if tokens.valid is None else tokens.valid

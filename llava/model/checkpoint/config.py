@@ -150,8 +150,11 @@ def _check_tiles(facts: Mapping[str, Any]) -> None:
             raise ValueError("image_aspect_ratio is 'anyres': it needs image_grid_pinpoints, a list of [width, height]")
         parse_grid_pinpoints(facts["image_grid_pinpoints"])
     merge = facts.get("mm_patch_merge_type")
-    if merge not in (None, "flat") and facts.get("mm_vision_select_feature", "patch") != "patch":
-        raise ValueError(f"mm_vision_select_feature is 'cls_patch': with mm_patch_merge_type {merge!r} it must be 'patch'")
+    feature = facts.get("mm_vision_select_feature", "patch")
+    if merge not in (None, "flat") and feature != "patch":
+        raise ValueError(
+            f"mm_vision_select_feature is {feature!r}: with mm_patch_merge_type {merge!r} it must be 'patch'"
+        )
 
 
 def _check_quantisation(facts: Mapping[str, Any] | None) -> None:

@@ -148,7 +148,8 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             inputs_embeds = self._new_embeds(input_ids, inputs_embeds, images)
         else:
             if prompt is None:
-                prompt = self._prompt(input_ids, attention_mask, position_ids, inputs_embeds, labels, images, image_sizes)
+                shown = images, image_sizes
+                prompt = self._prompt(input_ids, attention_mask, position_ids, inputs_embeds, labels, *shown)
                 self.check_positions(prompt)
             state, labels = prompt.begin(), prompt.labels
             inputs_embeds = prompt.embeds if inputs_embeds is None else inputs_embeds
