@@ -76,20 +76,20 @@ def _entities(rng: np.random.Generator, taken: np.ndarray) -> list[Entity]:
     entities: list[Entity] = []
     for color in rng.permutation(scenes.COLOR_NAMES)[: max(2, n_signs)]:
         word = "".join(rng.choice(scenes.ALPHABET, int(rng.integers(2, scenes.MAX_WORD + 1))))
-        scenes._place(entities, taken, rng, "sign", 3, 2 * len(word) + 1, str(color), word=word)
+        scenes.place(entities, taken, rng, "sign", 3, 2 * len(word) + 1, str(color), word=word)
     near: list[Entity | None] = [sign for sign in entities if rng.random() < BESIDE]
     for sign in near + [None] * (max(3, n_objects) - len(near)):
         size = str(rng.choice(scenes.SIZES, p=(0.65, 0.35)))
         side = 3 if size == "small" else 5
         blocked = taken if sign is None else taken | ~_next_to(sign, side)
         before = blocked.copy()
-        scenes._place(
+        scenes.place(
             entities, blocked, rng, "object", side, side, str(rng.choice(colors)),
             shape=str(rng.choice(shapes)), size=size, pattern=str(rng.choice(scenes.PATTERNS)),
         )  # fmt: skip
         taken |= blocked & ~before
     for _ in range(n_scribbles):
-        scenes._place(entities, taken, rng, "scribble", 3, 3, str(rng.choice(scenes.COLOR_NAMES)))
+        scenes.place(entities, taken, rng, "scribble", 3, 3, str(rng.choice(scenes.COLOR_NAMES)))
     return entities
 
 
@@ -177,7 +177,7 @@ TYPES = (
     "existence", "counting", "relation",
 )  # fmt: skip
 #: Probability of each asker, in training and, by default, in the task.
-TRAINING_MIX = (0.14, 0.32, 0.16, 0.08, 0.08, 0.1, 0.12)
+TRAINING_MIX = (0.12, 0.4, 0.2, 0.06, 0.06, 0.08, 0.08)
 TASK_MIX = (0.25, 0.22, 0.12, 0.13, 0.08, 0.08, 0.12)
 
 

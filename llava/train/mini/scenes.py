@@ -158,16 +158,16 @@ def generate_scene(seed: int, grid: int = FULL_GRID) -> Scene:
     entities: list[Entity] = []
     for index in range(n_signs):
         word = "".join(rng.choice(ALPHABET, int(rng.integers(2, MAX_WORD + 1))))
-        _place(entities, taken, rng, "sign", 3, 2 * len(word) + 1, str(sign_colors[index]), word=word)
+        place(entities, taken, rng, "sign", 3, 2 * len(word) + 1, str(sign_colors[index]), word=word)
     sizes = sorted(rng.choice(SIZES, n_objects, p=(0.65, 0.35)))  # "large" sorts first: the big ones need room
     for size in sizes:
         side = 3 if size == "small" else 5
-        _place(
+        place(
             entities, taken, rng, "object", side, side, str(rng.choice(colors)),
             shape=str(rng.choice(shapes)), size=str(size), pattern=str(rng.choice(PATTERNS)),
         )  # fmt: skip
     for _ in range(n_scribbles):
-        _place(entities, taken, rng, "scribble", 3, 3, str(rng.choice(COLOR_NAMES)))
+        place(entities, taken, rng, "scribble", 3, 3, str(rng.choice(COLOR_NAMES)))
     return Scene(seed, grid, top, left, tuple(entities))
 
 
@@ -181,7 +181,7 @@ def _how_many(rng: np.random.Generator, grid: int) -> tuple[int, int, int]:
     return objects, signs, int(rng.integers(0, round(4 * area) + 2))
 
 
-def _place(entities, taken, rng, kind, height, width, color, **attributes) -> None:
+def place(entities, taken, rng, kind, height, width, color, **attributes) -> None:
     """Add an entity at a free random place, or nothing if 60 tries find none; ``taken`` is updated."""
     grid = taken.shape[0]
     if width > grid:
