@@ -6,6 +6,7 @@ import pytest
 import stock
 import tiles
 import torch
+from hosted import METHODS, reducer_of
 from tiles import SIZES, for_stock, native, prompts, stacks
 
 from mustdrop import Reducer
