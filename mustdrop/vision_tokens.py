@@ -37,6 +37,8 @@ class VisionTokens:
         None where none are.
     views : tuple of int or None
         Views (tiles, frames) of each image; None where it is one.
+    tiles : tuple of (int, int) or None, or None
+        Rows and columns of the tiles that follow each image's overview, None where its views are no such.
     shown : tuple of int or None
         Patches of each image, where these are not its views times the grid.
     extras : `[images, views, prefix, width]` or None
@@ -53,6 +55,7 @@ class VisionTokens:
     lengths: tuple[int, ...] | None = None
     keys: tuple[int, ...] | None = None
     views: tuple[int, ...] | None = None
+    tiles: tuple[tuple[int, int] | None, ...] | None = None
     shown: tuple[int, ...] | None = None
     extras: Tensor | None = None
 
@@ -146,7 +149,7 @@ class VisionTokens:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         known = {
             name: None if fields[name] is None else tuple(fields[name][number] for number in numbers)
-            for name in ("lengths", "keys", "views", "shown")
+            for name in ("lengths", "keys", "views", "tiles", "shown")
         }
         return dataclasses.replace(
             self, **{name: value[index] for name, value in fields.items() if isinstance(value, Tensor)}, **known

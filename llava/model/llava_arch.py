@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -16,7 +16,7 @@ from llava.constants import IGNORE_INDEX
 from llava.model.inputs import assign_images, distinct_stacks, image_stacks, split_at_images, text_ids
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.stitched import TiledImages, has_newline, layouts_of, sizes_of, splice_stitched, stitches
+from llava.model.stitched import TiledImages, has_newline, layouts_of, sizes_of, splice_stitched, stitches, tile_grids
 from mustdrop.hooks import (
     APART,
     ForwardState,
@@ -123,18 +123,24 @@ class LlavaMetaForCausalLM:
         return self.get_model().get_vision_tower()
 
     def encode_images(
-        self, images: Tensor, state: ForwardState | None = None, views: Sequence[int] | None = None
+        self,
+        images: Tensor,
+        state: ForwardState | None = None,
+        views: Sequence[int] | None = None,
+        tiles: Sequence[tuple[int, int] | None] | None = None,
     ) -> Tensor | VisionTokens:
         """Projected features of preprocessed images `[images, 3, height, width]`.
 
         Returns the plain tensor `[images, tokens, width]` as in LLaVA, or the `VisionTokens` when a `state` is given;
-        with `views`, how many neighbouring ones are the tiles or frames of one image, in one row for each image.
+        with `views`, how many neighbouring ones are the tiles or frames of one image, in one row for each image; `tiles`
+        are rows and columns of tiles, where they are known.
         """
         asked = state
         state = state or self.new_state()
         with state.timed("vision", images.device):
             tokens = self._projected(images, state)
             tokens = tokens if views is None else tokens.joined(views)
+            tokens = tokens if tiles is None else replace(tokens, tiles=tuple(tiles))
             tokens = state.choose("on_projected_features", VisionStep(tokens))
         return tokens if asked is not None else tokens.hidden
 
@@ -191,8 +197,8 @@ class LlavaMetaForCausalLM:
         stacks = image_stacks(images)
         assigned = assign_images(len(stacks), [len(row) - 1 for row in chunks])
         distinct, which = distinct_stacks(stacks, [i for own in assigned for i in own])
+        sizes = sizes_of(image_sizes, stacks)
         if distinct and stitches(self.config, images) and state.reducer.tile_order != "flat":
-            sizes = sizes_of(image_sizes, stacks)
             shown = [(which[i], sizes[i]) for own in assigned for i in own]
             targets = None if labels is None else [row[mask] for row, mask in zip(labels, keep, strict=True)]
             return self._stitched(rows, chunks, targets, distinct, shown, state, padding_side)
@@ -200,7 +206,10 @@ class LlavaMetaForCausalLM:
         dummies = stacks[:1] if labels is not None and not distinct else []
         encoded, shown = None, distinct or dummies
         if shown:
-            encoded = self.encode_images(torch.cat(shown), state, [len(stack) for stack in shown])
+            views = [len(stack) for stack in shown]
+            known = {place: sizes[i] for i, place in which.items()}
+            tiles = tile_grids(self.config, list(zip(views, map(known.get, range(len(views))), strict=True)))
+            encoded = self.encode_images(torch.cat(shown), state, views, tiles)
         embedding = self.get_input_embeddings()
         text = embedding(text_ids(chunks, embedding.num_embeddings).to(embedding.weight.device))
         if dummies:

@@ -44,7 +44,7 @@ def stitches(config, images: Tensor | list[Tensor]) -> bool:
 
 
 def sizes_of(image_sizes: Sequence | Tensor | None, stacks: list[Tensor]) -> list[tuple[int, int] | None]:
-    """Width and height of every image in pixels, None where it is a single view.
+    """Width and height of every image in pixels, None where they are left out.
 
     Raises
     ------
@@ -52,8 +52,6 @@ def sizes_of(image_sizes: Sequence | Tensor | None, stacks: list[Tensor]) -> lis
         If they do not fit the images.
     """
     if image_sizes is None:
-        if any(len(stack) > 1 for stack in stacks):
-            raise ValueError("image_sizes: left out, tiles are stitched by the (width, height) of each image")
         return [None] * len(stacks)
     sizes = torch.as_tensor(image_sizes).tolist()
     right = all(isinstance(size, list) and len(size) == 2 and min(size) > 0 for size in sizes)
@@ -62,33 +60,47 @@ def sizes_of(image_sizes: Sequence | Tensor | None, stacks: list[Tensor]) -> lis
     return [tuple(map(int, size)) for size in sizes]
 
 
-def layouts_of(config, side: int, images: list[tuple[int, tuple[int, int] | None]]) -> list[Layout]:
-    """The layout of every image, given as its number of views, `side` x `side` patches each, and its size.
+def tile_grid(config, views: int, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and columns of the tiles of an image of so many views and a size (width, height); (0, 0) of a single view.
 
     Raises
     ------
     ValueError
         If an image of that size is not cut into so many tiles.
     """
-    found = []
-    for views, size in images:
-        grid = (0, 0)
-        if views > 1:
-            pixels = config.mm_vision_config["image_size"]
-            grid = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, pixels)
-        if views != 1 + grid[0] * grid[1]:
-            raise ValueError(
-                f"image_sizes: got {size[0]} x {size[1]} for {views} views, image_grid_pinpoints cut such an image "
-                f"into an overview and {grid[0]} x {grid[1]} tiles"
-            )
-        found.append(layout_of(config.mm_patch_merge_type, size if views > 1 else None, grid, side))
-    return found
+    if views == 1:
+        return 0, 0
+    if size is None:
+        raise ValueError("image_sizes: left out, tiles are stitched by the (width, height) of each image")
+    grid = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.mm_vision_config["image_size"])
+    columns, rows = grid
+    if views != 1 + columns * rows:
+        raise ValueError(
+            f"image_sizes: got {size[0]} x {size[1]} for {views} views, image_grid_pinpoints cut such an image into "
+            f"an overview and {columns} x {rows} tiles"
+        )
+    return rows, columns
+
+
+def tile_grids(config, images: Sequence[tuple[int, tuple[int, int] | None]]) -> list[tuple[int, int] | None] | None:
+    """Rows and columns of the tiles of each image, None where that is not known: it is in views of another kind."""
+    if getattr(config, "image_aspect_ratio", None) != "anyres" or all(size is None for _, size in images):
+        return None
+    return [tile_grid(config, views, size) if views > 1 and size else None for views, size in images]
+
+
+def layouts_of(config, side: int, images: Sequence[tuple[int, tuple[int, int] | None]]) -> list[Layout]:
+    """The layout of every image, given as its number of views, `side` x `side` patches each, and its size."""
+    merge = config.mm_patch_merge_type
+    return [
+        layout_of(merge, size if views > 1 else None, tile_grid(config, views, size), side) for views, size in images
+    ]
 
 
 @lru_cache(maxsize=64)
 def layout_of(merge: str, size: tuple[int, int] | None, grid: tuple[int, int], side: int) -> Layout:
-    """The layout of an image of a size (width, height) in `grid` (columns, rows) tiles of `side` x `side` patches."""
-    columns, rows = grid
+    """The layout of an image of a size (width, height) in `grid` (rows, columns) tiles of `side` x `side` patches."""
+    rows, columns = grid
     views = 1 + columns * rows
     overview, *rest = torch.arange(views * side * side).view(views, side, side)
     packed = [overview.flatten()]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mustdrop import ops
 from mustdrop.checks import one_of, require
-from mustdrop.hooks import Keep, Reducer, VisionStep, compact, gather
+from mustdrop.hooks import Keep, Reducer, VisionStep, VisionTokens, compact, gather
 from mustdrop.reach import Touch, Tower
 
 CONTEXTUAL_SHARE = 10 / 64  # of the published 54 + 10, 108 + 20 and 162 + 30
@@ -35,7 +35,9 @@ class VisionZip(Reducer):
     compat : {"default", "official"}
         "official": CLS itself is one of the dominant tokens and comes first, contextual tokens come last, positions
         are consecutive, and a contextual token is its target plus the mean of the others. By default all tokens stay
-        where they are in the image, and a contextual token is the mean of all its members.
+        where they are in the image, and a contextual token is the mean of all its members. Of an image in tiles:
+        the overview's tokens, then the tiles' dominant ones in raster order of the stitched image, every tile's CLS,
+        and the contextual ones tile by tile; nothing is cut off and no newline is left.
 
     Raises
     ------
@@ -104,11 +106,22 @@ class VisionZip(Reducer):
         column = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
         is_target = torch.zeros_like(stays).scatter(1, targets, True)
         few = torch.tensor([length <= dominant + contextual for length in tokens.known_lengths], device=stays.device)
+        step.scratch["contextual"] = is_target.sum(-1)
         merge_into = torch.where(stays | is_target | ~real | few[:, None], column, targets.gather(1, nearest))
         left = [min(length, dominant + contextual - official) for length in tokens.known_lengths]
         if not official:
             return Keep.merge(merge_into, left)
         return Keep.merge(merge_into, left, **self._official(merge_into, is_target))
+
+    def overrides(self, hook: str) -> bool:
+        return super().overrides(hook) and (hook != "on_projected_features" or self.compat == "official")
+
+    def on_projected_features(self, step: VisionStep) -> Keep | None:
+        tokens, contextual = step.tokens, step.scratch.get("contextual")
+        if contextual is None or tokens.tiles is None or not any(tokens.tiles):
+            return None
+        order = stitched_order(tokens, contextual)
+        return Keep.top(torch.ones_like(order, dtype=torch.float), order.shape[1], order=order)
 
     def _score(self, step: VisionStep) -> Tensor:
         """Attention that CLS (without one: every token) pays each patch token, `[images, tokens]`."""
@@ -125,3 +138,30 @@ class VisionZip(Reducer):
         joiners = torch.zeros_like(merge_into).scatter_add(1, merge_into, joins.long())
         weights = torch.where(joins, 1 / joiners.gather(1, merge_into), 1.0)
         return {"weights": weights, "order": column + is_target * len(column), "with_prefix": True}
+
+
+def stitched_order(tokens: VisionTokens, contextual: Tensor) -> Tensor:
+    """Sort key of the tokens of images in tiles as the authors' code puts them, int64 `[images, tokens]`.
+
+    Parameters
+    ----------
+    tokens : VisionTokens
+        Of each view equally many: CLS, dominant ones, contextual ones.
+    contextual : int64 `[views]`
+        Contextual tokens of each view.
+    """
+    device, (rows, columns) = tokens.device, tokens.grid
+    views = torch.tensor(tokens.known_views, device=device)
+    first, of_view = (views.cumsum(0) - views)[:, None], torch.tensor(tokens.known_lengths, device=device) // views
+    across = torch.tensor([1 if grid is None else grid[1] for grid in tokens.tiles], device=device)[:, None]
+    view, patch = tokens.patch_index // (rows * columns), tokens.patch_index % (rows * columns)
+    place = torch.arange(tokens.patch_index.shape[1], device=device).expand_as(view)
+    within, tile = place % of_view[:, None], (view - 1).clamp(min=0)
+    # Raster over the stitched image: its rows run through all tiles beside each other.
+    row, column = tile // across * rows + patch // columns, tile % across * columns + patch % columns
+    raster = row * across * columns + column
+    last = within >= of_view[:, None] - contextual[first + view]
+    kind = torch.where(within == 0, 2, torch.where(last, 3, 1)).masked_fill(view == 0, 0)
+    key = torch.where(kind == 1, raster, place) + kind * (rows * columns * int(max(tokens.known_views)) + 1)
+    alone = torch.tensor([grid is None for grid in tokens.tiles], device=device)[:, None]
+    return torch.where(alone, place, key)
