@@ -8,6 +8,7 @@ without tiles is what the overview does not show and not what the model never pr
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,6 +142,17 @@ class Batch:
     asked: list[list[highres.Question]]
 
 
+def phase_of_steps(text: str) -> list[str]:
+    """``"strips:2,mixed:1"`` -> ``["strips", "strips", "mixed"]``; ValueError for anything else."""
+    names = []
+    for part in text.split(","):
+        name, _, steps = part.partition(":")
+        if name not in PHASES or not steps.isdigit():
+            raise ValueError(f"phases: {part!r} should look like NAME:STEPS, with one of {', '.join(PHASES)}")
+        names += [name] * int(steps)
+    return names
+
+
 def training_batch(step: int, phase: str, seed: int, tokens: int) -> Batch:
     """The scenes of a step, all of one size; as many as ``tokens`` vision tokens hold."""
     rng = np.random.default_rng((seed, step, 13))
@@ -176,8 +188,7 @@ def tune_tiles(
     tokens : int
         Vision tokens of a step, at least.
     """
-    plan = [(name, int(steps)) for name, steps in (part.split(":") for part in phases.split(","))]
-    names = [name for name, steps in plan for _ in range(steps)]
+    names = phase_of_steps(phases)
     torch.manual_seed(seed)
     tiled = TiledMini(MiniLlava.from_hugging_face(begin))
     grounding = HopGrounding(tiled.model.config)
@@ -211,3 +222,26 @@ def tune_tiles(
             state = {name: part.state_dict() for name, part in parts.items()}
             save_atomically(state | {"step": step + 1}, output)
     return output
+
+
+def main() -> None:
+    """Parse the command line, train, write the folder."""
+    from llava.train.mini.export import export_tiled
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--init", type=Path, required=True, help="folder of the embedded model to begin with")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the stage's checkpoint")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the finished model")
+    parser.add_argument("--phases", required=True, help=f"NAME:STEPS,... of {', '.join(PHASES)}")
+    parser.add_argument("--tokens", type=int, default=1500, help="vision tokens of a step, at least")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    checkpoint = options.work / "tiles.pt"
+    tune_tiles(options.init, checkpoint, options.phases, lr=options.lr, tokens=options.tokens, seed=options.seed)
+    log.info("wrote %s", export_tiled(checkpoint, options.output, options.init))
+
+
+if __name__ == "__main__":
+    main()
