@@ -3,7 +3,8 @@
 Most steps see one random patch of each block of 2x2 patches, the same in all frames of a clip, the next ones two and
 the last ones all four. Each patch keeps the rotary position that it has in the whole clip, so what the model learns
 from a few holds for all; the choice is blind to what the patches show, so that no pruning is practised. While it
-learns, read-outs that are dropped afterwards tell what is to be known on the way: see :class:`ClipGrounding`.
+learns, read-outs that are dropped afterwards tell what is to be known on the way: see :class:`ClipGrounding`. The first
+steps have no questions: only the first layers run, and learn to tell what an object has done so far.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from llava.train.mini import language, scenes, vision
 from llava.train.mini.clip_questions import WORDS, ask
@@ -30,8 +31,10 @@ from llava.train.mini.optim import MuonWithAdamW, grid_at, parse_phases, save_at
 
 log = logging.getLogger(__name__)
 
-#: Clips, and questions per clip, of one step, by the number of patches of each 2x2 block.
-BATCH = {1: (6, 28), 2: (4, 28), 4: (3, 28)}
+#: Clips, and questions per clip, of one step, by the number of patches of each 2x2 block; 0 is one without questions.
+BATCH = {0: (8, 0), 1: (6, 28), 2: (4, 28), 4: (2, 32)}
+#: Clips that are drawn for training; each is seen several times, with other patches and other questions.
+CLIPS = 640
 
 
 @dataclass
@@ -50,36 +53,54 @@ class ClipText(PackedText):
 class ClipBatch:
     """Clips and some of their patches.
 
-    ``pixels`` is ``[batch * moments, 3, side, side]``; ``patches`` ``[batch, patches]`` says which patches of every
-    frame are shown, in ascending order; ``trails`` is ``[batch, moments * patches, 5]``.
+    ``features`` is ``[batch, moments * patches, width]`` of the tower, ``places`` ``[batch, moments * patches]`` tells
+    which patches of the whole clip they are, in ascending order, ``trails`` ``[batch, moments * patches, 5]``.
     """
 
     clips: list[Clip]
-    pixels: torch.Tensor
-    patches: torch.Tensor
+    features: torch.Tensor
+    places: torch.Tensor
     trails: torch.Tensor
 
-    @property
-    def places(self) -> torch.Tensor:
-        """Numbers of the patches in the whole clip, ``[batch, moments * patches]``."""
-        return (torch.arange(MOMENTS)[None, :, None] * CLIP_GRID**2 + self.patches[:, None]).flatten(1)
 
-
-def choose_patches(seed: int, per_block: int) -> torch.Tensor:
+def choose_patches(rng: np.random.Generator, per_block: int) -> torch.Tensor:
     """``per_block`` random patches of each block of 2x2, ``int64 [patches]``, ascending."""
     blocks = CLIP_GRID // 2
-    chosen = np.random.default_rng((seed, 10)).random((blocks, blocks, 4)).argsort(-1)[..., :per_block]
+    chosen = rng.random((blocks, blocks, 4)).argsort(-1)[..., :per_block]
     row, col = np.mgrid[0:blocks, 0:blocks][..., None] * 2 + np.stack((chosen // 2, chosen % 2))
     return torch.from_numpy((row * CLIP_GRID + col).ravel()).sort()[0]
 
 
-def collate(clips: list[Clip], per_block: int) -> ClipBatch:
-    """Draw full-size clips; ``per_block`` patches of each block of 2x2 are shown."""
-    patches = torch.stack([choose_patches(clip.seed, per_block) for clip in clips])
-    told = torch.from_numpy(np.stack([trails(clip) for clip in clips]))
-    shown = told.gather(2, patches[:, None, :, None].expand(-1, MOMENTS, -1, told.shape[-1]))
+def collate(clips: list[Clip], features: torch.Tensor, patches: list[torch.Tensor]) -> ClipBatch:
+    """The chosen patches of clips; ``features`` are ``[clips, moments * 256, width]``, one list of patches per clip."""
+    frame = torch.arange(MOMENTS)[:, None] * CLIP_GRID**2
+    places = torch.stack([(frame + own).flatten() for own in patches])
+    told = [torch.from_numpy(trails(clip)).flatten(0, 1)[own] for clip, own in zip(clips, places, strict=True)]
+    shown = [feature[own] for feature, own in zip(features, places, strict=True)]
+    return ClipBatch(clips, torch.stack(shown).float(), places, torch.stack(told))
+
+
+@torch.no_grad()
+def clip_features(tower: CLIPVisionModel, clips: list[Clip]) -> torch.Tensor:
+    """What a tower says of whole clips, ``bfloat16 [clips, moments * 256, width]``."""
     pixels = vision.normalize(np.concatenate([draw_clip(clip) for clip in clips]))
-    return ClipBatch(clips, pixels, patches, shown.flatten(1, 2))
+    corner = torch.full((len(pixels),), CORNER)
+    positions = vision.window_positions(corner, corner, CLIP_GRID)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = vision.hidden_states(tower, pixels, positions)[-2][:, 1:]
+    return features.reshape(len(clips), MOMENTS * CLIP_GRID**2, -1).bfloat16()
+
+
+def stored_features(path: Path, tower: CLIPVisionModel, clips: list[Clip]) -> torch.Tensor:
+    """:func:`clip_features`, computed once and kept in a file."""
+    if not path.exists():
+        parts = [clips[start : start + 4] for start in range(0, len(clips), 4)]
+        parts = [clip_features(tower, part) for part in tqdm(parts, desc="tower", mininterval=30)]
+        save_atomically({"features": torch.cat(parts)}, path)
+    features = torch.load(path, mmap=True, weights_only=True)["features"]
+    if len(features) != len(clips):
+        raise ValueError(f"{path}: holds features of {len(features)} clips, expected {len(clips)}; move it away")
+    return features
 
 
 def _at(hidden: torch.Tensor, mentions: list[PlacedMention]) -> torch.Tensor:
@@ -173,6 +194,43 @@ def _begin(init: Path) -> dict:
     return mini.state_dict() | {"step": 0}
 
 
+def training_clips(seed: int, count: int = CLIPS) -> list[Clip]:
+    """The clips that a model is trained on; every seed has its own."""
+    first = 800_000_000 + seed * 10_000_000
+    return [generate_clip(scenes.scene_seed("train", first + index)) for index in range(count)]
+
+
+def training_batch(clips: list[Clip], features: torch.Tensor, step: int, per_block: int) -> tuple[ClipBatch, list]:
+    """The clips of one step, by turns, and the questions about each of them."""
+    if per_block not in BATCH:
+        raise ValueError(f"phases: got {per_block} patches of a block, expected one of {sorted(BATCH)}")
+    count, per_clip = BATCH[per_block]
+    order = np.random.default_rng((step * count // len(clips), 11)).permutation(len(clips))
+    numbers = [int(order[(step * count + index) % len(clips)]) for index in range(count)]
+    own = [clips[number] for number in numbers]
+    rngs = [np.random.default_rng((clip.seed, step, 9)) for clip in own]
+    patches = [choose_patches(rng, max(1, per_block)) for rng in rngs]
+    asked = [ask(rng, clip, per_clip) if per_clip else [] for rng, clip in zip(rngs, own, strict=True)]
+    return collate(own, features[numbers], patches), asked
+
+
+def clip_loss(
+    mini: MiniLlava, heads: ClipGrounding, batch: ClipBatch, text: ClipText
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Loss of a batch and which answer tokens were right; without questions the loss of the first layers alone."""
+    tokens = mini.projector(batch.features)
+    if (text.blocks > 0).any():
+        return language.answer_loss(mini.model, tokens, text, OnClips(heads, batch))
+    decoder = mini.model.model
+    prefix = decoder.embed_tokens(text.prefix).expand(len(tokens), -1, -1)
+    hidden = torch.cat((prefix, tokens.to(prefix.dtype)), 1)
+    mask = text.attention_mask(tokens.shape[1], torch.bfloat16)[..., : hidden.shape[1], : hidden.shape[1]]
+    rotary = decoder.rotary_emb(hidden, text.positions(tokens.shape[1])[:, : hidden.shape[1]])
+    for layer in decoder.layers[: heads.trail_depth]:
+        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+    return heads.trail_loss({heads.trail_depth: hidden}, batch.trails, len(text.prefix)), None
+
+
 def tune_clips(init: Path, output: Path, phases: str, *, lr: float = 2e-3, seed: int = 0, save_every: int = 50) -> Path:
     """Train on clips, or go on where ``output`` stands; ``init`` is llava-mini's folder. On the CPU, in one process."""
     plan = parse_phases(phases)
@@ -186,41 +244,24 @@ def tune_clips(init: Path, output: Path, phases: str, *, lr: float = 2e-3, seed:
     if state["step"]:
         heads.load_state_dict(state["grounding"])
         optimizer.load_state_dict(state["optimizer"])
-    packer = Packer(build_tokenizer(WORDS))
-    accuracy = language.RunningAccuracy()
+    packer, clips = Packer(build_tokenizer(WORDS)), training_clips(seed)
+    features = stored_features(output.with_name("clip_features.pt"), mini.tower, clips)
+    accuracy, average = language.RunningAccuracy(), 0.0
     steps = range(state["step"], total)
     for step in tqdm(steps, initial=state["step"], total=total, desc="clips", mininterval=30):
-        batch, asked, text = training_batch(packer, step, grid_at(plan, step), seed)
+        batch, asked = training_batch(clips, features, step, grid_at(plan, step))
+        text = ClipText(**vars(packer(asked)), places=batch.places)
         with torch.autocast("cpu", torch.bfloat16):
-            loss, right = language.answer_loss(mini.model, clip_tokens(mini, batch), text, OnClips(heads, batch))
+            loss, right = clip_loss(mini, heads, batch, text)
         loss.backward()
         optimizer.step(step)
-        accuracy.update(language.question_hits(right, text, [[question.type for question in row] for row in asked]))
-        if (step + 1) % 20 == 0:
-            log.info("clips step %d loss %.3f %s", step + 1, loss.item(), accuracy)
+        average = 0.9 * average + 0.1 * loss.item()
+        if right is not None:
+            types = [[question.type for question in row] for row in asked]
+            accuracy.update(language.question_hits(right, text, types))
+        if (step + 1) % 10 == 0:
+            log.info("clips step %d loss %.3f %s", step + 1, average, accuracy)
         if (step + 1) % save_every == 0 or step + 1 == total:
             progress = {"optimizer": optimizer.state_dict(), "step": step + 1, "grounding": heads.state_dict()}
             save_atomically(mini.state_dict() | progress, output)
     return output
-
-
-def clip_tokens(mini: MiniLlava, batch: ClipBatch) -> torch.Tensor:
-    """Projected features of the chosen patches, frame by frame, ``[batch, moments * patches, hidden]``."""
-    corner = torch.full((len(batch.pixels),), CORNER)
-    with torch.no_grad():
-        positions = vision.window_positions(corner, corner, CLIP_GRID)
-        features = vision.hidden_states(mini.tower, batch.pixels, positions)[-2][:, 1:]
-    chosen = batch.patches.repeat_interleave(MOMENTS, 0)[..., None].expand(-1, -1, features.shape[-1])
-    return mini.projector(features.gather(1, chosen)).reshape(len(batch.clips), -1, mini.model.config.hidden_size)
-
-
-def training_batch(packer: Packer, step: int, per_block: int, seed: int) -> tuple[ClipBatch, list, ClipText]:
-    """The clips of one step with their questions; every step and seed has its own."""
-    if per_block not in BATCH:
-        raise ValueError(f"phases: got {per_block} patches of a block, expected one of {sorted(BATCH)}")
-    count, per_clip = BATCH[per_block]
-    first = 800_000_000 + seed * 10_000_000 + step * 16
-    clips = [generate_clip(scenes.scene_seed("train", first + index)) for index in range(count)]
-    asked = [ask(np.random.default_rng((clip.seed, 9)), clip, per_clip) for clip in clips]
-    batch = collate(clips, per_block)
-    return batch, asked, ClipText(**vars(packer(asked)), places=batch.places)

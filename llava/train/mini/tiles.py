@@ -27,6 +27,7 @@ from llava.model.stitched import layout_of
 from llava.train.mini import highres, language, scenes, vision
 from llava.train.mini.data import Packer, PlacedMention, build_tokenizer
 from llava.train.mini.endtoend import MiniLlava
+from llava.train.mini.export import export_tiles, middle_positions
 from llava.train.mini.grounding import CLASSES, Grounding, facts_of, places_of
 from llava.train.mini.optim import MuonWithAdamW, save_atomically
 
@@ -51,21 +52,13 @@ def image_processor() -> CLIPImageProcessorPil:
     )
 
 
-def crop_positions(table: torch.Tensor) -> torch.Tensor:
-    """CLS and the middle of the tower's position table: ``[1 + 24 * 24, width]`` -> ``[1 + 12 * 12, width]``."""
-    full, side = scenes.FULL_GRID, highres.TILE_GRID
-    edge = (full - side) // 2
-    square = table[1:].view(full, full, -1)[edge : edge + side, edge : edge + side]
-    return torch.cat((table[:1], square.flatten(0, 1)))
-
-
 def cropped_tower(tower: CLIPVisionModel) -> CLIPVisionModel:
     """The same tower for views of one tile."""
     config = CLIPVisionConfig.from_dict({**tower.config.to_dict(), "image_size": highres.TILE})
     small = CLIPVisionModel(config)
     state = tower.state_dict()
     name = next(name for name in state if name.endswith("position_embedding.weight"))
-    state[name] = crop_positions(state[name])
+    state[name] = middle_positions(tower, highres.TILE_GRID)
     small.load_state_dict(state, strict=False)
     return small.eval().requires_grad_(False)
 
@@ -226,8 +219,6 @@ def tune_tiles(
 
 def main() -> None:
     """Parse the command line, train, write the folder."""
-    from llava.train.mini.export import export_tiled
-
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--init", type=Path, required=True, help="folder of the embedded model to begin with")
@@ -240,7 +231,7 @@ def main() -> None:
     options = parser.parse_args()
     checkpoint = options.work / "tiles.pt"
     tune_tiles(options.init, checkpoint, options.phases, lr=options.lr, tokens=options.tokens, seed=options.seed)
-    log.info("wrote %s", export_tiled(checkpoint, options.output, options.init))
+    log.info("wrote %s", export_tiles(checkpoint, options.output, options.init))
 
 
 if __name__ == "__main__":
