@@ -171,7 +171,7 @@ def _without_tower(
     dtype: torch.dtype,
     **settings,
 ) -> Path:
-    """Write a model in LLaVA's original format; of its tower, views of ``grid`` x ``grid`` patches, the positions alone.
+    """Write a model in LLaVA's original format; of its tower, for ``grid`` x ``grid`` patches, the positions alone.
 
     ``words`` are those of its tokenizer that the image model's does not have, ``more`` are weights, ``settings`` go
     into config.json.

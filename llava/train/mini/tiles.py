@@ -13,6 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -22,8 +23,8 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llava.anyres import get_anyres_image_grid_shape, process_anyres_image
-from llava.model.stitched import layout_of
+from llava.anyres import process_anyres_image
+from llava.model.stitched import layouts_of
 from llava.train.mini import highres, language, scenes, vision
 from llava.train.mini.data import Packer, PlacedMention, build_tokenizer
 from llava.train.mini.endtoend import MiniLlava
@@ -33,6 +34,13 @@ from llava.train.mini.optim import MuonWithAdamW, save_atomically
 
 log = logging.getLogger(__name__)
 
+#: What config.json says of how images are cut and laid out.
+LAYOUT = SimpleNamespace(
+    mm_patch_merge_type="spatial_unpad",
+    image_aspect_ratio="anyres",
+    image_grid_pinpoints=highres.PINPOINTS,
+    mm_vision_config={"image_size": highres.TILE},
+)
 #: Layouts that a phase of tuning draws from.
 PHASES = {"strips": ("1x2", "2x1"), "mixed": ("1x2", "2x1", "2x2", "2x2"), "squares": ("2x2",)}
 #: Share of the steps that show the overview alone.
@@ -97,8 +105,7 @@ def lay_out(views: torch.Tensor, size: tuple[int, int], newline: torch.Tensor) -
         Ends every row of the tiles, or the overview if it comes alone.
     """
     images, count, patches, _ = views.shape
-    grid = get_anyres_image_grid_shape(size, highres.PINPOINTS, highres.TILE) if count > 1 else (0, 0)
-    layout = layout_of("spatial_unpad", size if count > 1 else None, grid, highres.TILE_GRID)
+    (layout,) = layouts_of(LAYOUT, highres.TILE_GRID, [(count, size)])
     index = torch.where(layout.shows, layout.view * patches + layout.patch, count * patches)
     return torch.cat((views.flatten(1, 2), newline.to(views.dtype).expand(images, 1, -1)), 1)[:, index]
 
