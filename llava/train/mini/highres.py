@@ -2,8 +2,8 @@
 
 The world is that of :mod:`llava.train.mini.scenes`, on an image of up to 24x24 patches. A tower of 168 px sees
 a quarter of it at a time: 2x2, 1x2 or 2x1 tiles show every patch as it was drawn, the overview shows the whole at half
-the size. Signs with words are what only tiles can show well, and objects touch the signs, so that a question can name
-a sign by what stands next to it.
+the size. Signs with words are what only tiles can show well, and objects stand directly left or right of the signs, so
+that a question can name a sign by the object next to it.
 
 Everything about a scene follows from its seed, and the seed says which split it belongs to (``scenes.split_of``).
 """
@@ -33,7 +33,7 @@ SIZES = {
 }
 LAYOUTS = tuple(SIZES)
 #: Share of the signs that an object is put beside.
-BESIDE = 0.8
+BESIDE = 0.9
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def generate(seed: int, layout: str | None = None) -> HighResScene:
 
 
 def _entities(rng: np.random.Generator, taken: np.ndarray) -> list[Entity]:
-    """Signs, objects beside most of them, other objects and scribbles, as many as the free area is large."""
+    """Signs, objects left or right of most of them, other objects and scribbles, as many as the free area is large."""
     share = 1 - taken.mean()
     n_objects, n_signs, n_scribbles = (round(share * rng.uniform(*span)) for span in ((7, 12), (3, 5), (1, 3.5)))
     shapes, colors = (rng.choice(names, 5, replace=False) for names in (scenes.SHAPES, scenes.COLOR_NAMES))
@@ -77,32 +77,27 @@ def _entities(rng: np.random.Generator, taken: np.ndarray) -> list[Entity]:
     for color in rng.permutation(scenes.COLOR_NAMES)[: max(2, n_signs)]:
         word = "".join(rng.choice(scenes.ALPHABET, int(rng.integers(2, scenes.MAX_WORD + 1))))
         scenes.place(entities, taken, rng, "sign", 3, 2 * len(word) + 1, str(color), word=word)
-    near: list[Entity | None] = [sign for sign in entities if rng.random() < BESIDE]
-    for sign in near + [None] * (max(3, n_objects) - len(near)):
+    near = [sign for sign in entities if rng.random() < BESIDE]
+    for number in range(max(3, n_objects)):
         size = str(rng.choice(scenes.SIZES, p=(0.65, 0.35)))
         side = 3 if size == "small" else 5
-        blocked = taken if sign is None else taken | ~_next_to(sign, side)
-        before = blocked.copy()
-        scenes.place(
-            entities, blocked, rng, "object", side, side, str(rng.choice(colors)),
-            shape=str(rng.choice(shapes)), size=size, pattern=str(rng.choice(scenes.PATTERNS)),
-        )  # fmt: skip
-        taken |= blocked & ~before
+        looks = {"shape": str(rng.choice(shapes)), "size": size, "pattern": str(rng.choice(scenes.PATTERNS))}
+        color, spots = str(rng.choice(colors)), _beside(taken, near[number], side) if number < len(near) else []
+        if spots:
+            spot = spots[rng.integers(len(spots))]
+            scenes.put(entities, taken, rng, "object", *spot, side, side, color, **looks)
+        else:
+            scenes.place(entities, taken, rng, "object", side, side, color, **looks)
     for _ in range(n_scribbles):
         scenes.place(entities, taken, rng, "scribble", 3, 3, str(rng.choice(scenes.COLOR_NAMES)))
     return entities
 
 
-def _next_to(sign: Entity, side: int) -> np.ndarray:
-    """Where an object of ``side`` patches touches an edge of a sign: bool ``[24, 24]``, four strips around it."""
-    row0, col0, row1, col1 = sign.box
-    free = np.zeros((FULL_GRID, FULL_GRID), bool)
-    up, left = max(0, row0 - side), max(0, col0 - side)
-    # A strip no wider than the object along the sign: what fits in it overlaps the sign's edge.
-    reach = side // 2
-    free[up : row1 + side, max(0, col0 - reach) : col1 + reach] = True
-    free[max(0, row0 - reach) : row1 + reach, left : col1 + side] = True
-    return free
+def _beside(taken: np.ndarray, sign: Entity, side: int) -> list[tuple[int, int]]:
+    """First patches of the free places for an object of ``side`` patches left and right of a sign, on its row."""
+    row, (_, col0, _, col1) = sign.row - side // 2, sign.box
+    inside = [(row, col) for col in (col0 - side, col1) if min(row, col) >= 0 and max(row, col) + side <= FULL_GRID]
+    return [(row, col) for row, col in inside if not taken[row : row + side, col : col + side].any()]
 
 
 def draw(scene: HighResScene) -> Image.Image:
@@ -117,10 +112,10 @@ def gaps(first: Entity, second: Entity) -> tuple[int, int]:
     return max(top - row1, row0 - bottom), max(left - col1, col0 - right)
 
 
-def touching(target: Entity, others: list[Entity]) -> Entity | None:
-    """The only one of ``others`` that touches an edge of ``target``; None if there is none or a second one is close."""
+def beside(target: Entity, others: list[Entity]) -> Entity | None:
+    """The only one of ``others`` that touches ``target`` on its left or right; None if none does or two are close."""
     near = [item for item in others if item is not target and max(gaps(target, item)) < 2]
-    if len(near) != 1 or max(gaps(target, near[0])) != 0 or min(gaps(target, near[0])) == 0:
+    if len(near) != 1 or gaps(target, near[0])[1] != 0 or abs(target.row - near[0].row) > 1:
         return None
     return near[0]
 
@@ -132,11 +127,14 @@ def _hop(scene: Scene, text: str, named: str, start: Entity, end: Entity, answer
 
 
 def ask_by_object(rng: np.random.Generator, scene: Scene) -> Question | None:
-    """The word, or the colour, of the sign that an object touches."""
+    """The word, or the colour, of the sign beside an object."""
     objects = scene.objects
-    target = objects[rng.integers(len(objects))]
-    described, sign = describe(rng, objects, target), touching(target, scene.signs)
-    if described is None or sign is None:
+    pairs = [(item, sign) for item in objects if (sign := beside(item, scene.signs))]
+    if not pairs:
+        return None
+    target, sign = pairs[rng.integers(len(pairs))]
+    described = describe(rng, objects, target)
+    if described is None:
         return None
     name = phrase(described)
     if rng.random() < 0.6:
@@ -146,11 +144,11 @@ def ask_by_object(rng: np.random.Generator, scene: Scene) -> Question | None:
 
 
 def ask_by_sign(rng: np.random.Generator, scene: Scene) -> Question | None:
-    """An attribute of the object that a sign touches."""
-    sign = scene.signs[rng.integers(len(scene.signs))]
-    found = touching(sign, scene.objects)
-    if found is None:
+    """An attribute of the object beside a sign."""
+    pairs = [(sign, item) for sign in scene.signs if (item := beside(sign, scene.objects))]
+    if not pairs:
         return None
+    sign, found = pairs[rng.integers(len(pairs))]
     hidden, name = str(rng.choice(("pattern", "color", "shape"), p=(0.2, 0.4, 0.4))), f"{sign.color} sign"
     text = f"What {hidden} is the object by the {name}?"
     return _hop(scene, text, name, sign, found, getattr(found, hidden), "object by sign")
@@ -177,7 +175,7 @@ TYPES = (
     "existence", "counting", "relation",
 )  # fmt: skip
 #: Probability of each asker, in training and, by default, in the task.
-TRAINING_MIX = (0.12, 0.4, 0.2, 0.06, 0.06, 0.08, 0.08)
+TRAINING_MIX = (0.12, 0.36, 0.2, 0.08, 0.06, 0.1, 0.08)
 TASK_MIX = (0.25, 0.22, 0.12, 0.13, 0.08, 0.08, 0.12)
 
 

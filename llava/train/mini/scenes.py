@@ -190,24 +190,18 @@ def place(entities, taken, rng, kind, height, width, color, **attributes) -> Non
         row, col = int(rng.integers(0, grid - height + 1)), int(rng.integers(0, grid - width + 1))
         if taken[row : row + height, col : col + width].any():
             continue
-        taken[row : row + height, col : col + width] = True
-        rgb = tuple(int(value) for value in np.clip(np.array(COLORS[color]) + rng.integers(-10, 11, 3), 0, 255))
-        shift = tuple(float(value) for value in rng.uniform(-1.5, 1.5, 2))
-        entities.append(
-            Entity(
-                kind,
-                row + height // 2,
-                col + width // 2,
-                height,
-                width,
-                color,
-                rgb,
-                shift,
-                int(rng.integers(1 << 30)),
-                **attributes,
-            )  # fmt: skip
-        )
+        put(entities, taken, rng, kind, row, col, height, width, color, **attributes)
         return
+
+
+def put(entities, taken, rng, kind, row, col, height, width, color, **attributes) -> None:
+    """Add an entity whose box begins at a patch; ``taken`` is updated."""
+    taken[row : row + height, col : col + width] = True
+    rgb = tuple(int(value) for value in np.clip(np.array(COLORS[color]) + rng.integers(-10, 11, 3), 0, 255))
+    shift = tuple(float(value) for value in rng.uniform(-1.5, 1.5, 2))
+    style = int(rng.integers(1 << 30))
+    center = row + height // 2, col + width // 2
+    entities.append(Entity(kind, *center, height, width, color, rgb, shift, style, **attributes))
 
 
 def render(scene: Scene) -> Image.Image:

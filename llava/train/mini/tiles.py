@@ -31,6 +31,7 @@ from llava.train.mini.endtoend import MiniLlava
 from llava.train.mini.export import export_tiles, middle_positions
 from llava.train.mini.grounding import CLASSES, Grounding, facts_of, places_of
 from llava.train.mini.optim import MuonWithAdamW, save_atomically
+from llava.train.mini.questions import mention
 
 log = logging.getLogger(__name__)
 
@@ -111,13 +112,34 @@ def lay_out(views: torch.Tensor, size: tuple[int, int], newline: torch.Tensor) -
 
 
 class HopGrounding(Grounding):
-    """Read-outs as in :class:`Grounding`; one more, three layers on, for things named by a neighbour."""
+    """Read-outs as in :class:`Grounding`, and two for things that are named by what stands beside them.
+
+    Three layers later than the others, the end of such a question tells what is meant. Early on, the vision tokens of
+    a thing tell what stands on its left.
+    """
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
-        self.hop_norm = nn.LayerNorm(config.hidden_size)
-        self.hop_head = nn.Linear(config.hidden_size, sum(CLASSES))
+        self.early = config.num_hidden_layers * 3 // 8
+        self.hop_norm, self.left_norm = nn.LayerNorm(config.hidden_size), nn.LayerNorm(config.hidden_size)
+        self.hop_head, self.left_head = (nn.Linear(config.hidden_size, sum(CLASSES)) for _ in range(2))
         self.alone = False
+        self.left: list[PlacedMention] = []
+
+    def look(self, drawn: Sequence[highres.HighResScene], first: int) -> None:
+        """Note what the next batch shows; the tiles of its scenes begin at token ``first``."""
+        self.left = []
+        for number, scene in enumerate(drawn):
+            pairs = [(item, highres.beside(item, scene.objects)) for item in scene.signs]
+            pairs += [(item, highres.beside(item, scene.signs)) for item in scene.objects]
+            for item, other in pairs:
+                if other is None or other.col > item.col:
+                    continue
+                col0 = item.box[1]
+                columns = [col0 + 1 + 2 * slot for slot in range(len(item.word))] or [item.col]
+                meant = mention(scene, "", [other])
+                for col in (col0, *columns):
+                    self.left.append(PlacedMention(number, first + item.row * (scene.cols + 1) + col, meant))
 
     def loss(self, states: Sequence[torch.Tensor], mentions: list[PlacedMention], length: int) -> torch.Tensor:
         """Sum of all read-outs' losses; while ``alone`` they do not teach the model."""
@@ -125,19 +147,29 @@ class HopGrounding(Grounding):
             states = [state.detach() for state in states]
         hops = [item for item in mentions if item.meaning.phrase.endswith("?")]
         found = super().loss(states, [item for item in mentions if not item.meaning.phrase.endswith("?")], length)
-        if not hops:
-            return found
-        logits = self.hop_head(self.hop_norm(states[self.compare_depth][:, -length:][places_of(hops)])).float()
-        facts = torch.tensor([facts_of(item) for item in hops], device=logits.device)
+        later = states[self.compare_depth][:, -length:]
+        return (
+            found
+            + self._facts_loss(self.hop_head, self.hop_norm, later, hops)
+            + self._facts_loss(self.left_head, self.left_norm, states[self.early], self.left)
+        )
+
+    def _facts_loss(
+        self, head: nn.Linear, norm: nn.LayerNorm, hidden: torch.Tensor, placed: list[PlacedMention]
+    ) -> torch.Tensor:
+        if not placed:
+            return hidden.new_zeros((), dtype=torch.float32)
+        logits = head(norm(hidden[places_of(placed)])).float()
+        facts = torch.tensor([facts_of(item) for item in placed], device=logits.device)
         groups = zip(logits.split(list(CLASSES), -1), facts.T, strict=True)
-        return found + sum(0.3 * F.cross_entropy(group, fact) for group, fact in groups)
+        return sum(0.3 * F.cross_entropy(group, fact) for group, fact in groups)
 
 
 @dataclass(frozen=True)
 class Batch:
     """Scenes of one size with their views ``[images, views, 3, side, side]`` and questions."""
 
-    size: tuple[int, int]
+    scenes: list[highres.HighResScene]
     pixels: torch.Tensor
     asked: list[list[highres.Question]]
 
@@ -169,7 +201,7 @@ def training_batch(step: int, phase: str, seed: int, tokens: int) -> Batch:
     views = [process_anyres_image(highres.draw(scene), processor, highres.PINPOINTS) for scene in drawn]
     count = 24 if layout == "2x2" else 16
     asked = [highres.ask(np.random.default_rng((s.seed, 3)), s, count, highres.TRAINING_MIX) for s in drawn]
-    return Batch(drawn[0].size, torch.stack(views), asked)
+    return Batch(drawn, torch.stack(views), asked)
 
 
 def tune_tiles(
@@ -206,8 +238,9 @@ def tune_tiles(
         only_overview = np.random.default_rng((seed, step, 17)).random() < OVERVIEW_ONLY
         grounding.alone = step < READ_OUTS_FIRST
         text = packer(batch.asked)
+        grounding.look([] if only_overview else batch.scenes, len(text.prefix) + highres.TILE_GRID**2)
         with torch.autocast("cpu", torch.bfloat16):
-            shown = tiled.vision_tokens(batch.pixels, batch.size, only_overview)
+            shown = tiled.vision_tokens(batch.pixels, batch.scenes[0].size, only_overview)
             loss, right = language.answer_loss(tiled.model, shown, text, grounding)
         loss.backward()
         optimizer.step(step)
