@@ -16,7 +16,7 @@ from llava.constants import IGNORE_INDEX
 from llava.model.inputs import assign_images, distinct_stacks, image_stacks, split_at_images, text_ids
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.stitched import TiledImages, has_newline, layouts_of, sizes_of, splice_stitched, stitches, tile_grids
+from llava.model.stitched import TiledImages, has_newline, sizes_of, splice_stitched, stitches, tile_grids
 from mustdrop.hooks import (
     APART,
     ForwardState,
@@ -132,8 +132,8 @@ class LlavaMetaForCausalLM:
         """Projected features of preprocessed images `[images, 3, height, width]`.
 
         Returns the plain tensor `[images, tokens, width]` as in LLaVA, or the `VisionTokens` when a `state` is given;
-        with `views`, how many neighbouring ones are the tiles or frames of one image, in one row for each image; `tiles`
-        are rows and columns of tiles, where they are known.
+        with `views`, how many neighbouring ones are the tiles or frames of one image, in one row for each image;
+        `tiles` are rows and columns of tiles, where they are known.
         """
         asked = state
         state = state or self.new_state()
@@ -206,9 +206,8 @@ class LlavaMetaForCausalLM:
         dummies = stacks[:1] if labels is not None and not distinct else []
         encoded, shown = None, distinct or dummies
         if shown:
-            views = [len(stack) for stack in shown]
-            known = {place: sizes[i] for i, place in which.items()}
-            tiles = tile_grids(self.config, list(zip(views, map(known.get, range(len(views))), strict=True)))
+            views, known = [len(stack) for stack in shown], {place: sizes[i] for i, place in which.items()}
+            tiles = tile_grids(self.config, [(count, known.get(place)) for place, count in enumerate(views)])
             encoded = self.encode_images(torch.cat(shown), state, views, tiles)
         embedding = self.get_input_embeddings()
         text = embedding(text_ids(chunks, embedding.num_embeddings).to(embedding.weight.device))
@@ -238,17 +237,13 @@ class LlavaMetaForCausalLM:
         """`splice` where tiles are stitched; `shown` are the stack and the size of each image of the prompts."""
         with state.timed("vision", distinct[0].device):
             encoded = self._projected(torch.cat(distinct), state)
-        first = [0, *accumulate(map(len, distinct))]
-        views = [list(range(first[number], first[number + 1])) for number, _ in shown]
-        sizes = [(len(own), size) for own, (_, size) in zip(views, shown, strict=True)]
-        images = TiledImages(encoded, views, layouts_of(self.config, encoded.grid[0], sizes))
+        images = TiledImages.of(self.config, encoded, [len(stack) for stack in distinct], shown)
         embedding = self.get_input_embeddings()
         text = embedding(text_ids(chunks, embedding.num_embeddings).to(embedding.weight.device))
         newline = getattr(self.get_model(), "image_newline", None)
         limit = getattr(self.config, "tokenizer_model_max_length", None) if labels is not None else None
         spliced = splice_stitched(rows, text, labels, images, newline, state, side, limit)
-        embeds, tokens, targets, positions = spliced
-        return Prompt(embeds, tokens, targets, state, positions)
+        return Prompt(*spliced[:3], state, spliced[3])
 
     def _ask(
         self,

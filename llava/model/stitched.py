@@ -128,6 +128,14 @@ class TiledImages:
     rows: list[list[int]]
     layouts: list[Layout]
 
+    @classmethod
+    def of(cls, config, tokens: VisionTokens, views: list[int], shown: list[tuple[int, tuple | None]]) -> TiledImages:
+        """The images of which each shows a stack of `views`, by the stack's number, and has a size (width, height)."""
+        first = [0, *accumulate(views)]
+        rows = [list(range(first[number], first[number + 1])) for number, _ in shown]
+        sizes = [(views[number], size) for number, size in shown]
+        return cls(tokens, rows, layouts_of(config, tokens.grid[0], sizes))
+
     @property
     def order(self) -> list[int]:
         """Rows of all images."""
