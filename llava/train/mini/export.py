@@ -147,12 +147,13 @@ def export_clips(checkpoint: Path, folder: Path, tower: Path, dtype: torch.dtype
         **text,
         architectures=["LlavaLlamaForCausalLM"],
         dtype=dtype,
-        mm_vision_tower=os.path.relpath(tower.resolve(), folder.resolve()),
+        mm_vision_tower=os.path.relpath(tower, folder),
         mm_vision_config=mini.tower.config.to_diff_dict() | {"image_size": side},
         mm_hidden_size=mini.tower.config.hidden_size,
         mm_projector_type="mlp2x_gelu",
         mm_vision_select_layer=-2,
         image_aspect_ratio="pad",
+        tokenizer_model_max_length=mini.model.config.max_position_embeddings,
     )
     tokenizer = build_tokenizer(WORDS)
 
