@@ -194,7 +194,7 @@ def _begin(init: Path) -> dict:
     return mini.state_dict() | {"step": 0}
 
 
-def training_clips(seed: int, count: int = CLIPS) -> list[Clip]:
+def training_clips(seed: int, count: int) -> list[Clip]:
     """The clips that a model is trained on; every seed has its own."""
     first = 800_000_000 + seed * 10_000_000
     return [generate_clip(scenes.scene_seed("train", first + index)) for index in range(count)]
@@ -231,7 +231,16 @@ def clip_loss(
     return heads.trail_loss({heads.trail_depth: hidden}, batch.trails, len(text.prefix)), None
 
 
-def tune_clips(init: Path, output: Path, phases: str, *, lr: float = 2e-3, seed: int = 0, save_every: int = 50) -> Path:
+def tune_clips(
+    init: Path,
+    output: Path,
+    phases: str,
+    *,
+    lr: float = 2e-3,
+    seed: int = 0,
+    n_clips: int = CLIPS,
+    save_every: int = 50,
+) -> Path:
     """Train on clips, or go on where ``output`` stands; ``init`` is llava-mini's folder. On the CPU, in one process."""
     plan = parse_phases(phases)
     total = sum(steps for _, steps in plan)
@@ -244,7 +253,7 @@ def tune_clips(init: Path, output: Path, phases: str, *, lr: float = 2e-3, seed:
     if state["step"]:
         heads.load_state_dict(state["grounding"])
         optimizer.load_state_dict(state["optimizer"])
-    packer, clips = Packer(build_tokenizer(WORDS)), training_clips(seed)
+    packer, clips = Packer(build_tokenizer(WORDS)), training_clips(seed, n_clips)
     features = stored_features(output.with_name("clip_features.pt"), mini.tower, clips)
     accuracy, average = language.RunningAccuracy(), 0.0
     steps = range(state["step"], total)

@@ -189,11 +189,12 @@ def _without_tower(
         **text,
         architectures=["LlavaLlamaForCausalLM"],
         dtype=dtype,
-        mm_vision_tower=os.path.relpath(tower.resolve(), folder.resolve()),
+        mm_vision_tower=os.path.relpath(tower, folder),
         mm_vision_config=mini.tower.config.to_diff_dict() | {"image_size": side},
         mm_hidden_size=mini.tower.config.hidden_size,
         mm_projector_type="mlp2x_gelu",
         mm_vision_select_layer=-2,
+        tokenizer_model_max_length=mini.model.config.max_position_embeddings,
         **settings,
     )
     tokenizer = build_tokenizer(words)
