@@ -151,7 +151,7 @@ class HopGrounding(Grounding):
         return (
             found
             + self._facts_loss(self.hop_head, self.hop_norm, later, hops)
-            + self._facts_loss(self.left_head, self.left_norm, states[self.early], self.left)
+            + 3 * self._facts_loss(self.left_head, self.left_norm, states[self.early], self.left)
         )
 
     def _facts_loss(
