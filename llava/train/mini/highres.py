@@ -2,8 +2,8 @@
 
 The world is that of :mod:`llava.train.mini.scenes`, on an image of up to 24x24 patches. A tower of 168 px sees
 a quarter of it at a time: 2x2, 1x2 or 2x1 tiles show every patch as it was drawn, the overview shows the whole at half
-the size. Signs with words are what only tiles can show well, and objects stand directly left or right of the signs, so
-that a question can name a sign by the object next to it.
+the size. Signs with words are what only tiles can show well, and objects stand directly right of the signs, so that
+a question can name a sign by the object next to it.
 
 Everything about a scene follows from its seed, and the seed says which split it belongs to (``scenes.split_of``).
 """
@@ -32,7 +32,9 @@ SIZES = {
     "2x1": ((24, 12), (24, 12), (22, 12), (20, 12), (24, 10)),
 }
 LAYOUTS = tuple(SIZES)
-#: Share of the signs that an object is put beside.
+#: Patches a side of an object.
+SIDES = {"small": 3, "large": 5}
+#: Share of the signs that get an object on their right, where there is room.
 BESIDE = 0.9
 
 
@@ -69,35 +71,35 @@ def generate(seed: int, layout: str | None = None) -> HighResScene:
 
 
 def _entities(rng: np.random.Generator, taken: np.ndarray) -> list[Entity]:
-    """Signs, objects left or right of most of them, other objects and scribbles, as many as the free area is large."""
+    """Signs, most with an object on their right, other objects and scribbles, as many as the free area is large."""
     share = 1 - taken.mean()
     n_objects, n_signs, n_scribbles = (round(share * rng.uniform(*span)) for span in ((7, 12), (3, 5), (1, 3.5)))
     shapes, colors = (rng.choice(names, 5, replace=False) for names in (scenes.SHAPES, scenes.COLOR_NAMES))
     entities: list[Entity] = []
+
+    def new_object() -> dict[str, str]:
+        looks = {name: str(rng.choice(values)) for name, values in (("shape", shapes), ("color", colors))}
+        size = str(rng.choice(scenes.SIZES, p=(0.65, 0.35)))
+        return {**looks, "size": size, "pattern": str(rng.choice(scenes.PATTERNS))}
+
     for color in rng.permutation(scenes.COLOR_NAMES)[: max(2, n_signs)]:
         word = "".join(rng.choice(scenes.ALPHABET, int(rng.integers(2, scenes.MAX_WORD + 1))))
-        scenes.place(entities, taken, rng, "sign", 3, 2 * len(word) + 1, str(color), word=word)
-    near = [sign for sign in entities if rng.random() < BESIDE]
-    for number in range(max(3, n_objects)):
-        size = str(rng.choice(scenes.SIZES, p=(0.65, 0.35)))
-        side = 3 if size == "small" else 5
-        looks = {"shape": str(rng.choice(shapes)), "size": size, "pattern": str(rng.choice(scenes.PATTERNS))}
-        color, spots = str(rng.choice(colors)), _beside(taken, near[number], side) if number < len(near) else []
-        if spots:
-            spot = spots[rng.integers(len(spots))]
-            scenes.put(entities, taken, rng, "object", *spot, side, side, color, **looks)
+        sign, width = {"color": str(color), "word": word}, 2 * len(word) + 1
+        looks = new_object()
+        side = SIDES[looks["size"]]
+        spot = scenes.free_place(rng, taken, side, width + side) if rng.random() < BESIDE else None
+        if spot:
+            row, col = spot
+            scenes.put(entities, taken, rng, "sign", row + side // 2 - 1, col, 3, width, **sign)
+            scenes.put(entities, taken, rng, "object", row, col + width, side, side, **looks)
         else:
-            scenes.place(entities, taken, rng, "object", side, side, color, **looks)
+            scenes.place(entities, taken, rng, "sign", 3, width, **sign)
+    for _ in range(max(3, n_objects) - sum(item.kind == "object" for item in entities)):
+        looks = new_object()
+        scenes.place(entities, taken, rng, "object", SIDES[looks["size"]], SIDES[looks["size"]], **looks)
     for _ in range(n_scribbles):
         scenes.place(entities, taken, rng, "scribble", 3, 3, str(rng.choice(scenes.COLOR_NAMES)))
     return entities
-
-
-def _beside(taken: np.ndarray, sign: Entity, side: int) -> list[tuple[int, int]]:
-    """First patches of the free places for an object of ``side`` patches left and right of a sign, on its row."""
-    row, (_, col0, _, col1) = sign.row - side // 2, sign.box
-    inside = [(row, col) for col in (col0 - side, col1) if min(row, col) >= 0 and max(row, col) + side <= FULL_GRID]
-    return [(row, col) for row, col in inside if not taken[row : row + side, col : col + side].any()]
 
 
 def draw(scene: HighResScene) -> Image.Image:
@@ -112,12 +114,15 @@ def gaps(first: Entity, second: Entity) -> tuple[int, int]:
     return max(top - row1, row0 - bottom), max(left - col1, col0 - right)
 
 
-def beside(target: Entity, others: list[Entity]) -> Entity | None:
-    """The only one of ``others`` that touches ``target`` on its left or right; None if none does or two are close."""
-    near = [item for item in others if item is not target and max(gaps(target, item)) < 2]
-    if len(near) != 1 or gaps(target, near[0])[1] != 0 or abs(target.row - near[0].row) > 1:
-        return None
-    return near[0]
+def pairs(scene: Scene) -> list[tuple[Entity, Entity]]:
+    """Signs and the objects that touch their right edge, where neither has a second one of the other kind close by."""
+    close = [(sign, item) for sign in scene.signs for item in scene.objects if max(gaps(sign, item)) < 2]
+    return [
+        (sign, item)
+        for sign, item in close
+        if sum(other is sign for other, _ in close) == sum(other is item for _, other in close) == 1
+        if item.box[1] == sign.box[3] and abs(item.row - sign.row) <= 1
+    ]
 
 
 def _hop(scene: Scene, text: str, named: str, start: Entity, end: Entity, answer: str, kind: str) -> Question:
@@ -128,12 +133,11 @@ def _hop(scene: Scene, text: str, named: str, start: Entity, end: Entity, answer
 
 def ask_by_object(rng: np.random.Generator, scene: Scene) -> Question | None:
     """The word, or the colour, of the sign beside an object."""
-    objects = scene.objects
-    pairs = [(item, sign) for item in objects if (sign := beside(item, scene.signs))]
-    if not pairs:
+    found = pairs(scene)
+    if not found:
         return None
-    target, sign = pairs[rng.integers(len(pairs))]
-    described = describe(rng, objects, target)
+    sign, target = found[rng.integers(len(found))]
+    described = describe(rng, scene.objects, target)
     if described is None:
         return None
     name = phrase(described)
@@ -145,13 +149,13 @@ def ask_by_object(rng: np.random.Generator, scene: Scene) -> Question | None:
 
 def ask_by_sign(rng: np.random.Generator, scene: Scene) -> Question | None:
     """An attribute of the object beside a sign."""
-    pairs = [(sign, item) for sign in scene.signs if (item := beside(sign, scene.objects))]
-    if not pairs:
+    found = pairs(scene)
+    if not found:
         return None
-    sign, found = pairs[rng.integers(len(pairs))]
+    sign, target = found[rng.integers(len(found))]
     hidden, name = str(rng.choice(("pattern", "color", "shape"), p=(0.2, 0.4, 0.4))), f"{sign.color} sign"
     text = f"What {hidden} is the object by the {name}?"
-    return _hop(scene, text, name, sign, found, getattr(found, hidden), "object by sign")
+    return _hop(scene, text, name, sign, target, getattr(target, hidden), "object by sign")
 
 
 def ask_attribute(rng: np.random.Generator, scene: Scene) -> Question | None:

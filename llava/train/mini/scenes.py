@@ -182,16 +182,22 @@ def _how_many(rng: np.random.Generator, grid: int) -> tuple[int, int, int]:
 
 
 def place(entities, taken, rng, kind, height, width, color, **attributes) -> None:
-    """Add an entity at a free random place, or nothing if 60 tries find none; ``taken`` is updated."""
+    """Add an entity at a free random place, or nothing if none is found; ``taken`` is updated."""
+    found = free_place(rng, taken, height, width)
+    if found:
+        put(entities, taken, rng, kind, *found, height, width, color, **attributes)
+
+
+def free_place(rng: np.random.Generator, taken: np.ndarray, height: int, width: int) -> tuple[int, int] | None:
+    """First patch of a random free box, None if 60 tries find none."""
     grid = taken.shape[0]
     if width > grid:
-        return
+        return None
     for _ in range(60):
         row, col = int(rng.integers(0, grid - height + 1)), int(rng.integers(0, grid - width + 1))
-        if taken[row : row + height, col : col + width].any():
-            continue
-        put(entities, taken, rng, kind, row, col, height, width, color, **attributes)
-        return
+        if not taken[row : row + height, col : col + width].any():
+            return row, col
+    return None
 
 
 def put(entities, taken, rng, kind, row, col, height, width, color, **attributes) -> None:

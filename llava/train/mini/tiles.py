@@ -115,7 +115,7 @@ class HopGrounding(Grounding):
     """Read-outs as in :class:`Grounding`, and two for things that are named by what stands beside them.
 
     Three layers later than the others, the end of such a question tells what is meant. Early on, the vision tokens of
-    a thing tell what stands on its left.
+    an object tell which sign stands on its left.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -130,16 +130,10 @@ class HopGrounding(Grounding):
         """Note what the next batch shows; the tiles of its scenes begin at token ``first``."""
         self.left = []
         for number, scene in enumerate(drawn):
-            pairs = [(item, highres.beside(item, scene.objects)) for item in scene.signs]
-            pairs += [(item, highres.beside(item, scene.signs)) for item in scene.objects]
-            for item, other in pairs:
-                if other is None or other.col > item.col:
-                    continue
-                col0 = item.box[1]
-                columns = [col0 + 1 + 2 * slot for slot in range(len(item.word))] or [item.col]
-                meant = mention(scene, "", [other])
-                for col in (col0, *columns):
-                    self.left.append(PlacedMention(number, first + item.row * (scene.cols + 1) + col, meant))
+            for sign, item in highres.pairs(scene):
+                start, meant = first + item.row * (scene.cols + 1), mention(scene, "", [sign])
+                _, col0, _, col1 = item.box
+                self.left += [PlacedMention(number, start + col, meant) for col in range(col0, col1)]
 
     def loss(self, states: Sequence[torch.Tensor], mentions: list[PlacedMention], length: int) -> torch.Tensor:
         """Sum of all read-outs' losses; while ``alone`` they do not teach the model."""
