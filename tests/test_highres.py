@@ -1,6 +1,8 @@
 """High-resolution scenes, the task made of them, and the embedded model that reads them in tiles."""
 
+import os
 import re
+import subprocess
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -155,3 +157,15 @@ def test_small_text_needs_the_tiles(loaded):
         for shown in ("tiles", "overview")
     }
     assert right["tiles"] >= 0.6 and right["overview"] <= right["tiles"] - 0.4
+
+
+def test_the_script_lists_vanilla_and_every_method_at_three_budgets(tmp_path):
+    variables = {**os.environ, "OUT": str(tmp_path / "out")}
+    variables.pop("MODEL", None)
+    script = str(ROOT / "scripts" / "eval_next.sh")
+    done = subprocess.run(["bash", script, "--dry-run"], env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    listed = {line.strip() for line in done.stdout.splitlines()}
+    methods = ("mustdrop", "fastv", "visionzip")
+    for label in ("vanilla", *(f"{method}_{budget}" for method in methods for budget in (160, 80, 40))):
+        assert any(label in line.split() for line in listed), label

@@ -179,7 +179,7 @@ TYPES = (
     "existence", "counting", "relation",
 )  # fmt: skip
 #: Probability of each asker, in training and, by default, in the task.
-TRAINING_MIX = (0.12, 0.36, 0.2, 0.08, 0.06, 0.1, 0.08)
+TRAINING_MIX = (0.22, 0.26, 0.12, 0.08, 0.06, 0.16, 0.1)
 TASK_MIX = (0.25, 0.22, 0.12, 0.13, 0.08, 0.08, 0.12)
 
 

@@ -120,7 +120,7 @@ class HopGrounding(Grounding):
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
-        self.early = config.num_hidden_layers * 3 // 8
+        self.early = config.num_hidden_layers * 3 // 16
         self.hop_norm, self.left_norm = nn.LayerNorm(config.hidden_size), nn.LayerNorm(config.hidden_size)
         self.hop_head, self.left_head = (nn.Linear(config.hidden_size, sum(CLASSES)) for _ in range(2))
         self.alone = False
