@@ -1,4 +1,4 @@
-"""``mini_highres``: held-out synthetic scenes too fine for one view, with questions most of which need the tiles."""
+"""``mini_highres``: synthetic scenes too fine for one view; half of the questions ask for small text or small things."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def documents(n_scenes: int | None = None, split: str = SPLIT) -> Iterator[dict]
     ------
     dict
         ``question_id``, ``scene`` (its seed), ``image`` (PIL), ``question``, ``answer`` and ``type``, one of
-        `llava.train.mini.highres.TYPES`. Six of ten questions ask for what is written on a sign or stands beside one.
+        `llava.train.mini.highres.TYPES`. A third of the questions are about
+        what a sign says.
     """
     from llava.train.mini.highres import split_questions
 

@@ -180,7 +180,7 @@ TYPES = (
 )  # fmt: skip
 #: Probability of each asker, in training and, by default, in the task.
 TRAINING_MIX = (0.22, 0.26, 0.12, 0.08, 0.06, 0.16, 0.1)
-TASK_MIX = (0.25, 0.22, 0.12, 0.13, 0.08, 0.08, 0.12)
+TASK_MIX = (0.36, 0.08, 0.08, 0.2, 0.08, 0.08, 0.12)
 
 
 def ask(rng: np.random.Generator, scene: Scene, count: int, mix: tuple[float, ...] = TASK_MIX) -> list[Question]:
