@@ -1,4 +1,4 @@
-"""``mini_highres``: synthetic scenes too fine for one view; half of the questions ask for small text or small things."""
+"""``mini_highres``: synthetic scenes too fine for one view; half the questions ask for small text or small things."""
 
 from __future__ import annotations
 
