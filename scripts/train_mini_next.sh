@@ -20,7 +20,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 if [[ ${QUICK:-0} == 1 ]]; then
     PHASES=${PHASES:-strips:2,squares:1} SCENES=${SCENES:-2}
 else
-    PHASES=${PHASES:-strips:150,mixed:220,squares:300} SCENES=${SCENES:-150}
+    PHASES=${PHASES:-strips:900,mixed:400,squares:500} SCENES=${SCENES:-150}
 fi
 
 python -m llava.train.mini.tiles --init "$INIT" --work "$WORK" --output "$OUTPUT" --phases "$PHASES" --seed "${SEED:-0}"

@@ -199,7 +199,7 @@ def training_batch(step: int, phase: str, seed: int, tokens: int) -> Batch:
 
 
 def tune_tiles(
-    begin: Path, output: Path, phases: str, *, lr: float = 2e-3, tokens: int = 1500, seed: int = 0, save_every: int = 50
+    begin: Path, output: Path, phases: str, *, lr: float = 1e-3, tokens: int = 1500, seed: int = 0, save_every: int = 50
 ) -> Path:
     """Train projector, newline and language model on high-resolution scenes, or go on where ``output`` stands.
 
@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--phases", required=True, help=f"NAME:STEPS,... of {', '.join(PHASES)}")
     parser.add_argument("--tokens", type=int, default=1500, help="vision tokens of a step, at least")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     checkpoint = options.work / "tiles.pt"
