@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from test_scenes import named, solve
 
 from eval import tasks
 from eval.tasks import LOCAL, SUITE, mini_highres
 from llava.anyres import get_anyres_image_grid_shape, process_anyres_image
 from llava.mm_utils import tokenizer_image_token
-from llava.train.mini import highres, scenes, tiles
+from llava.model.builder import load_pretrained_model
+from llava.train.mini import highres, scenes, tiles, tiles_evaluate
+from llava.train.mini.export import export_tiles
 
 ROOT = Path(__file__).resolve().parents[1]
 NEXT = ROOT / "checkpoints" / "llava-mini-next"
@@ -112,16 +115,12 @@ def test_data_change_with_the_generator_of_their_own_scenes_alone(tmp_path, monk
 
 @pytest.fixture(scope="module")
 def loaded():
-    from llava.model.builder import load_pretrained_model
-
     return load_pretrained_model(str(NEXT), device="cpu", torch_dtype=torch.float32)
 
 
 def test_the_folder_keeps_what_differs_from_the_embedded_model(loaded):
     model = loaded[1]
     names = {name for name, _ in model.named_parameters()}
-    from safetensors import safe_open
-
     with safe_open(NEXT / "model.safetensors", "pt") as file:
         held = set(file.keys())
     (table,) = (name for name in held if "vision_tower" in name)
@@ -146,8 +145,6 @@ def test_training_shows_tiles_as_the_model_does(loaded, layout):
 
 def test_small_text_needs_the_tiles(loaded):
     """Far above chance with tiles, far below that with the overview alone."""
-    from llava.train.mini import tiles_evaluate
-
     asked = [
         (scene, image, [question for question in questions if question.type == "reading"])
         for scene, image, questions in highres.split_questions("test", 6, 10, layout="2x2")
@@ -159,13 +156,36 @@ def test_small_text_needs_the_tiles(loaded):
     assert right["tiles"] >= 0.6 and right["overview"] <= right["tiles"] - 0.4
 
 
-def test_the_script_lists_vanilla_and_every_method_at_three_budgets(tmp_path):
+def test_training_goes_on_where_it_stopped_and_its_export_loads(tmp_path, loaded):
+    begin, checkpoint = ROOT / "checkpoints" / "llava-mini", tmp_path / "work" / "tiles.pt"
+    tiles.tune_tiles(begin, checkpoint, "strips:1", tokens=1, save_every=1)
+    first = torch.load(checkpoint, weights_only=True)
+    assert first["step"] == 1
+    tiles.tune_tiles(begin, checkpoint, "strips:1,squares:1", tokens=1)
+    second = torch.load(checkpoint, weights_only=True)
+    changed = [name for name, value in first["tiled"].items() if not torch.equal(value, second["tiled"][name])]
+    assert second["step"] == 2 and set(changed) == set(first["tiled"])
+    folder = export_tiles(checkpoint, tmp_path / "model", begin)
+    model = load_pretrained_model(str(folder), device="cpu", torch_dtype=torch.float32)[1]
+    assert torch.equal(model.model.image_newline.half(), second["tiled"]["image_newline"].half())
+    theirs, ours = (one.get_vision_tower().state_dict() for one in (loaded[1], model))
+    assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+
+
+@pytest.mark.parametrize("phases", ["strips", "strips:x", "rows:3", ""])
+def test_phases_that_are_none(phases):
+    with pytest.raises(ValueError, match="phases: .* should look like NAME:STEPS, with one of strips, mixed, squares"):
+        tiles.phase_of_steps(phases)
+
+
+def test_the_script_lists_vanilla_and_every_method_at_the_budgets_in_reach(tmp_path):
     variables = {**os.environ, "OUT": str(tmp_path / "out")}
     variables.pop("MODEL", None)
     script = str(ROOT / "scripts" / "eval_next.sh")
     done = subprocess.run(["bash", script, "--dry-run"], env=variables, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    listed = {line.strip() for line in done.stdout.splitlines()}
-    methods = ("mustdrop", "fastv", "visionzip")
-    for label in ("vanilla", *(f"{method}_{budget}" for method in methods for budget in (160, 80, 40))):
-        assert any(label in line.split() for line in listed), label
+    listed = [line.split() for line in done.stdout.splitlines() if line.startswith("llava-mini-next")]
+    cells = {(method, retain) for _, task, method, retain, *_ in listed if task == "mini_highres"}
+    methods, budgets = ("mustdrop", "mustdrop_plus", "fastv", "visionzip"), ("160", "80", "40")
+    wanted = {("vanilla", "-"), *((method, budget) for method in methods for budget in budgets)}
+    assert cells == wanted - {("mustdrop", "40")} and "left out: no settings of mustdrop for 40 tokens" in done.stdout

@@ -183,7 +183,7 @@ def training_batch(step: int, phase: str, seed: int, tokens: int) -> Batch:
     """The scenes of a step, all of one size; as many as ``tokens`` vision tokens hold."""
     rng = np.random.default_rng((seed, step, 13))
     layout = str(rng.choice(PHASES[phase]))
-    first = 950_000_000 + seed * 10_000_000 + step * 1000
+    first = seed * 10_000_000 + step * 1000
     drawn: list[highres.HighResScene] = []
     for index in range(1000):
         scene = highres.generate(scenes.scene_seed("train", first + index), layout)
