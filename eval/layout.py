@@ -164,12 +164,12 @@ _KEYS = {field.name: field for field in fields(Layout)}
 
 def known_columns(model: str) -> list[str]:
     """Benchmarks and tasks that a table of a model can have."""
-    from eval.tasks import BENCHMARKS
+    from eval.tasks import BENCHMARKS, LOCAL
 
     name = published.canonical(model)
     printed = published.models()[name].columns if name else []
     ours = [task for key, benchmark in BENCHMARKS.items() for task in (key, benchmark.mini, benchmark.stock)]
-    return [column for column in dict.fromkeys([*printed, *ours]) if column != AVERAGE]
+    return [column for column in dict.fromkeys([*printed, *ours, *LOCAL]) if column != AVERAGE]
 
 
 def lines(layout: Layout, results: Iterable[Result]) -> list[Line]:

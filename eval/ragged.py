@@ -25,7 +25,7 @@ from eval.inference import LoadedModel
 from eval.methods import method_at
 from eval.progress import progress, quiet
 from eval.settings import LARGEST_BATCH, check_loading, retained_tokens
-from eval.tasks import GROUP, SUITE
+from eval.tasks import GROUP, LOCAL
 from llava.model.language_model.packed import packed_layer
 from llava.model.language_model.projections import whole_layer
 from llava.model.masks import attention_mask
@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     sizes = [needed_number("batch_size", size, most=LARGEST_BATCH) for size in args.batch_size]
     if questions < max(sizes):
         raise ValueError(f"questions: got {questions}, expected at least one batch of {max(sizes)}")
-    if args.task not in (*SUITE, GROUP):
-        raise ValueError(f"task: got {shown(args.task)}, expected one of {', '.join([*SUITE, GROUP])}")
+    if args.task not in (*LOCAL, GROUP):
+        raise ValueError(f"task: got {shown(args.task)}, expected one of {', '.join([*LOCAL, GROUP])}")
     check_loading(dtype=args.dtype)
     model = check_checkpoint(args.model)["model"]
     methods = {retain: method_at(model, args.method, retain)[0] for retain in retained_tokens(args.retain)}

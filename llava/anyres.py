@@ -3,6 +3,7 @@
 import ast
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from PIL import Image
@@ -118,7 +119,7 @@ def get_anyres_image_grid_shape(
     tuple of int
         Columns and rows of tiles; the overview that precedes them does not count.
     """
-    width, height = select_best_resolution(image_size, _parse_grid_pinpoints(grid_pinpoints))
+    width, height = select_best_resolution(image_size, parse_grid_pinpoints(grid_pinpoints))
     return width // patch_size, height // patch_size
 
 
@@ -147,17 +148,23 @@ def process_anyres_image(
         If ``grid_pinpoints`` is no list of sizes.
     """
     image = load_image(image)
-    canvas_size = select_best_resolution(image.size, _parse_grid_pinpoints(grid_pinpoints))
+    canvas_size = select_best_resolution(image.size, parse_grid_pinpoints(grid_pinpoints))
     tiles = divide_to_patches(resize_and_pad_image(image, canvas_size), processor.crop_size["height"])
     side = processor.size["shortest_edge"]
     overview = image.resize((side, side), Image.Resampling.BICUBIC)
     return processor([overview, *tiles], return_tensors="pt")["pixel_values"]
 
 
-def _parse_grid_pinpoints(grid_pinpoints: str | Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-    if not isinstance(grid_pinpoints, str):
-        return grid_pinpoints
-    try:
-        return ast.literal_eval(grid_pinpoints)
-    except (SyntaxError, ValueError):
-        raise ValueError(f"image_grid_pinpoints: got {grid_pinpoints!r}, expected a list of [width, height]") from None
+def parse_grid_pinpoints(grid_pinpoints: str | Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Widths and heights of canvases in pixels, from a list or a text that spells one; ValueError if it is none."""
+    sizes = grid_pinpoints
+    if isinstance(sizes, str):
+        with suppress(SyntaxError, ValueError):
+            sizes = ast.literal_eval(sizes)
+    right = isinstance(sizes, list | tuple) and all(
+        isinstance(size, list | tuple) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+        for size in sizes
+    )
+    if not right:
+        raise ValueError(f"image_grid_pinpoints: got {grid_pinpoints!r}, expected a list of [width, height]")
+    return [tuple(size) for size in sizes]

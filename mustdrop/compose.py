@@ -27,6 +27,7 @@ class Compose(Reducer):
         self.parts = tuple(parts)
         self.positions = positions
         self.decode_positions = decode_positions
+        self.tile_order = next((part.tile_order for part in self.parts if part.tile_order != "model"), "model")
 
     def flat(self) -> list[Reducer]:
         """The parts, and in place of compositions their parts."""

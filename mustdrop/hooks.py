@@ -145,6 +145,9 @@ class Reducer(Fitting):
         Rotary positions of the tokens that stay: those they had in the full prompt, or 0..n-1 after every change.
     decode_positions : {"continue", "cache_length"}
         Position of generated tokens: the one after the prompt's last, or the length of the layer's cache.
+    tile_order : {"model", "flat"}
+        How the tiles of an image stand in the prompt: as the model has them, or ("flat") one after another with nothing
+        cut off and nothing between them, which is what the authors' code of some methods does.
     reads_output_attention : bool
         Whether `after_prefill` asks for attention; where it does not, nothing is kept for it.
     proportional_attention : bool
@@ -155,6 +158,7 @@ class Reducer(Fitting):
 
     positions: str = "original"
     decode_positions: str = "continue"
+    tile_order: str = "model"
     reads_output_attention: bool = True
     proportional_attention: ClassVar[bool] = False
     thresholds: ClassVar[Mapping[str, float]] = {}

@@ -155,6 +155,7 @@ class MustDrop(Compose):
             self.positions,
             self.decode_positions,
         )
+        self.tile_order = "flat" if self.compat == "official" else "model"
 
     def _target(self) -> Target:
         """The numbers that all stages work to."""

@@ -188,7 +188,7 @@ def _read_hugging_face(config: Mapping, folder: Path) -> tuple:
 def _vision_config(values: Mapping):
     from transformers import CLIPVisionConfig
 
-    values = values.get("vision_config", values)
+    values = values.get("vision_config") or values.get("mm_vision_config") or values
     kind = values.get("model_type", "clip_vision_model")
     if kind != "clip_vision_model":
         raise ValueError(f"the vision tower's model_type is {kind!r}: only 'clip_vision_model' is supported")

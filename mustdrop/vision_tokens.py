@@ -41,6 +41,8 @@ class VisionTokens:
         In the vision encoder: how many neighbouring rows are the views of one image each; None where every row is one.
     views : tuple of int or None
         Views (tiles, frames) of each image; None where it is one.
+    tiles : tuple of (int, int) or None, or None
+        Rows and columns of the tiles that follow each image's overview, None where its views are no such.
     shown : tuple of int or None
         Patches of each image, where these are not its views times the grid.
     grids : tuple of (rows, columns) or None
@@ -60,6 +62,7 @@ class VisionTokens:
     keys: tuple[int, ...] | None = None
     together: tuple[int, ...] | None = None
     views: tuple[int, ...] | None = None
+    tiles: tuple[tuple[int, int] | None, ...] | None = None
     shown: tuple[int, ...] | None = None
     grids: tuple[tuple[int, int], ...] | None = None
     extras: Tensor | None = None
@@ -210,7 +213,7 @@ class VisionTokens:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         known = {
             name: None if fields[name] is None else tuple(fields[name][number] for number in numbers)
-            for name in ("lengths", "keys", "views", "shown", "grids")
+            for name in ("lengths", "keys", "views", "tiles", "shown", "grids")
         }
         return dataclasses.replace(
             self, **{name: value[index] for name, value in fields.items() if isinstance(value, Tensor)}, **known

@@ -71,7 +71,7 @@ def refused(path, *arguments, match: str, kind=ValueError, **settings) -> None:
 
 
 FIELDS = {
-    "mm_patch_merge_type": ("spatial_unpad", "spatial"),
+    "mm_patch_merge_type": ("spatial_maxpool2x2", "slice_2_2", "unpad", 3),
     "mm_resampler_type": ("perceiver", "qformer"),
     "mm_projector_type": ("mlp2x_res2x_gelu", "pooler", ""),
     "mm_vision_select_feature": ("slicefour_patch", "cls", None),
@@ -83,6 +83,7 @@ FIELDS = {
     "s2": (True,),
     "use_mm_proj": (False,),
     "image_aspect_ratio": ("anyres", "anyres_max_9", "highres"),
+    "image_grid_pinpoints": ([[112, 100]], "(1x1),(2x2)", [112, 224], [], [[0, 112]]),
     "sliding_window": (4096,),
     "rope_scaling": ({"type": "foo", "factor": 2.0}, 3),
     "hidden_act": ("foo",),
@@ -115,6 +116,8 @@ def test_field_that_is_not_computed_here(case, field, value):
         del facts["rope_parameters"]
         rewrite(folder / "config.json", facts)
     change_config(folder, **{field: value})
+    if field == "image_grid_pinpoints":
+        change_config(folder, image_aspect_ratio="anyres")
     shown = "rope_parameters|rope_scaling" if field == "rope_scaling" else field
     refused(folder, match=f"({shown}).*|{field}")
 

@@ -130,8 +130,8 @@ def without_base(folder: Path) -> str:
 
 
 def unknown_field(folder: Path) -> str:
-    forms.full(folder / "x", mm_patch_merge_type="spatial_unpad")
-    return "MODEL: .*mm_patch_merge_type is 'spatial_unpad'"
+    forms.full(folder / "x", mm_patch_merge_type="spatial_maxpool2x2")
+    return "MODEL: .*mm_patch_merge_type is 'spatial_maxpool2x2'"
 
 
 def pointer(folder: Path) -> str:

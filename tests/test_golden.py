@@ -1,10 +1,14 @@
-"""`compat: official` against the outputs of the authors' own code (skipped where these are not at hand)."""
+"""`compat: official` against the outputs of the authors' own code (skipped where these are not at hand).
+
+Every case that the folder's manifest lists is tried; see test_golden_next for tiles.
+"""
 
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import golden_folder
 from safetensors.torch import load_file
 
 from llava.model import LlavaLlamaForCausalLM
@@ -14,8 +18,16 @@ from mustdrop import MustDrop, load_reducer
 from mustdrop.hooks import ForwardState, ImageFacts, PromptFacts, Reducer, Tokens
 from mustdrop.methods import DART
 
-CASES = ["img1A_192", "img1A_128", "img1A_64", "img2B_128", "edge_r0", "edge_nodrop"]
 FILTER_LAYERS = (2, 6, 10, 14)
+
+
+def listed(*kind: str) -> dict:
+    """What the manifest says of the cases of a kind, by their names; nothing where there is no manifest."""
+    file = golden_folder() / "manifest.json"
+    facts = json.loads(file.read_text()) if file.is_file() and (golden_folder() / "model_llava").is_dir() else {}
+    for name in kind:
+        facts = facts.get(name, {})
+    return {name: own for name, own in facts.items() if isinstance(own, dict) and "file" in own}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +40,7 @@ def manifest(golden):
     return json.loads((golden / "manifest.json").read_text())
 
 
-@pytest.mark.parametrize("case", ["img1A", "multi_image_list"])
+@pytest.mark.parametrize("case", listed("llava"))
 @torch.no_grad()
 def test_plain_llava(golden, model, case):
     expected = load_file(golden / f"llava_{case}.safetensors")
@@ -47,7 +59,7 @@ def test_plain_llava(golden, model, case):
     torch.testing.assert_close(torch.stack(output.logits), expected["logits_steps"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("picture", ["img1", "img2", "noise", "smooth"])
+@pytest.mark.parametrize("picture", listed("vision"))
 @torch.no_grad()
 def test_vision_stage(golden, model, picture):
     expected = load_file(golden / f"vision_{picture}.safetensors")
@@ -65,7 +77,7 @@ def test_vision_stage(golden, model, picture):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", listed("mustdrop", "cases"))
 def test_whole_runs(golden, model, manifest, monkeypatch, case, implementation):
     facts = manifest["mustdrop"]["cases"][case]
     expected, vision = load_file(golden / facts["file"]), load_file(golden / facts["vision_file"])
@@ -111,13 +123,13 @@ def test_whole_runs(golden, model, manifest, monkeypatch, case, implementation):
     assert following.tolist() == (expected["decode_position_ids"][-1] + 1).tolist()
 
 
-def run_rival(model, golden, settings, expected):
-    """A rival on the golden prompt: its logits and ids are those of its authors; returns the trace."""
+def run_rival(model, golden, settings, expected, image="img1"):
+    """A rival on a golden prompt: its logits and ids are those of its authors; returns the trace."""
     ids = expected.get("input_ids", load_file(golden / "llava_img1A.safetensors")["input_ids"]).view(1, -1)
     with load_reducer({**settings, "compat": "official"}).on(model) as record:
         output = model.generate(
             ids,
-            images=load_file(golden / "vision_img1.safetensors")["pixel_values"],
+            images=load_file(golden / f"vision_{image}.safetensors")["pixel_values"],
             max_new_tokens=12,
             do_sample=False,
             output_logits=True,
@@ -129,29 +141,30 @@ def run_rival(model, golden, settings, expected):
     return record.traces[0]
 
 
-@pytest.mark.parametrize(("layer", "percent"), [(2, 50), (2, 75), (3, 75)])
-def test_fastv(golden, model, layer, percent):
-    expected = load_file(golden / f"fastvkv_img1A_sdpa_K{layer}_R{percent}.safetensors")
-    settings = {"method": "fastv", "layer": layer, "drop_ratio": percent / 100}
+@pytest.mark.parametrize("facts", listed("fastv_kv").values(), ids=listed("fastv_kv"))
+def test_fastv(golden, model, facts):
+    expected, layer = load_file(golden / facts["file"]), facts["K"]
+    settings = {"method": "fastv", "layer": layer, "drop_ratio": facts["R"]}
     trace = run_rival(model, golden, settings, expected)
     assert trace.kept["prefill"] == {layer - 1: expected["kept_indices_sorted"].tolist()}
     assert trace.cache_lengths == expected["kv_len_after_prefill"].tolist()
 
 
-@pytest.mark.parametrize(("layers", "ratios"), [([8, 16, 24], [0.5, 0.25, 0.125]), ([4, 8, 16], [0.35, 0.2, 0.1])])
-def test_pyramiddrop(golden, model, layers, ratios):
-    expected = load_file(golden / f"pdrop_img1A_{'_'.join(map(str, layers))}.safetensors")
-    trace = run_rival(model, golden, {"method": "pyramiddrop", "layers": layers, "ratios": ratios}, expected)
+@pytest.mark.parametrize("facts", listed("pdrop").values(), ids=listed("pdrop"))
+def test_pyramiddrop(golden, model, facts):
+    expected, layers = load_file(golden / facts["file"]), facts["layer_list"]
+    settings = {"method": "pyramiddrop", "layers": layers, "ratios": facts["image_token_ratio_list"][1:]}
+    trace = run_rival(model, golden, settings, expected, facts["image"])
     for stage, layer in enumerate(layers):
         assert trace.kept["prefill"][layer - 1] == expected[f"stage{stage}.kept_indices_original"].tolist()
     assert [count + trace.text_tokens for count in trace.vision_tokens] == expected["prefill_len_per_layer"].tolist()
 
 
-@pytest.mark.parametrize(("dominant", "contextual"), [(54, 10), (108, 20), (162, 30)])
-def test_visionzip(golden, model, dominant, contextual):
-    expected = load_file(golden / f"visionzip_img1A_{dominant}_{contextual}.safetensors")
-    settings = {"method": "visionzip", "dominant": dominant, "contextual": contextual}
-    trace = run_rival(model, golden, settings, expected)
+@pytest.mark.parametrize("facts", listed("visionzip").values(), ids=listed("visionzip"))
+def test_visionzip(golden, model, facts):
+    expected = load_file(golden / facts["file"])
+    settings = {"method": "visionzip", "dominant": facts["dominant_arg"], "contextual": facts["contextual"]}
+    trace = run_rival(model, golden, settings, expected, facts["image"])
     stays = (expected["topk_indices"] - 1).sort().values
     rest = torch.tensor([patch for patch in range(576) if patch not in set(stays.tolist())])
     targets = rest[expected["target_indices"]]
@@ -159,18 +172,22 @@ def test_visionzip(golden, model, dominant, contextual):
     groups = [[target, *joining[expected["assignment"] == number]] for number, target in enumerate(targets.tolist())]
     assert trace.tokens == [[], *([patch] for patch in stays.tolist()), *(sorted(map(int, group)) for group in groups)]
     state = ForwardState(load_reducer({**settings, "compat": "official"}))
-    pixels = load_file(golden / "vision_img1.safetensors")["pixel_values"]
+    pixels = load_file(golden / f"vision_{facts['image']}.safetensors")["pixel_values"]
     tokens = model.get_vision_tower().encode(pixels, state).hidden
     torch.testing.assert_close(tokens[0], expected["tokens_out"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("retain", [192, 128, 64])
-def test_sparsevlm_with_recycling(golden, model, monkeypatch, retain):
-    expected = load_file(golden / f"sparsevlm_v1_img1A_{retain}.safetensors")
+def sparsevlm(version: str) -> dict:
+    return {name: facts for name, facts in listed("sparsevlm").items() if facts["USE_VERSION"] == version}
+
+
+@pytest.mark.parametrize("facts", sparsevlm("1_0").values(), ids=sparsevlm("1_0"))
+def test_sparsevlm_with_recycling(golden, model, monkeypatch, facts):
+    expected, retain = load_file(golden / facts["file"]), facts["RETAIN_TOKN"]
     calls = []
     original = model.model.finish_prefill
     monkeypatch.setattr(model.model, "finish_prefill", lambda *a: (calls.append(a[-1]), original(*a)))
-    trace = run_rival(model, golden, {"method": "sparsevlm", "version": 1, "retain": retain}, expected)
+    trace = run_rival(model, golden, {"method": "sparsevlm", "version": 1, "retain": retain}, expected, facts["image"])
     assert [count + trace.text_tokens for count in trace.vision_tokens] == expected["prefill_len_per_layer"].tolist()
     for stage, layer in enumerate((2, 6, 15)):
         before, after = calls[0].tokens_in[layer], calls[0].tokens_out[layer]
@@ -189,10 +206,11 @@ def sixteen_heads(golden):
     return LlavaLlamaForCausalLM.from_pretrained(golden / "model_llava", config=config, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("retain", [192, 64])
-def test_sparsevlm_without_recycling(golden, sixteen_heads, retain):
-    expected = load_file(golden / f"sparsevlm_v2_img1A_{retain}.safetensors")
-    trace = run_rival(sixteen_heads, golden, {"method": "sparsevlm", "version": 2, "retain": retain}, expected)
+@pytest.mark.parametrize("facts", sparsevlm("2_0").values(), ids=sparsevlm("2_0"))
+def test_sparsevlm_without_recycling(golden, sixteen_heads, facts):
+    expected = load_file(golden / facts["file"])
+    settings = {"method": "sparsevlm", "version": 2, "retain": facts["RETAIN_TOKN"]}
+    trace = run_rival(sixteen_heads, golden, settings, expected, facts["image"])
     left = torch.arange(576)
     for stage, layer in enumerate((2, 6, 15)):
         left = left[expected[f"stage{stage}.selected_mask_current"].bool()]

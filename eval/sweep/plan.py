@@ -14,7 +14,7 @@ from eval import checkpoints, settings
 from eval.cell import Cell
 from eval.methods import VANILLA, check_shape, has_files, method_at, own_file, read_method
 from eval.sweep.launch import Launch
-from eval.tasks import BENCHMARKS, GROUP, SUITE
+from eval.tasks import BENCHMARKS, GROUP, LOCAL
 from mustdrop import available_methods, load_reducer
 from mustdrop.calibrate import OutOfReach
 from mustdrop.checks import hint, shown
@@ -184,13 +184,13 @@ def _models(file: Path, given: object) -> list[dict]:
 
 
 def _tasks(file: Path, given: object) -> list[str]:
-    known = [*BENCHMARKS, *SUITE, GROUP]
+    known = [*BENCHMARKS, *LOCAL, GROUP]
     names = _texts(file, "tasks", given)
     for name in names:
         if name not in known:
             raise ValueError(
                 f"{file}: tasks: got {shown(name)}{hint(name, known)}, expected some of {', '.join(known)} "
-                f"({GROUP}: all the synthetic ones)"
+                f"({GROUP}: those that stand in for benchmarks)"
             )
     return settings.benchmarks(names)
 

@@ -21,6 +21,7 @@ from eval.tasks.scores import headline, question_scores, statistic
 __all__ = [
     "BENCHMARKS",
     "GROUP",
+    "LOCAL",
     "SUITE",
     "TASKS",
     "Benchmark",
@@ -38,14 +39,16 @@ __all__ = [
 
 ROOT = Path(__file__).parent
 GENERATOR = ROOT.parents[1] / "llava" / "train" / "mini"
-SUITE = tuple(name for name, task in TASKS.items() if task.synthetic)
+LOCAL = tuple(name for name, task in TASKS.items() if task.synthetic)
+SUITE = tuple(name for name in LOCAL if mirrored(name) != name)
+"""The synthetic tasks that stand in for benchmarks; the others are for models of a special kind."""
 GROUP = "mini"
 """lmms-eval's name for all of `SUITE` at once."""
 
 
 def is_local(task: str) -> bool:
     """Whether a task, or a group of them, is ours."""
-    return task in (*SUITE, GROUP)
+    return task in (*LOCAL, GROUP)
 
 
 def fingerprint(task: str) -> str:
@@ -55,7 +58,7 @@ def fingerprint(task: str) -> str:
         for member in SUITE:
             digest.update(fingerprint(member).encode())
         return digest.hexdigest()[:12]
-    generator = [GENERATOR / "scenes.py", GENERATOR / "questions.py", ROOT / "existence.py"]
+    generator = [*(GENERATOR / file for file in TASKS[task].generator), ROOT / "existence.py"]
     for path in [*generator, *sorted((ROOT / task).glob("*.py")), ROOT / task / f"{task}.yaml"]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     for package in ("numpy", "pillow"):
@@ -64,12 +67,12 @@ def fingerprint(task: str) -> str:
 
 
 def prepare(task: str) -> Path:
-    """Make the data and YAML of a local task, or of all of them, unless the data are there already.
+    """Make the data and YAML of a local task, or of the suite, unless the data are there already.
 
     Parameters
     ----------
     task : str
-        One of `SUITE`, or `GROUP` for all of them.
+        One of `LOCAL`, or `GROUP` for all of `SUITE`.
 
     Returns
     -------

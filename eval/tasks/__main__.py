@@ -1,8 +1,8 @@
-"""``python -m eval.tasks mini``: make a synthetic task, or all, and print the folder for ``--include_path``."""
+"""``python -m eval.tasks mini``: make a synthetic task, or the suite, and print the folder for ``--include_path``."""
 
 import sys
 
-from eval.tasks import GROUP, SUITE, prepare
+from eval.tasks import GROUP, LOCAL, prepare
 from mustdrop.command import Parser, command
 
 
@@ -10,7 +10,7 @@ from mustdrop.command import Parser, command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
     new = Parser(prog="python -m eval.tasks", description=__doc__)
-    new.add_argument("task", choices=[GROUP, *SUITE])
+    new.add_argument("task", choices=[GROUP, *LOCAL])
     print(prepare(new.parse_args(argv).task))
     return 0
 

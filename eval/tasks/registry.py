@@ -27,6 +27,8 @@ class Task:
         Whether lmms-eval asks a language model on the internet to score every answer.
     note : str
         What else a reader of its scores has to know.
+    generator : tuple of str
+        The files of `llava.train.mini` that make a synthetic task's scenes and questions.
     """
 
     metrics: tuple[str, ...]
@@ -36,6 +38,7 @@ class Task:
     gated: bool = False
     judge: bool = False
     note: str = ""
+    generator: tuple[str, ...] = ("scenes.py", "questions.py")
 
     @property
     def group(self) -> int:
@@ -76,6 +79,10 @@ TASKS = {
     ),
     "mini_pope": Task(("pope_f1_score",), scoring="f1", synthetic=True, note=MADE_HERE),
     "mini_textvqa": Task(MATCH, synthetic=True, note=f"{MADE_HERE}; no OCR tokens in the prompt"),
+    "mini_highres": Task(
+        MATCH, synthetic=True, note=f"{MADE_HERE}, too fine for one view: for models with tiles",
+        generator=("scenes.py", "questions.py", "highres.py"),
+    ),
 }  # fmt: skip
 
 
@@ -119,7 +126,9 @@ BENCHMARKS = {
 
 
 def mirrored(task: str) -> str:
-    """The benchmark that a task is, or whose format it has if it is synthetic: ``mini_pope`` -> ``pope``.
+    """The benchmark that a task is, or that it stands in for if it is synthetic: ``mini_pope`` -> ``pope``.
+
+    A synthetic task that stands in for none is its own.
 
     Raises
     ------
@@ -129,4 +138,6 @@ def mirrored(task: str) -> str:
     for name, benchmark in BENCHMARKS.items():
         if task in (benchmark.stock, benchmark.mini):
             return name
+    if task in TASKS and TASKS[task].synthetic:
+        return task
     raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")

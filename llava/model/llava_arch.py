@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CLIPVisionConfig
 
@@ -16,6 +16,7 @@ from llava.constants import IGNORE_INDEX
 from llava.model.inputs import assign_images, distinct_stacks, image_stacks, split_at_images, text_ids
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.stitched import TiledImages, has_newline, sizes_of, splice_stitched, stitches, tile_grids
 from mustdrop.hooks import (
     APART,
     ForwardState,
@@ -66,6 +67,8 @@ class LlavaMetaModel:
             vision_config, config.mm_vision_select_layer, config.mm_vision_select_feature
         )
         self.mm_projector = build_vision_projector(config)
+        if has_newline(config):
+            self.image_newline = nn.Parameter(torch.randn(config.hidden_size) / config.hidden_size**0.5)
 
     def get_vision_tower(self) -> CLIPVisionTower | None:
         """The vision tower, None for a model without one."""
@@ -120,33 +123,41 @@ class LlavaMetaForCausalLM:
         return self.get_model().get_vision_tower()
 
     def encode_images(
-        self, images: Tensor, state: ForwardState | None = None, views: Sequence[int] | None = None
+        self,
+        images: Tensor,
+        state: ForwardState | None = None,
+        views: Sequence[int] | None = None,
+        tiles: Sequence[tuple[int, int] | None] | None = None,
     ) -> Tensor | VisionTokens:
         """Projected features of preprocessed images `[images, 3, height, width]`.
 
         Returns the plain tensor `[images, tokens, width]` as in LLaVA, or the `VisionTokens` when a `state` is given;
-        with `views`, how many neighbouring ones are the tiles or frames of one image, in one row for each image.
+        with `views`, how many neighbouring ones are the tiles or frames of one image, in one row for each image;
+        `tiles` are rows and columns of tiles, where they are known.
         """
-        tower = self.get_vision_tower()
-        if tower is None:
-            raise ValueError("the prompt has images but the model has no vision tower (mm_vision_tower in config.json)")
         asked = state
         state = state or self.new_state()
-        projector = self.get_model().mm_projector
-        # A packed weight's dtype (uint8, int8) says nothing about what its layer computes in.
-        types = (parameter.dtype for parameter in projector.parameters() if parameter.is_floating_point())
-        dtype = next(types, None)
 
-        def projected(images: Tensor, views: Sequence[int] | None) -> VisionTokens:
-            tokens = tower.encode(images, state, views)
-            tokens = tokens.with_hidden(projector(tokens.hidden.to(dtype or tokens.hidden.dtype)))
+        def encode(images: Tensor, views: Sequence[int] | None) -> VisionTokens:
+            tokens = self._projected(images, state, views)
             return tokens if views is None else tokens.joined(views)
 
         with state.timed("vision", images.device):
             apart = state.overrides("on_pixels") and views is not None and len(set(views)) > 1
-            tokens = _apart(projected, images, views, state) if apart else projected(images, views)
+            tokens = _apart(encode, images, views, state) if apart else encode(images, views)
+            tokens = tokens if tiles is None else replace(tokens, tiles=tuple(tiles))
             tokens = state.choose("on_projected_features", VisionStep(tokens))
         return tokens if asked is not None else tokens.hidden
+
+    def _projected(self, images: Tensor, state: ForwardState, views: Sequence[int] | None) -> VisionTokens:
+        """What the vision tower leaves of `[images, 3, height, width]`, `views` each of one, in the decoder's width."""
+        tower, projector = self.get_vision_tower(), getattr(self.get_model(), "mm_projector", None)
+        if tower is None:
+            raise ValueError("the prompt has images but the model has no vision tower (mm_vision_tower in config.json)")
+        tokens = tower.encode(images, state, views)
+        # A packed weight's dtype (uint8, int8) says nothing about what its layer computes in.
+        types = (parameter.dtype for parameter in projector.parameters() if parameter.is_floating_point())
+        return tokens.with_hidden(projector(tokens.hidden.to(next(types, tokens.hidden.dtype))))
 
     def splice(
         self,
@@ -155,6 +166,7 @@ class LlavaMetaForCausalLM:
         labels: Tensor | None = None,
         images: Tensor | list[Tensor] | None = None,
         padding_side: str = "right",
+        image_sizes: Sequence[tuple[int, int]] | Tensor | None = None,
     ) -> Prompt:
         """Replace every image token of a batch of prompts by the features of its image.
 
@@ -172,11 +184,13 @@ class LlavaMetaForCausalLM:
             tensor that stands in a list several times is encoded once: questions about one image share its encoding.
         padding_side : {"left", "right"}
             Where shorter prompts are padded.
+        image_sizes : sequence of (width, height), optional
+            Of every image in pixels, before it was cut into tiles; needed where these are stitched.
 
         Raises
         ------
         ValueError
-            If the number of images does not fit the image tokens.
+            If the number of images does not fit the image tokens, or their sizes do not fit their tiles.
         """
         state = self.new_state()
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -188,11 +202,18 @@ class LlavaMetaForCausalLM:
         stacks = image_stacks(images)
         assigned = assign_images(len(stacks), [len(row) - 1 for row in chunks])
         distinct, which = distinct_stacks(stacks, [i for own in assigned for i in own])
+        sizes = sizes_of(image_sizes, stacks)
+        if distinct and stitches(self.config, images) and state.reducer.tile_order != "flat":
+            shown = [(which[i], sizes[i]) for own in assigned for i in own]
+            targets = None if labels is None else [row[mask] for row, mask in zip(labels, keep, strict=True)]
+            return self._stitched(rows, chunks, targets, distinct, shown, state, padding_side)
         # In training a batch without images encodes one, so that all processes gather and reduce the same parameters.
         dummies = stacks[:1] if labels is not None and not distinct else []
         encoded, shown = None, distinct or dummies
         if shown:
-            encoded = self.encode_images(torch.cat(shown), state, [len(stack) for stack in shown])
+            views, known = [len(stack) for stack in shown], {place: sizes[i] for i, place in which.items()}
+            tiles = tile_grids(self.config, [(count, known.get(place)) for place, count in enumerate(views)])
+            encoded = self.encode_images(torch.cat(shown), state, views, tiles)
         embedding = self.get_input_embeddings()
         text = embedding(text_ids(chunks, embedding.num_embeddings).to(embedding.weight.device))
         if dummies:
@@ -216,6 +237,18 @@ class LlavaMetaForCausalLM:
             state.images.append(sequence.images)
         limit = getattr(self.config, "tokenizer_model_max_length", None) if labels is not None else None
         return _pad(sequences, padding_side, limit, state)
+
+    def _stitched(self, rows, chunks, labels, distinct, shown, state: ForwardState, side: str) -> Prompt:
+        """`splice` where tiles are stitched; `shown` are the stack and the size of each image of the prompts."""
+        with state.timed("vision", distinct[0].device):
+            encoded = self._projected(torch.cat(distinct), state, [len(stack) for stack in distinct])
+        images = TiledImages.of(self.config, encoded, [len(stack) for stack in distinct], shown)
+        embedding = self.get_input_embeddings()
+        text = embedding(text_ids(chunks, embedding.num_embeddings).to(embedding.weight.device))
+        newline = getattr(self.get_model(), "image_newline", None)
+        limit = getattr(self.config, "tokenizer_model_max_length", None) if labels is not None else None
+        spliced = splice_stitched(rows, text, labels, images, newline, state, side, limit)
+        return Prompt(*spliced[:3], state, spliced[3])
 
     def _ask(
         self,
@@ -251,7 +284,7 @@ class LlavaMetaForCausalLM:
         if self.get_vision_tower() is None or images is None or input_ids.shape[1] == 1:
             return input_ids, position_ids, attention_mask, past_key_values, None, labels
         side = getattr(self.config, "tokenizer_padding_side", "right")
-        prompt = self.splice(input_ids, attention_mask, labels, images, side)
+        prompt = self.splice(input_ids, attention_mask, labels, images, side, image_sizes)
         tokens = prompt.tokens
         mask = None
         if attention_mask is not None:

@@ -41,7 +41,9 @@ class VisionZip(Retaining):
     compat : {"default", "official"}
         "official": CLS itself is one of the dominant tokens and comes first, contextual tokens come last, positions
         are consecutive, and a contextual token is its target plus the mean of the others. By default all tokens stay
-        where they are in the image, and a contextual token is the mean of all its members.
+        where they are in the image, and a contextual token is the mean of all its members. Of an image in tiles:
+        the overview's tokens, then the tiles' dominant ones in raster order of the stitched image, every tile's CLS,
+        and the contextual ones tile by tile; nothing is cut off and no newline is left.
 
     Raises
     ------
@@ -62,7 +64,7 @@ class VisionZip(Retaining):
     def __post_init__(self) -> None:
         one_of("compat", self.compat, ("default", "official"))
         official = self.compat == "official"
-        self.positions = "renumber" if official else "original"
+        self.positions, self.tile_order = ("renumber", "flat") if official else ("original", "model")
         self.per = self.per or ("view" if official else "image")
         super().__post_init__()
         numbers, retain = (self.dominant, self.contextual), self.retain
@@ -129,6 +131,7 @@ class VisionZip(Retaining):
         is_target = torch.zeros_like(stays).scatter(1, targets, True)
         pairs = list(zip(tokens.known_lengths, counts, strict=True))
         few = torch.tensor([length <= count for length, count in pairs], device=stays.device)
+        step.scratch["contextual"] = is_target.sum(-1)
         merge_into = torch.where(stays | is_target | ~real | few[:, None], column, targets.gather(1, nearest))
         left = [length if length <= count else max(0, count - official) for length, count in pairs]
         if not official:
@@ -143,6 +146,16 @@ class VisionZip(Retaining):
             for count, (dominant, number) in zip(counts, parts, strict=True)
             for total in [dominant + number]
         ]
+
+    def overrides(self, hook: str) -> bool:
+        return super().overrides(hook) and (hook != "on_projected_features" or self.compat == "official")
+
+    def on_projected_features(self, step: VisionStep) -> Keep | None:
+        tokens, contextual = step.tokens, step.scratch.get("contextual")
+        if contextual is None or tokens.tiles is None or not any(tokens.tiles):
+            return None
+        order = stitched_order(tokens, contextual)
+        return Keep.top(torch.ones_like(order, dtype=torch.float), order.shape[1], order=order)
 
     def _score(self, step: VisionStep) -> Tensor:
         """Attention that CLS (without one: every token) pays each patch token, `[images, tokens]`."""
@@ -159,3 +172,30 @@ class VisionZip(Retaining):
         joiners = torch.zeros_like(merge_into).scatter_add(1, merge_into, joins.long())
         weights = torch.where(joins, 1 / joiners.gather(1, merge_into), 1.0)
         return {"weights": weights, "order": column + is_target * len(column), "with_prefix": True}
+
+
+def stitched_order(tokens: VisionTokens, contextual: Tensor) -> Tensor:
+    """Sort key of the tokens of images in tiles as the authors' code puts them, int64 `[images, tokens]`.
+
+    Parameters
+    ----------
+    tokens : VisionTokens
+        Of each view equally many: CLS, dominant ones, contextual ones.
+    contextual : int64 `[views]`
+        Contextual tokens of each view.
+    """
+    device, (rows, columns) = tokens.device, tokens.grid
+    views = torch.tensor(tokens.known_views, device=device)
+    first, of_view = (views.cumsum(0) - views)[:, None], torch.tensor(tokens.known_lengths, device=device) // views
+    across = torch.tensor([1 if grid is None else grid[1] for grid in tokens.tiles], device=device)[:, None]
+    view, patch = tokens.patch_index // (rows * columns), tokens.patch_index % (rows * columns)
+    place = torch.arange(tokens.patch_index.shape[1], device=device).expand_as(view)
+    within, tile = place % of_view[:, None], (view - 1).clamp(min=0)
+    # Raster over the stitched image: its rows run through all tiles beside each other.
+    row, column = tile // across * rows + patch // columns, tile % across * columns + patch % columns
+    raster = row * across * columns + column
+    last = within >= of_view[:, None] - contextual[first + view]
+    kind = torch.where(within == 0, 2, torch.where(last, 3, 1)).masked_fill(view == 0, 0)
+    key = torch.where(kind == 1, raster, place) + kind * (rows * columns * int(max(tokens.known_views)) + 1)
+    alone = torch.tensor([grid is None for grid in tokens.tiles], device=device)[:, None]
+    return torch.where(alone, place, key)

@@ -11,13 +11,15 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from llava.anyres import parse_grid_pinpoints
 from llava.model.checkpoint.files import first_line
 
 SUPPORTED = (
-    "LLaVA-1.5 on LLaMA: original ('llava', 'llava_llama') or Hugging Face ('llava'), and as transformers has them "
-    "'llava_next', 'llava_onevision', 'video_llava'"
+    "LLaVA-1.5 and LLaVA-NeXT on LLaMA or Mistral: original ('llava', 'llava_llama', 'llava_mistral') or, for "
+    "LLaVA-1.5, Hugging Face ('llava'), and as transformers has them 'llava_next', 'llava_onevision', 'video_llava'"
 )
-_ORIGINAL_TYPES = ("llava", "llava_llama", "llama")
+MISTRAL = "llava_mistral"
+_ORIGINAL_TYPES = ("llava", "llava_llama", "llama", MISTRAL)
 _FEATURES = {"default": "patch", "full": "cls_patch"}
 _NONE = (None, False)
 MOST_LAYERS = 1000
@@ -25,7 +27,7 @@ MOST_LAYERS = 1000
 
 # Fields that change what a model computes, and the values under which it is what is computed here.
 _COMPUTED: dict[str, tuple] = {
-    "mm_patch_merge_type": (None, "flat"),
+    "mm_patch_merge_type": (None, "flat", "spatial", "spatial_unpad"),
     "mm_resampler_type": (None, "identity"),
     "mm_vision_select_feature": ("patch", "cls_patch"),
     "mm_newline_position": (None, "no_token"),
@@ -121,6 +123,8 @@ def is_hugging_face(facts: Mapping[str, Any]) -> bool:
 def _check_values(facts: Mapping[str, Any]) -> None:
     for field, allowed in _COMPUTED.items():
         value = facts.get(field)
+        if field == "sliding_window" and facts.get("model_type") == MISTRAL:
+            continue
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in (None, *allowed)):
             named = " or ".join(repr(one) for one in allowed if one is not None) or "left out"
             raise ValueError(f"{field} is {value!r}: not computed here, it must be {named}")
@@ -136,9 +140,21 @@ def _check_values(facts: Mapping[str, Any]) -> None:
     for field, value in facts.items():
         if field.startswith("mm_") and field not in known and value not in (None, False):
             raise ValueError(f"{field} is {value!r}: an unknown field, what it changes is not computed here")
-    if facts.get("image_aspect_ratio") == "anyres" and not facts.get("image_grid_pinpoints"):
-        raise ValueError("image_aspect_ratio is 'anyres': it needs image_grid_pinpoints, a list of [width, height]")
+    _check_tiles(facts)
     _check_quantisation(facts.get("quantization_config"))
+
+
+def _check_tiles(facts: Mapping[str, Any]) -> None:
+    if facts.get("image_aspect_ratio") == "anyres":
+        if not facts.get("image_grid_pinpoints"):
+            raise ValueError("image_aspect_ratio is 'anyres': it needs image_grid_pinpoints, a list of [width, height]")
+        parse_grid_pinpoints(facts["image_grid_pinpoints"])
+    merge = facts.get("mm_patch_merge_type")
+    feature = facts.get("mm_vision_select_feature", "patch")
+    if merge not in (None, "flat") and feature != "patch":
+        raise ValueError(
+            f"mm_vision_select_feature is {feature!r}: with mm_patch_merge_type {merge!r} it must be 'patch'"
+        )
 
 
 def _check_quantisation(facts: Mapping[str, Any] | None) -> None:
@@ -157,10 +173,15 @@ def _original(facts: Mapping[str, Any], config_class: type) -> PreTrainedConfig:
     if kind not in _ORIGINAL_TYPES:
         raise ValueError(f"model_type is {kind!r}: supported is {SUPPORTED}")
     names = [str(name) for name in facts.get("architectures") or []]
-    foreign = [name for name in names if "Llama" not in name and "Llava" in name]
+    decoder = "Mistral" if kind == MISTRAL else "Llama"
+    foreign = [name for name in names if decoder not in name and "Llava" in name]
     if foreign and "LlavaForConditionalGeneration" not in foreign:
-        raise ValueError(f"architectures is {foreign!r}: supported is {SUPPORTED}")
-    return _made(config_class, {**facts, "model_type": config_class.model_type}, "config.json")
+        raise ValueError(f"architectures is {foreign!r}, model_type is {kind!r}: supported is {SUPPORTED}")
+    if kind == MISTRAL:  # a LLaMA with other defaults, and a window
+        facts = {**_made(transformers.MistralConfig, facts, "config.json").to_dict(), **facts}
+    facts = {**facts, "model_type": config_class.model_type}
+    merge = facts.get("mm_patch_merge_type") or "flat"
+    return _made(config_class, {**facts, "mm_patch_merge_type": merge}, "config.json")
 
 
 def _made(config_class: type, facts: Mapping[str, Any], what: str) -> Any:

@@ -11,11 +11,13 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, PreTrainedConfig
 
+from llava.anyres import parse_grid_pinpoints
 from llava.model.checkpoint.config import check_sizes, check_small
 from llava.model.checkpoint.files import first_line, read_complete, read_json, shape_of
-from llava.model.checkpoint.names import TOWER, is_packing, translated
+from llava.model.checkpoint.names import TOWER, is_packing, ours, translated
 from llava.model.checkpoint.places import locate
 
+_LLAVA = ("llava", "llava_llama")
 _HEAD_WIDTH = 64  # of every CLIP that OpenAI has released
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
@@ -30,7 +32,8 @@ def add_tower(
 ) -> None:
     """Settle `config.mm_vision_config`, and add the tower's weights where they lie elsewhere.
 
-    Weights inside the checkpoint win over those of the tower it names: they may have been trained.
+    Weights inside the checkpoint win over those of the tower it names: they may have been trained. The tower may be a
+    LLaVA's folder; then the checkpoint may hold a part of the tower's weights, and the others are taken from there.
 
     Parameters
     ----------
@@ -65,13 +68,25 @@ def add_tower(
     _check(config)
     if not inside and config.mm_vision_tower:
         weights |= _weights(_locate(config.mm_vision_tower, folders, **hub))
+    elif config.mm_vision_tower and (lender := _llava_folder(config.mm_vision_tower, folders)):
+        weights |= _weights(lender) | {name: value for name, value in weights.items() if name.startswith(TOWER)}
+
+
+def _beside(named: str, folders: list[Path]) -> Path | None:
+    """The folder that an absolute path, or one relative to the checkpoint's folder, leads to."""
+    return next((folder / named for folder in folders if os.path.isfile(folder / named / "config.json")), None)
+
+
+def _llava_folder(named: str, folders: list[Path]) -> Path | None:
+    """The folder that `mm_vision_tower` names, if it is a LLaVA's."""
+    folder = _beside(named, folders)
+    return folder if folder and read_json(folder / "config.json").get("model_type") in _LLAVA else None
 
 
 def _locate(named: str, folders: list[Path], **hub) -> Path:
     """`mm_vision_tower` is an absolute path, one relative to the checkpoint's folder, or a hub id."""
-    for folder in folders:
-        if os.path.isfile(folder / named / "config.json"):
-            return folder / named
+    if folder := _beside(named, folders):
+        return folder
     hub.pop("revision", None)  # the checkpoint's, not the tower's
     return locate(named, "mm_vision_tower", "no CLIP folder or reachable hub model", **hub)
 
@@ -85,12 +100,14 @@ def find_tower(named: str | None, folders: list[Path], **hub) -> Path | None:
 
 
 def _read_config(folder: Path) -> dict:
-    """CLIP's vision configuration, from a tower's config.json or a whole CLIP's."""
+    """CLIP's vision configuration, from a tower's config.json, a whole CLIP's or a LLaVA's."""
     facts = read_json(folder / "config.json")
-    kind = facts.get("model_type")
-    if kind not in ("clip", "clip_vision_model"):
+    own = facts
+    if facts.get("model_type") in ("clip", *_LLAVA):
+        own = facts.get("vision_config") or facts.get("mm_vision_config") or {}
+    kind = own.get("model_type", "clip_vision_model" if own is not facts else None)
+    if kind not in ("clip_vision_model", "clip"):
         raise ValueError(f"mm_vision_tower is {str(folder)!r}: its model_type is {kind!r}, only CLIP is supported")
-    own = facts.get("vision_config", {}) if kind == "clip" else facts
     return _made({key: value for key, value in own.items() if key != "model_type"}).to_dict()
 
 
@@ -118,18 +135,31 @@ def _check(config: PreTrainedConfig) -> None:
             f"vision tower: width {made.hidden_size}, {made.num_attention_heads} heads, images of {made.image_size} "
             f"and patches of {made.patch_size} pixels do not go together"
         )
+    wrong = [size for size in _canvases(config) if any(pixels % made.image_size for pixels in size)]
+    if wrong:
+        raise ValueError(
+            f"image_grid_pinpoints has {list(wrong[0])}: width and height must be multiples of the tiles' "
+            f"{made.image_size} pixels"
+        )
     if config.mm_hidden_size is None:
         config.mm_hidden_size = made.hidden_size
     if config.mm_hidden_size != made.hidden_size:
         raise ValueError(f"mm_hidden_size is {config.mm_hidden_size}: the vision tower's width is {made.hidden_size}")
 
 
+def _canvases(config: PreTrainedConfig) -> list[tuple[int, int]]:
+    """Canvases that are cut into tiles."""
+    return parse_grid_pinpoints(config.image_grid_pinpoints) if config.image_aspect_ratio == "anyres" else []
+
+
 def _weights(folder: Path) -> dict[str, Any]:
-    """A tower's weights under our names; the text half of a whole CLIP is left out."""
+    """A tower's weights under our names; the text half of a whole CLIP and the rest of a LLaVA are left out."""
     own = {}
     for name, value in read_complete(folder).items():
         if re.match(r"(vision_model\.|embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.)", name):
             own["vision_tower." + name] = value
+        elif ours(name).startswith(TOWER):
+            own[name] = value
     if not own:
         raise ValueError(f"mm_vision_tower is {str(folder)!r}: it holds no weights of a CLIP vision tower")
     return translated(own, folder)

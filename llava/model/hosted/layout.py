@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,10 +44,12 @@ class Layout:
     slot: Tensor
 
     @classmethod
-    def of(cls, view: Tensor, patch: Tensor, row: Tensor, column: Tensor, group: Tensor, patches: int) -> Layout:
-        """The layout in which each of a view's `patches` is shown once or not at all."""
+    def of(
+        cls, view: Tensor, patch: Tensor, row: Tensor, column: Tensor, group: Tensor, slots: tuple[int, int]
+    ) -> Layout:
+        """The layout in which each patch of `slots` (views, patches of each) is shown once or not at all."""
         shows = patch != EXTRA
-        slot = torch.full((int(view.max()) + 1, patches), -1)
+        slot = torch.full(slots, -1)
         slot[view[shows], patch[shows]] = torch.arange(int(shows.sum()))
         return cls(view, patch, row, column, group, slot)
 
@@ -66,13 +68,18 @@ class Layout:
         """True for placeholders that show a patch, bool `[placeholders]`."""
         return self.patch != EXTRA
 
+    def without_extras(self) -> Layout:
+        """The placeholders that show patches alone."""
+        told = {name: getattr(self, name)[self.shows] for name in ("view", "patch", "row", "column", "group")}
+        return replace(self, **told)
+
 
 def frames(count: int, side: int, cls: bool) -> Layout:
     """Views one after another, raster order in each, with or without a CLS in front of each."""
     patch = torch.arange(-1 if cls else 0, side * side).repeat(count)
     view = torch.arange(count).repeat_interleave(side * side + cls)
     row, column = _on_grid(patch, side)
-    return Layout.of(view, patch, _apart(row, view), column, view, side * side)
+    return Layout.of(view, patch, _apart(row, view), column, view, (count, side * side))
 
 
 def pooled_frames(count: int, side: int, pooled: int) -> Layout:
@@ -119,7 +126,7 @@ def tiles(packed: Tensor, views: int, side: int, size: tuple[int, int] | None = 
         torch.cat([place // side, row if width == 1 else row + APART]),
         torch.cat([place % side, column]),
         torch.cat([torch.full_like(place, 0 if width == 1 else len(stitched)), row.clamp(min=0)]),
-        side * side,
+        (views, side * side),
     )
     if cell is not None:
         slot = layout.slot.flatten()

@@ -28,7 +28,10 @@ class LlavaConfig(LlamaConfig):
     mm_vision_select_feature: str = "patch"
     mm_use_im_start_end: bool = False
     mm_use_im_patch_token: bool = False
+    mm_patch_merge_type: str = "flat"
     image_aspect_ratio: str | None = "pad"
+    image_grid_pinpoints: list | str | None = None
+    sliding_window: int | None = None
 
 
 class LlavaLlamaModel(DecoderLoop, LlavaMetaModel, LlamaModel):

@@ -128,7 +128,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
         use_cache, output_attentions, output_hidden_states, return_dict : bool
             As in transformers, with the configuration's as defaults. Attention probabilities need eager attention.
         images, image_sizes
-            As `splice` takes them; LLaVA-1.5 does not use the sizes.
+            As `splice` takes them; LLaVA-1.5 does not use the sizes (width, height).
         prompt : Prompt
             Used by `generate`: a prompt that is already spliced; it serves one forward pass.
         logits_to_keep : int
@@ -148,7 +148,8 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             inputs_embeds = self._new_embeds(input_ids, inputs_embeds, images)
         else:
             if prompt is None:
-                prompt = self._prompt(input_ids, attention_mask, position_ids, inputs_embeds, labels, images)
+                shown = images, image_sizes
+                prompt = self._prompt(input_ids, attention_mask, position_ids, inputs_embeds, labels, *shown)
                 self.check_positions(prompt)
             state, labels = prompt.begin(), prompt.labels
             inputs_embeds = prompt.embeds if inputs_embeds is None else inputs_embeds
@@ -208,13 +209,13 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             raise ValueError("images: the cache holds a prompt already, images belong to a new one")
         return self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
 
-    def _prompt(self, input_ids, attention_mask, position_ids, inputs_embeds, labels, images) -> Prompt:
+    def _prompt(self, input_ids, attention_mask, position_ids, inputs_embeds, labels, images, sizes) -> Prompt:
         """The prompt that forward's arguments describe."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give either ids, with images, or inputs_embeds")
         if inputs_embeds is None:
             side = getattr(self.config, "tokenizer_padding_side", "right")
-            return self.splice(input_ids, attention_mask, labels, images, side)
+            return self.splice(input_ids, attention_mask, labels, images, side, sizes)
         padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
         return text_prompt(inputs_embeds, padding, position_ids, labels, self.new_state())
 
@@ -272,7 +273,8 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
             raise ValueError("past_key_values: the cache holds a prompt already, generate() starts with an empty one")
         if kwargs.pop("use_cache", True) is False:
             logger.warning_once("use_cache=False is ignored: generate() always decodes from the cache")
-        prompt = self.splice(input_ids, kwargs.pop("attention_mask", None), images=images, padding_side="left")
+        mask = kwargs.pop("attention_mask", None)
+        prompt = self.splice(input_ids, mask, images=images, padding_side="left", image_sizes=image_sizes)
         limit = new_tokens(kwargs, self.generation_config, prompt.embeds.shape[1])
         self.check_positions(prompt, limit or 0)
         cache = VisionCache(self.config) if cache is None else cache

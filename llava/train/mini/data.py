@@ -7,7 +7,7 @@ positions continue right after the prefix, exactly as if it had been asked alone
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,14 +27,17 @@ _QUESTION_WORDS = (
 _MARK = "\x00"
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level vocabulary with a fall-back to single printable ASCII characters; other characters are ``<unk>``."""
+def build_tokenizer(more_words: Iterable[str] = ()) -> PreTrainedTokenizerFast:
+    """Word-level vocabulary with a fall-back to single printable ASCII characters; other characters are ``<unk>``.
+
+    ``more_words`` come last, so that all other ids stay what they are.
+    """
     words = [*SPECIAL_TOKENS, "\n", *" ".join(prompt_parts("")).split(), *_QUESTION_WORDS.split()]
     for names in questions.VALUES.values():
         words += names
     words += [questions.plural(name) for name in scenes.SHAPES]
     characters = [chr(code) for code in range(33, 127)]
-    vocabulary = dict.fromkeys([*words, *characters, *("##" + character for character in characters)])
+    vocabulary = dict.fromkeys([*words, *characters, *("##" + character for character in characters), *more_words])
     model = models.WordPiece(
         {word: index for index, word in enumerate(vocabulary)}, unk_token="<unk>", max_input_chars_per_word=100_000
     )

@@ -19,7 +19,7 @@ from llava.train.mini.data import PlacedMention
 
 _MOST = 5
 #: Read-out classes: number of things meant, then shape, colour, size, pattern and the letters of one thing.
-_CLASSES = (
+CLASSES = (
     _MOST + 1,
     *(len(names) + 1 for names in (scenes.SHAPES, scenes.COLOR_NAMES, scenes.SIZES, scenes.PATTERNS)),
     *[len(scenes.ALPHABET) + 1] * scenes.MAX_WORD,
@@ -31,7 +31,7 @@ def facts_of(mention: PlacedMention) -> list[int]:
     """Class of each read-out; those about one thing are ignored where none or several are meant."""
     entities = mention.meaning.entities
     if len(entities) != 1:
-        return [min(len(entities), _MOST)] + [_IGNORE] * (len(_CLASSES) - 1)
+        return [min(len(entities), _MOST)] + [_IGNORE] * (len(CLASSES) - 1)
     (item,) = entities
     facts = [1]
     for names, value in (
@@ -45,7 +45,7 @@ def facts_of(mention: PlacedMention) -> list[int]:
     return facts + letters + [0] * (scenes.MAX_WORD - len(letters))
 
 
-def _places(mentions: list[PlacedMention]) -> tuple[torch.Tensor, torch.Tensor]:
+def places_of(mentions: list[PlacedMention]) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of the ends of phrases into ``[batch, text]``."""
     return torch.tensor([item.row for item in mentions]), torch.tensor([item.token for item in mentions])
 
@@ -63,13 +63,13 @@ class Grounding(nn.Module):
         self.compare_depth = min(self.depth + 3, config.num_hidden_layers - 1)
         self.norm = nn.LayerNorm(config.hidden_size)
         self.compare_head = nn.Linear(config.hidden_size, 2)
-        self.grounding_head = nn.Linear(config.hidden_size, sum(_CLASSES) + 2)
+        self.grounding_head = nn.Linear(config.hidden_size, sum(CLASSES) + 2)
 
     def loss(self, states: Sequence[torch.Tensor], mentions: list[PlacedMention], length: int) -> torch.Tensor:
         """Sum of the read-outs' losses; ``states`` are ``[batch, tokens, hidden]``, the last ``length`` tokens text."""
         hidden = states[self.depth][:, -length:]
         later = states[self.compare_depth][:, -length:]
-        return self._meaning_loss(hidden, mentions) + self._comparison_loss(
+        return self.meaning_loss(hidden, mentions) + self._comparison_loss(
             later, [item for item in mentions if item.earlier is not None]
         )
 
@@ -77,7 +77,7 @@ class Grounding(nn.Module):
         """Is the thing named first above, is it left of, the one named second?"""
         if not mentions:
             return hidden.new_zeros((), dtype=torch.float32)
-        logits = self.compare_head(self.norm(hidden[_places(mentions)])).float()
+        logits = self.compare_head(self.norm(hidden[places_of(mentions)])).float()
         pairs = torch.tensor(
             [(item.earlier.places[0], item.meaning.places[0]) for item in mentions], device=hidden.device
         )
@@ -85,8 +85,8 @@ class Grounding(nn.Module):
         each = F.binary_cross_entropy_with_logits(logits, (gap < 0).float(), reduction="none")
         return (each * (gap != 0)).mean()
 
-    def _meaning_loss(self, hidden: torch.Tensor, mentions: list[PlacedMention]) -> torch.Tensor:
-        *groups, place = self.grounding_head(self.norm(hidden[_places(mentions)])).float().split([*_CLASSES, 2], -1)
+    def meaning_loss(self, hidden: torch.Tensor, mentions: list[PlacedMention]) -> torch.Tensor:
+        *groups, place = self.grounding_head(self.norm(hidden[places_of(mentions)])).float().split([*CLASSES, 2], -1)
         facts = torch.tensor([facts_of(item) for item in mentions], device=hidden.device)
         single = facts[:, 0] == 1
         loss = F.cross_entropy(groups[0], facts[:, 0])

@@ -13,15 +13,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from llava.train.mini.clip_training import tune_clips
 from llava.train.mini.endtoend import align_projector, tune
-from llava.train.mini.export import export
+from llava.train.mini.export import export, export_clips
 from llava.train.mini.language import pretrain_language
 from llava.train.mini.optim import training_device
 from llava.train.mini.vision import pretrain_vision
 
 log = logging.getLogger(__name__)
 
-STAGES = ("vision", "language", "align", "tune", "choices", "export")
+LLAVA_MINI = Path("checkpoints/llava-mini")
+STAGES = ("vision", "language", "align", "tune", "choices", "export", "clips", "export_clips")
 
 
 def run_stage(options: argparse.Namespace) -> Path:
@@ -51,6 +53,10 @@ def run_stage(options: argparse.Namespace) -> Path:
             seed=options.seed + with_options,
             **steps,
         )
+    if options.stage == "clips":
+        return tune_clips(options.init or LLAVA_MINI, files["clips"], options.phases, seed=options.seed, **steps)
+    if options.stage == "export_clips":
+        return export_clips(files["clips"], options.output, options.init or LLAVA_MINI)
     return export(files["choices"], options.output)
 
 
@@ -59,17 +65,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work", type=Path, required=True, help="folder for the stages' checkpoints")
-    parser.add_argument("--output", type=Path, help="export: folder of the Hugging Face checkpoint")
-    parser.add_argument("--phases", default="", help="GRID:STEPS,...; for align: the number of steps")
+    parser.add_argument("--output", type=Path, help="export, export_clips: folder of the finished checkpoint")
+    parser.add_argument(
+        "--phases",
+        default="",
+        help="GRID:STEPS,...; align: the number of steps; clips: PATCHES:STEPS,... (see clip_training.BATCH)",
+    )
     parser.add_argument("--questions", type=int, default=96, help="questions per step and process")
     parser.add_argument("--lr", type=float, help="peak learning rate")
-    parser.add_argument("--init", type=Path, help="tune, choices: checkpoint or exported folder to begin with")
+    parser.add_argument(
+        "--init",
+        type=Path,
+        help="tune, choices: checkpoint or exported folder to begin with; clips: exported folder (llava-mini)",
+    )
     parser.add_argument("--choices", type=float, default=0.4, help="choices: share of questions with options")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if options.stage == "export" and options.output is None:
-        parser.error("export needs --output")
-    if options.stage != "export" and not options.phases:
+    exports = options.stage in ("export", "export_clips")
+    if exports and options.output is None:
+        parser.error(f"{options.stage} needs --output")
+    if not exports and not options.phases:
         parser.error(f"{options.stage} needs --phases")
     if options.init is not None and not options.init.exists():
         parser.error(f"init: {options.init} does not exist, expected a stage's checkpoint or an exported folder")

@@ -158,16 +158,16 @@ def generate_scene(seed: int, grid: int = FULL_GRID) -> Scene:
     entities: list[Entity] = []
     for index in range(n_signs):
         word = "".join(rng.choice(ALPHABET, int(rng.integers(2, MAX_WORD + 1))))
-        _place(entities, taken, rng, "sign", 3, 2 * len(word) + 1, str(sign_colors[index]), word=word)
+        place(entities, taken, rng, "sign", 3, 2 * len(word) + 1, str(sign_colors[index]), word=word)
     sizes = sorted(rng.choice(SIZES, n_objects, p=(0.65, 0.35)))  # "large" sorts first: the big ones need room
     for size in sizes:
         side = 3 if size == "small" else 5
-        _place(
+        place(
             entities, taken, rng, "object", side, side, str(rng.choice(colors)),
             shape=str(rng.choice(shapes)), size=str(size), pattern=str(rng.choice(PATTERNS)),
         )  # fmt: skip
     for _ in range(n_scribbles):
-        _place(entities, taken, rng, "scribble", 3, 3, str(rng.choice(COLOR_NAMES)))
+        place(entities, taken, rng, "scribble", 3, 3, str(rng.choice(COLOR_NAMES)))
     return Scene(seed, grid, top, left, tuple(entities))
 
 
@@ -181,33 +181,33 @@ def _how_many(rng: np.random.Generator, grid: int) -> tuple[int, int, int]:
     return objects, signs, int(rng.integers(0, round(4 * area) + 2))
 
 
-def _place(entities, taken, rng, kind, height, width, color, **attributes) -> None:
-    """Add an entity at a free random place, or nothing if 60 tries find none; ``taken`` is updated."""
+def place(entities, taken, rng, kind, height, width, color, **attributes) -> None:
+    """Add an entity at a free random place, or nothing if none is found; ``taken`` is updated."""
+    found = free_place(rng, taken, height, width)
+    if found:
+        put(entities, taken, rng, kind, *found, height, width, color, **attributes)
+
+
+def free_place(rng: np.random.Generator, taken: np.ndarray, height: int, width: int) -> tuple[int, int] | None:
+    """First patch of a random free box, None if 60 tries find none."""
     grid = taken.shape[0]
     if width > grid:
-        return
+        return None
     for _ in range(60):
         row, col = int(rng.integers(0, grid - height + 1)), int(rng.integers(0, grid - width + 1))
-        if taken[row : row + height, col : col + width].any():
-            continue
-        taken[row : row + height, col : col + width] = True
-        rgb = tuple(int(value) for value in np.clip(np.array(COLORS[color]) + rng.integers(-10, 11, 3), 0, 255))
-        shift = tuple(float(value) for value in rng.uniform(-1.5, 1.5, 2))
-        entities.append(
-            Entity(
-                kind,
-                row + height // 2,
-                col + width // 2,
-                height,
-                width,
-                color,
-                rgb,
-                shift,
-                int(rng.integers(1 << 30)),
-                **attributes,
-            )  # fmt: skip
-        )
-        return
+        if not taken[row : row + height, col : col + width].any():
+            return row, col
+    return None
+
+
+def put(entities, taken, rng, kind, row, col, height, width, color, **attributes) -> None:
+    """Add an entity whose box begins at a patch; ``taken`` is updated."""
+    taken[row : row + height, col : col + width] = True
+    rgb = tuple(int(value) for value in np.clip(np.array(COLORS[color]) + rng.integers(-10, 11, 3), 0, 255))
+    shift = tuple(float(value) for value in rng.uniform(-1.5, 1.5, 2))
+    style = int(rng.integers(1 << 30))
+    center = row + height // 2, col + width // 2
+    entities.append(Entity(kind, *center, height, width, color, rgb, shift, style, **attributes))
 
 
 def render(scene: Scene) -> Image.Image:
@@ -251,7 +251,7 @@ def _draw(scene: Scene) -> tuple[np.ndarray, list[np.ndarray]]:
     """Picture ``uint8`` and, per entity, the covered share of each patch of its box."""
     rng = np.random.default_rng((scene.seed, scene.grid, 1))
     side = PATCH * scene.grid
-    canvas = _background(rng, side)
+    canvas = draw_background(rng, side)
     coverage = []
     for entity in scene.entities:
         mask = _mask(entity)
@@ -263,7 +263,12 @@ def _draw(scene: Scene) -> tuple[np.ndarray, list[np.ndarray]]:
     return np.clip(canvas, 0, 255).astype(np.uint8), coverage
 
 
-def _background(rng: np.random.Generator, side: int) -> np.ndarray:
+def draw_entity(entity: Entity) -> tuple[np.ndarray, np.ndarray]:
+    """An entity's opacity, ``float32 [height, width]`` in pixels of its box, and its colours, broadcastable to it."""
+    return _mask(entity), _paint(entity)
+
+
+def draw_background(rng: np.random.Generator, side: int) -> np.ndarray:
     """A linear gradient between two muted colours, ``float32 [side, side, 3]``."""
     first, second = rng.uniform(85, 165, (2, 1, 1, 3)).astype(np.float32)
     angle = rng.uniform(0, 2 * math.pi)
