@@ -139,6 +139,7 @@ class LlavaMetaForCausalLM:
         state = state or self.new_state()
         with state.timed("vision", images.device):
             tokens = self._projected(images, state)
+            state.view_patches = tokens.grid[0] * tokens.grid[1]
             tokens = tokens if views is None else tokens.joined(views)
             tokens = tokens if tiles is None else replace(tokens, tiles=tuple(tiles))
             tokens = state.choose("on_projected_features", VisionStep(tokens))
@@ -230,6 +231,7 @@ class LlavaMetaForCausalLM:
                 sequence.add_text(text[used : used + len(chunk)], None if targets is None else targets[start:end])
                 used, start = used + len(chunk), end + 1
             state.images.append(sequence.images)
+            state.text.append(sequence.text)
         limit = getattr(self.config, "tokenizer_model_max_length", None) if labels is not None else None
         return _pad(sequences, padding_side, limit, state)
 
