@@ -23,7 +23,7 @@ class Cell:
     ----------
     model : str
         Folder or hub id of a checkpoint.
-    model_base, load_4bit, load_8bit
+    model_base, load_4bit, load_8bit, protocol
         As ``llava.model.builder.load_pretrained_model`` takes them.
     benchmark, task : str
         A key of ``eval.tasks.BENCHMARKS`` and the task of lmms-eval that is run for it.
@@ -63,12 +63,13 @@ class Cell:
     model_base: str | None = None
     load_4bit: bool = False
     load_8bit: bool = False
+    protocol: str | None = None
 
     @property
     def model_name(self) -> str:
-        """The last part of the model's path or id; what it is quantised to on the way in makes it another model."""
+        """The last part of the model's path or id; quantised on the way in, or on other tiles, it is another model."""
         bits = "-4bit" if self.load_4bit else "-8bit" if self.load_8bit else ""
-        return Path(self.model).name + bits
+        return Path(self.model).name + bits + ("-flat" if self.protocol == "flat" else "")
 
     @property
     def label(self) -> str:
@@ -85,7 +86,8 @@ class Cell:
         """
         facts = asdict(self)
         names = ["model", "model_base", "method", "retain", "benchmark"]  # contents and settings say what they mean
-        for name in [*names, *(bits for bits in ("load_4bit", "load_8bit") if not facts[bits])]:
+        usual = {"load_4bit": (False,), "load_8bit": (False,), "protocol": (None, "model")}
+        for name in [*names, *(name for name, values in usual.items() if facts[name] in values)]:
             del facts[name]
         return {
             **facts,

@@ -13,8 +13,11 @@ from mustdrop.command import text
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = "checkpoints/llava-mini"
-LOADING = ("model_base", "load_4bit", "load_8bit")
+LOADING = ("model_base", "load_4bit", "load_8bit", "protocol")
 """What decides, besides the model's folder, which model is loaded: arguments of ``load_pretrained_model``."""
+
+PROTOCOLS = ("model", "flat")
+"""How a LLaVA-NeXT lays out images, see ``load_pretrained_model``."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 
@@ -27,6 +30,14 @@ def add_options(new: argparse.ArgumentParser) -> None:
         type=text,
         default=os.environ.get("MODEL_BASE") or None,
         help="folder or hub id of the model under a checkpoint that holds only a projector or LoRA weights",
+    )
+    new.add_argument(
+        "--protocol",
+        metavar="PROTOCOL",
+        type=text,
+        default=os.environ.get("PROTOCOL") or None,
+        help="flat: LLaVA-NeXT on two by two tiles, nothing cut off, no newlines, the 2880 tokens of papers "
+        "(default: as the model does it)",
     )
     bits = new.add_mutually_exclusive_group()
     bits.add_argument("--load-4bit", action="store_true", help="quantise the language model with bitsandbytes")
@@ -43,11 +54,17 @@ def flag(name: str, value: bool | str) -> bool:
 
 def loading(args: argparse.Namespace) -> dict:
     """The options of `add_options` that were given, as ``eval.inference.LoadedModel.load`` takes them."""
-    return {name: getattr(args, name) for name in LOADING}
+    given = {name: getattr(args, name) for name in LOADING}
+    return {name: value for name, value in given.items() if name != "protocol" or value is not None}
 
 
 def check_checkpoint(
-    model: str, model_base: str | None = None, load_4bit: bool = False, load_8bit: bool = False, online: bool = True
+    model: str,
+    model_base: str | None = None,
+    load_4bit: bool = False,
+    load_8bit: bool = False,
+    protocol: str | None = None,
+    online: bool = True,
 ) -> dict:
     """See that a checkpoint can be loaded, without loading it: names and shapes of all weights, tokenizer, processor.
 
@@ -56,7 +73,7 @@ def check_checkpoint(
 
     Parameters
     ----------
-    model, model_base, load_4bit, load_8bit
+    model, model_base, load_4bit, load_8bit, protocol
         As ``load_pretrained_model`` takes them.
     online : bool
         Whether the hub may be asked.
@@ -64,7 +81,8 @@ def check_checkpoint(
     Returns
     -------
     dict
-        ``model`` and ``model_base`` as `check_model` returns them, ``load_4bit``, ``load_8bit``.
+        ``model`` and ``model_base`` as `check_model` returns them, ``load_4bit``, ``load_8bit``,
+        ``protocol``.
 
     Raises
     ------
@@ -75,13 +93,15 @@ def check_checkpoint(
         raise ValueError("load_4bit, load_8bit: got both, expected one of them")
     found = check_model(model, online)
     base = None if model_base is None else check_model(model_base, online, "MODEL_BASE")
-    wanted = {"model": found, "model_base": base, "load_4bit": load_4bit, "load_8bit": load_8bit}
+    wanted = {"model": found, "model_base": base, "load_4bit": load_4bit, "load_8bit": load_8bit, "protocol": protocol}
+    if protocol not in (None, *PROTOCOLS):
+        raise ValueError(f"protocol: got {shown(protocol)}, expected one of {', '.join(PROTOCOLS)}")
     under = base or _named(found, "adapter_config.json", "base_model_name_or_path")
     if online and base is None and on_hub(under):
         _check_hub(under, "MODEL_BASE")
     tower = _named(config_folder(found, base), "config.json", "mm_vision_tower")
     away = any(map(on_hub, (found, under))) or (not online and on_hub(tower))
-    if load_4bit or load_8bit or not (away or (base is None and _is_the_embedded_one(found))):
+    if load_4bit or load_8bit or protocol or not (away or (base is None and _is_the_embedded_one(found))):
         _look_over(wanted, away)
     return wanted
 
@@ -161,7 +181,7 @@ def _named(model: str, file: str, field: str) -> str | None:
 
 def _look_over(wanted: dict, away: bool) -> None:
     """All that the loader does before it reads weights; of a checkpoint that is away, only what it depends on here."""
-    from llava.model.builder import check_stock, check_tokenizer
+    from llava.model.builder import check_stock, check_tokenizer, set_protocol
     from llava.model.checkpoint import describe_checkpoint
     from llava.model.checkpoint.load import check_weights
     from llava.model.checkpoint.quantised import resolve_quantisation
@@ -176,10 +196,11 @@ def _look_over(wanted: dict, away: bool) -> None:
         return
     try:
         if stock := stock_config(wanted["model"]):
-            check_stock(stock[1], wanted["model_base"])
+            check_stock(stock[1], wanted["model_base"], protocol=wanted["protocol"])
             load_stock_processor(*stock)
             return
         checkpoint = describe_checkpoint(wanted["model"], LlavaConfig, wanted["model_base"])
+        set_protocol(checkpoint, wanted["protocol"])
         check_weights(LlavaLlamaForCausalLM, checkpoint)
         check_tokenizer(load_tokenizer(tokenizer_folder(checkpoint.folders)), checkpoint)
         load_processor(checkpoint.folders, checkpoint.config)

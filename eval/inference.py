@@ -88,6 +88,7 @@ class LoadedModel(AskedModel):
         model_base: str | None = None,
         load_4bit: bool = False,
         load_8bit: bool = False,
+        protocol: str | None = None,
     ) -> AskedModel:
         """Load a checkpoint in evaluation mode.
 
@@ -105,6 +106,8 @@ class LoadedModel(AskedModel):
             The model under a checkpoint that holds only a projector or an adapter; an adapter may name it itself.
         load_4bit, load_8bit : bool
             Quantise the language model with bitsandbytes.
+        protocol : {"model", "flat"}, optional
+            How a LLaVA-NeXT lays out images, see ``load_pretrained_model``.
 
         Raises
         ------
@@ -131,6 +134,7 @@ class LoadedModel(AskedModel):
             attn_implementation=attn_implementation,
             load_4bit=load_4bit,
             load_8bit=load_8bit,
+            protocol=protocol,
         )
         kind = cls if isinstance(model, LlavaMetaForCausalLM) else StockModel
         return kind(tokenizer, model.eval(), image_processor, context_len, conv_template)

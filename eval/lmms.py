@@ -34,8 +34,8 @@ from mustdrop import Trace, load_reducer
 from mustdrop.command import needed_number
 
 COUNTS = (
-    "images", "before_mlp", "plans", "text_tokens", "vision_tokens", "vision_tokens_after", "cache_lengths",
-    "cache_bytes", "mean_tokens", "mean_tokens_official", "times_ms",
+    "images", "tower", "before_mlp", "plans", "text_tokens", "full_text_tokens", "vision_tokens",
+    "vision_tokens_after", "cache_lengths", "cache_bytes", "mean_tokens", "mean_tokens_official", "times_ms",
 )  # fmt: skip
 LENGTH_STEP = 128
 """Contexts whose lengths in characters fall into the same step keep their order, and so share their pictures."""
@@ -52,7 +52,7 @@ class LlavaMustDrop(lmms):
         Folder or hub id of a LLaVA checkpoint.
     method : str, optional
         YAML file or name of a method; by default nothing is reduced.
-    device, device_map, dtype, attn_implementation, conv_template, model_base, load_4bit, load_8bit
+    device, device_map, dtype, attn_implementation, conv_template, model_base, load_4bit, load_8bit, protocol
         As for ``eval.inference.LoadedModel.load``.
     batch_size : int
         Prompts per batch.
@@ -110,6 +110,7 @@ class LlavaMustDrop(lmms):
         model_base: str | None = None,
         load_4bit: bool = False,
         load_8bit: bool = False,
+        protocol: str | None = None,
         **fields,
     ) -> None:
         super().__init__()
@@ -128,6 +129,7 @@ class LlavaMustDrop(lmms):
             model_base=model_base,
             load_4bit=flag("load_4bit", load_4bit),
             load_8bit=flag("load_8bit", load_8bit),
+            protocol=protocol,
         )
         self.shape = shape_of(
             self.loaded.model.config.to_dict(), "model", str(self.loaded.dtype).removeprefix("torch.")

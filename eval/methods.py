@@ -102,7 +102,8 @@ def check_shape(reducer: Reducer, shape: ModelShape) -> None:
 
     Of the tower, the blocks that are run are known; features are taken before the last one, as a rule.
     """
-    reducer.check_sizes(shape.layers, shape.vision_layers + 1, shape.vision_layers, shape.patches, shape.heads)
+    sizes = shape.layers, shape.vision_layers + 1, shape.vision_layers, shape.patches, shape.heads
+    reducer.check_sizes(*sizes, one_view=shape.tiles is None)
 
 
 def _shown(path: Path) -> Path:

@@ -74,7 +74,7 @@ def flops(record: Mapping, shape: ModelShape) -> dict[str, dict[str, int]]:
     if not record["images"]:
         return {}
     work = Workload.of_trace(shape, record)
-    full = Workload.of(shape, text_tokens=work.text_tokens, image_tokens=[shape.patches] * len(record["images"]))
+    full = work.unreduced(shape)
     return {
         name: {"full": round(CONVENTIONS[name].count(shape, full)), "used": round(CONVENTIONS[name].count(shape, work))}
         for name in REPORTED_CONVENTIONS

@@ -123,6 +123,17 @@ def get_anyres_image_grid_shape(
     return width // patch_size, height // patch_size
 
 
+def canvases(config: object, tile: int) -> list[tuple[int, int]]:
+    """Widths and heights in pixels of what images are fitted into and cut up, by a model's configuration.
+
+    ``image_grid_pinpoints``; under ``protocol: flat`` two by two tiles whatever the image, which is what papers mean by
+    2880 tokens. ``tile`` is the width of a tile in pixels.
+    """
+    if getattr(config, "protocol", None) == "flat":
+        return [(2 * tile, 2 * tile)]
+    return parse_grid_pinpoints(config.image_grid_pinpoints)
+
+
 def process_anyres_image(
     image: Image.Image, processor: CLIPImageProcessorPil, grid_pinpoints: str | Sequence[Sequence[int]]
 ) -> torch.Tensor:

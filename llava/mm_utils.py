@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava.anyres import (
+    canvases,
     divide_to_patches,
     get_anyres_image_grid_shape,
     process_anyres_image,
@@ -145,8 +146,8 @@ def process_images(
         The vision tower's image processor.
     model_cfg : object
         Has ``image_aspect_ratio``: ``"pad"`` pads to a square in the processor's mean color, ``"anyres"`` cuts tiles
-        and also needs ``image_grid_pinpoints``; ``"square"``, ``"original"``, None or no such attribute crop the
-        centre.
+        and also needs ``image_grid_pinpoints``, and may have ``protocol``, see :func:`llava.anyres.canvases`;
+        ``"square"``, ``"original"``, None or no such attribute crop the centre.
 
     Returns
     -------
@@ -164,7 +165,8 @@ def process_images(
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
     images = [load_image(image) for image in images]
     if aspect_ratio == "anyres":
-        tiled = [process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints) for image in images]
+        sizes = canvases(model_cfg, image_processor.crop_size["height"])
+        tiled = [process_anyres_image(image, image_processor, sizes) for image in images]
         return torch.stack(tiled) if len({len(tiles) for tiles in tiled}) == 1 else tiled
     if aspect_ratio == "pad":
         mean_color = [int(channel * 255) for channel in image_processor.image_mean]

@@ -59,7 +59,7 @@ class Convention:
         def fails(tokens: int) -> bool:
             return not self.claim_holds(shape, work.unreduced(shape, tokens))
 
-        numbers = range(shape.vision_tokens * len(work.image_tokens) + 1)
+        numbers = range(sum(image.tokens for image in work.images) + 1)
         return None if fails(0) else bisect_left(numbers, True, key=fails) - 1
 
 
@@ -242,6 +242,13 @@ def _schedule(text: str) -> dict[int, int]:
     return dict(sorted(pairs))
 
 
+def _size(text: str) -> tuple[int, int]:
+    width, height = map(_whole, text.split("x"))
+    if not width or not height:
+        raise ValueError
+    return width, height
+
+
 def _argument(parse: Callable, wanted: str) -> Callable:
     """`parse` for argparse, with a message that says what is wanted."""
 
@@ -266,8 +273,11 @@ def _parser() -> argparse.ArgumentParser:
     python -m mustdrop.cost --merged 350 --schedule 2:80,6:60,10:50,14:45 --output-aware-cache --new-tokens 32
   YOPO at half the layers, half the heads and half the MLP: 25 % in the convention vision-only
     python -m mustdrop.cost --yopo configs/methods/yopo_25.yaml
-  A checkpoint of your own, five tiles as in LLaVA-NeXT, for a script
-    python -m mustdrop.cost --model path/to/config.json --images 5 --retain 0.11 --json -""",
+  A checkpoint of your own, for a script
+    python -m mustdrop.cost --model path/to/config.json --images 2 --retain 0.11 --json -
+  LLaVA-NeXT by the papers' protocol (2880 tokens), and a wide image as the model itself cuts it
+    python -m mustdrop.cost --model llava-next-7b-2880 --retain 320
+    python -m mustdrop.cost --model llava-next-7b --image-size 800x300 --retain 320""",
     )
     add = parser.add_argument
     meaning = f"{', '.join(NAMED)}, a config.json or its folder (%(default)s)"
@@ -298,7 +308,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--merged", type=whole, metavar="N", help="tokens per image left by merging after vision block 0")
     meaning = "after prefill, layers from the first filter on cache the final vision tokens only (MustDrop's stage 3)"
     add("--output-aware-cache", action="store_true", help=meaning)
-    add("--images", type=whole, default=1, metavar="N", help="images or tiles per prompt (%(default)s)")
+    add("--images", type=whole, default=1, metavar="N", help="images per prompt (%(default)s)")
+    meaning = "of images that are cut into tiles (default: one that fills the largest canvas); newlines are text"
+    add("--image-size", type=_argument(_size, "WIDTHxHEIGHT in pixels"), metavar="WIDTHxHEIGHT", help=meaning)
     add("--text-tokens", type=whole, default=60, metavar="N", help="text tokens per prompt (%(default)s)")
     add("--new-tokens", type=whole, default=1, metavar="N", help="tokens generated (%(default)s)")
     add("--batch", type=whole, default=1, metavar="N", help="equal prompts; multiplies parts and cache (%(default)s)")
@@ -315,7 +327,12 @@ def _workload(shape: ModelShape, args: argparse.Namespace) -> Workload:
     check("batch", [args.batch], least=1)
     if args.output_aware_cache and args.schedule is None and args.retain is None and args.tokens_per_layer is None:
         raise ValueError("output_aware_cache: cuts the cache to what filters leave; give --schedule")
-    images = [shape.patches if args.merged is None else args.merged] * args.images
+    if args.image_size is not None and shape.tiles is None:
+        raise ValueError(
+            f"image_size: {shape.name} has {shape.patches} tokens for every image, it cuts none into tiles"
+        )
+    whole = [shape.image(args.image_size)] * args.images
+    images = [whole[0].tokens if args.merged is None else args.merged] * args.images
     tokens = args.retain if args.tokens_per_layer is None else args.tokens_per_layer
     if args.schedule:
         check("schedule", list(args.schedule), most=shape.layers - 2)
@@ -326,8 +343,9 @@ def _workload(shape: ModelShape, args: argparse.Namespace) -> Workload:
     work = Workload.of(
         shape,
         tokens,
-        text_tokens=args.text_tokens + shape.feature_cls * args.images,
+        text_tokens=args.text_tokens + (shape.feature_cls * whole[0].views + whole[0].newlines) * args.images,
         image_tokens=images,
+        images=whole,
         filter_layers=args.schedule and list(args.schedule),
         new_tokens=args.new_tokens,
         plans=_plans(shape, args.yopo) if args.yopo else None,

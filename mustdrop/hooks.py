@@ -247,9 +247,11 @@ class Reducer(Fitting):
         tower = getattr(model, "get_vision_tower", lambda: None)()
         sizes = (getattr(tower, "blocks_run", None), tower.num_patches) if tower is not None else ()
         config = getattr(model, "config", None)
-        self.check_sizes(
-            model.num_layers, model.num_vision_layers, *sizes, heads=getattr(config, "num_attention_heads", None)
+        heads, tiled = (
+            getattr(config, "num_attention_heads", None),
+            getattr(config, "image_aspect_ratio", None) == "anyres",
         )
+        self.check_sizes(model.num_layers, model.num_vision_layers, *sizes, heads=heads, one_view=not tiled)
 
 
 def _hook_points(model: object) -> AbstractContextManager[Any]:

@@ -10,13 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise, zip_longest
+from itertools import accumulate, pairwise, zip_longest
 
 import torch
 
 from mustdrop.compute_plan import LayerPlan
 from mustdrop.neighbours import SplitRows
-from mustdrop.shape import ModelShape
+from mustdrop.shape import ImageShape, ModelShape
 from mustdrop.tokens import Tokens
 
 
@@ -46,12 +46,16 @@ class Workload:
         Decoder layers after which the text tokens score the vision tokens.
     new_tokens : int
         Generated tokens; the first one comes out of prefill, each other one is a decode step.
+    images : tuple of ImageShape
+        Per image: what it is before anything is dropped.
     tower_tokens : tuple of tuple of int
-        Per image: patch tokens entering each vision block that is run, and those leaving the last one.
+        Per view of each image: patch tokens entering each vision block that is run, and those leaving the last one.
     before_mlp : bool
         Whether they change between a vision block's attention and its MLP instead of after both.
     plans : tuple of PlannedLayer or None
         Per decoder layer: what it computes for vision tokens, None for everything.
+    full_text_tokens : int
+        `text_tokens` with the newlines of rows of which nothing is left.
     selector_macs : int or None
         Multiply-adds of the method itself, None where they are not known.
     """
@@ -65,6 +69,8 @@ class Workload:
     tower_tokens: tuple[tuple[int, ...], ...]
     before_mlp: bool
     plans: tuple[PlannedLayer | None, ...]
+    images: tuple[ImageShape, ...]
+    full_text_tokens: int
     selector_macs: int | None = None
 
     @classmethod
@@ -81,13 +87,17 @@ class Workload:
         tower_tokens: Sequence[Mapping[int, int]] | None = None,
         before_mlp: bool = False,
         plans: Mapping[int, LayerPlan | Mapping] | None = None,
+        images: Sequence[ImageShape] | None = None,
+        full_text_tokens: int | None = None,
     ) -> Workload:
         """A prompt, by default of one image of which nothing is dropped.
 
+        `images` says what they are before that, by default `shape.image()`; their newlines are part of `text_tokens`.
+
         `vision_tokens` may also be one number for all layers, or a fraction below 1 of all vision tokens. The filter
         layers are by default those after which tokens disappear, and the cache holds what prefill saw. `tower_tokens`
-        says per image how many patch tokens are left after which vision block (-1: before the first, of a smaller
-        image); by default `image_tokens` after block 0.
+        says per view how many patch tokens are left after which vision block (-1: before the first, of a smaller
+        image); by default `image_tokens` after block 0, shared evenly by the views.
         `plans` are the layers that compute less for vision tokens: `Trace.plans`, or a `LayerPlan` for each; the pairs
         of the latter are estimated as if all text came before the images, and tokens lay evenly on the grid. A layer
         that is skipped has no vision tokens. What choosing costs is taken to be what MustDrop's costs.
@@ -97,16 +107,17 @@ class Workload:
         ValueError
             If a number cannot be; it is named.
         """
-        image_tokens = image_tokens or [shape.patches]
+        images = list(images or [shape.image()] * len(image_tokens or [1]))
+        image_tokens = image_tokens or [image.tokens for image in images]
         spliced = sum(image_tokens)
         if vision_tokens is None:
             vision_tokens = spliced
         if not isinstance(vision_tokens, Sequence):
-            full = shape.vision_tokens * len(image_tokens)
+            full = sum(image.tokens for image in images)
             vision_tokens = [round(vision_tokens * full) if 0 < vision_tokens < 1 else vision_tokens] * shape.layers
-        images, vision_tokens = len(image_tokens), list(vision_tokens)
+        views, vision_tokens = sum(image.views for image in images), list(vision_tokens)
         planned = {
-            int(layer): _planned(shape, plan, images, vision_tokens[int(layer)], text_tokens)
+            int(layer): _planned(shape, plan, views, vision_tokens[int(layer)], text_tokens)
             for layer, plan in (plans or {}).items()
         }
         for layer, plan in planned.items():
@@ -116,18 +127,21 @@ class Workload:
             filter_layers = [layer for layer in drops if layer + 1 not in planned or not planned[layer + 1].plan.skip]
         check("text_tokens", [text_tokens])
         check("new_tokens", [new_tokens], least=1)
-        check("image_tokens", image_tokens, most=shape.patches)
+        check("image_tokens", image_tokens, most=max(image.tokens for image in images))
         check("vision_tokens", vision_tokens, count=shape.layers, most=spliced)
         check("filter_layers", filter_layers, most=shape.layers - 1)
         cache_lengths = cache_lengths or [tokens + text_tokens for tokens in vision_tokens]
         check("cache_lengths", cache_lengths, count=shape.layers)
         if tower_tokens is None:
-            tower_tokens = [{0: tokens} for tokens in image_tokens]
+            shares = [(image.views, tokens / image.tokens) for image, tokens in zip(images, image_tokens, strict=True)]
+            tower_tokens = [{0: round(shape.patches * share)} for count, share in shares for _ in range(count)]
         check("tower_tokens", [count for left in tower_tokens for count in left.values()], most=shape.patches)
         sequences = (tuple(values) for values in (image_tokens, cache_lengths, filter_layers))
         tower = tuple(_through_tower(shape, left) for left in tower_tokens)
         layerwise = tuple(planned.get(layer) for layer in range(shape.layers))
-        work = cls(tuple(vision_tokens), text_tokens, *sequences, new_tokens, tower, before_mlp, layerwise)
+        full_text = text_tokens if full_text_tokens is None else full_text_tokens
+        facts = tower, before_mlp, layerwise, tuple(images), full_text
+        work = cls(tuple(vision_tokens), text_tokens, *sequences, new_tokens, *facts)
         return replace(work, selector_macs=mustdrop_selector_macs(shape, work))
 
     @classmethod
@@ -136,15 +150,22 @@ class Workload:
 
         What choosing cost is what the trace says; it is not known if the trace did not count.
         """
+        # Traces of before tiles had one view an image, whose blocks were the tower's own.
+        alone = [[[-1, image["patches"]], *image["blocks"]] for image in trace["images"]]
+        tower = trace.get("tower", alone)
+        first = accumulate((image.get("views", 1) for image in trace["images"]), initial=0)
+        firsts = [tower[number] for number, _ in zip(first, trace["images"], strict=False)]
         work = cls.of(
             shape,
             trace["vision_tokens"],
             text_tokens=trace["text_tokens"],
             image_tokens=[image["tokens"] for image in trace["images"]],
-            tower_tokens=[{-1: image["patches"], **dict(image["blocks"])} for image in trace["images"]],
+            tower_tokens=[dict(view) for view in tower],
             before_mlp=trace["before_mlp"],
             plans=trace["plans"],
             cache_lengths=trace["cache_lengths"],
+            images=[_whole(shape, image, view) for image, view in zip(trace["images"], firsts, strict=True)],
+            full_text_tokens=trace.get("full_text_tokens"),
         )
         return replace(work, selector_macs=trace.get("selector_macs"))
 
@@ -157,8 +178,13 @@ class Workload:
 
     def unreduced(self, shape: ModelShape, tokens: int | None = None) -> Workload:
         """The same prompt with nothing merged or filtered: all vision tokens, or `tokens`, in every layer."""
-        images = [shape.patches] * len(self.image_tokens)
-        return Workload.of(shape, tokens, text_tokens=self.text_tokens, image_tokens=images, new_tokens=self.new_tokens)
+        facts = {"text_tokens": self.full_text_tokens, "new_tokens": self.new_tokens, "images": self.images}
+        return Workload.of(shape, tokens, **facts)
+
+
+def _whole(shape: ModelShape, image: Mapping, view: Sequence[Sequence[int]]) -> ImageShape:
+    """An image of a trace as it was before it was made smaller; `view` is the record of its first view in the tower."""
+    return ImageShape(image.get("views", 1), round(image["patches"] * shape.patches / view[0][1]))
 
 
 def _planned(
@@ -298,15 +324,15 @@ def mustdrop_selector_macs(shape: ModelShape, work: Workload) -> int:
     """
     if not work.filter_layers:
         return 0
-    probes = sum(key_probe_macs(shape, tokens) for tokens in work.image_tokens)
+    probes = sum(key_probe_macs(shape, tokens[-1]) for tokens in work.tower_tokens)
     keys = (work.vision_tokens[layer] + work.text_tokens for layer in work.filter_layers)
     return probes + sum(filter_macs(shape, work.text_tokens, length) for length in keys)
 
 
 def costs(shape: ModelShape, work: Workload) -> dict[str, int | None]:
     """Multiply-adds of every part of one prompt; None for the selector where its cost is not known."""
-    leaving = [max(tokens[-1], spliced) for tokens, spliced in zip(work.tower_tokens, work.image_tokens, strict=True)]
-    features = sum(leaving) + shape.feature_cls * len(leaving)
+    leaving = sum(tokens[-1] for tokens in work.tower_tokens)
+    features = max(leaving, sum(work.image_tokens)) + shape.feature_cls * len(work.tower_tokens)
     return {
         "vision_tower": sum(
             vision_macs(shape, tokens[:-1], tokens[1:] if work.before_mlp else None) for tokens in work.tower_tokens

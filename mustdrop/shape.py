@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -18,12 +21,68 @@ _TOWERS = {
     "openai/clip-vit-large-patch14": {**_CLIP, "patch_size": 14, "image_size": 224},
 }
 _LLAVA_15 = {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": "mlp2x_gelu"}
+_CANVASES = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+_TILED_15 = {**_LLAVA_15, "image_aspect_ratio": "anyres", "image_grid_pinpoints": _CANVASES}
 _SIZE_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
 NAMED: dict[str, Mapping | Path] = {
     "llava-1.5-7b": _LLAVA_15,
     "llava-1.5-13b": {**_LLAVA_15, **_SIZE_13B},
+    "llava-next-7b": {**_TILED_15, "mm_patch_merge_type": "spatial_unpad"},
+    "llava-next-7b-2880": {**_TILED_15, "protocol": "flat"},
     "llava-mini": Path(__file__).resolve().parents[1] / "checkpoints" / "llava-mini",
 }
+
+
+_TILED = ("llava_next", "llava_onevision")
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """An image before anything is dropped: views that the tower sees, vision tokens, and newlines, which are text."""
+
+    views: int
+    tokens: int
+    newlines: int = 0
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a model cuts images into tiles.
+
+    Attributes
+    ----------
+    canvases : tuple of (int, int)
+        Widths and heights in pixels of what an image is fitted into, each whole tiles.
+    merge : {"flat", "spatial", "spatial_unpad"}
+        As `mm_patch_merge_type` of LLaVA names it.
+    most : int, optional
+        Tiles' worth of tokens to which an image of more is shrunk (LLaVA-OneVision's `anyres_max_9`).
+    """
+
+    canvases: tuple[tuple[int, int], ...]
+    merge: str = "flat"
+    most: int | None = None
+
+    def image(self, size: tuple[int, int] | None, tile: int, side: int) -> ImageShape:
+        """An image of a size (width, height) in pixels, by default one that fills the largest canvas.
+
+        `tile` is the width of a tile in pixels, `side` in patches.
+        """
+        import torch
+        from transformers.models.llava_next.modeling_llava_next import select_best_resolution, unpad_image
+
+        width, height = size or max(self.canvases, key=lambda canvas: canvas[0] * canvas[1])
+        chosen = select_best_resolution((height, width), [(high, wide) for wide, high in self.canvases])
+        rows, columns = (pixels // tile for pixels in chosen)
+        grid = rows * side, columns * side
+        newlines = 0
+        if self.merge == "spatial_unpad":
+            grid = tuple(unpad_image(torch.empty(1, *grid, device="meta"), (height, width)).shape[1:])
+            if self.most is not None:
+                ratio = math.sqrt(grid[0] * grid[1] / (self.most * side**2))
+                grid = tuple(int(length // ratio) for length in grid) if ratio > 1.1 else grid
+            newlines = grid[0]
+        return ImageShape(1 + rows * columns, side**2 + grid[0] * grid[1], newlines)
 
 
 @dataclass(frozen=True)
@@ -48,6 +107,8 @@ class ModelShape:
         The decoder.
     dtype_bytes : int
         Bytes of one cached number.
+    tiles : Tiles or None
+        How images are cut into tiles, None where they are not.
     """
 
     name: str
@@ -69,6 +130,7 @@ class ModelShape:
     mlp: int
     vocab: int
     dtype_bytes: int = 2
+    tiles: Tiles | None = None
 
     def __post_init__(self):
         for field in fields(self):
@@ -80,13 +142,22 @@ class ModelShape:
 
     @property
     def patches(self) -> int:
-        """Patches of one image."""
+        """Patches of one view: an image, or a tile of it."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def vision_tokens(self) -> int:
-        """Vision tokens of one image in an unchanged decoder; CLS, where it comes along, counts as text."""
-        return self.patches
+        """Vision tokens of one image in an unchanged decoder; CLS and newlines, where they come along, count as text.
+
+        Of one that fills the largest canvas, where images are cut into tiles.
+        """
+        return self.image().tokens
+
+    def image(self, size: tuple[int, int] | None = None) -> ImageShape:
+        """An image of a size (width, height) in pixels, by default one that fills the largest canvas."""
+        if self.tiles is None:
+            return ImageShape(1, self.patches)
+        return self.tiles.image(size, self.image_size, self.image_size // self.patch_size)
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -127,7 +198,7 @@ class ModelShape:
             path = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
             config, folder = _read_json(path), path.resolve().parent
         read = _read_original if {"mm_vision_tower", "mm_vision_config"} & set(config) else _read_hugging_face
-        text, vision, layer, feature, projector = read(config, folder)
+        text, vision, layer, feature, projector, tiles = read(config, folder)
         states = [index % (vision.num_hidden_layers + 1) for index in (layer if isinstance(layer, list) else [layer])]
         return cls(
             name=name or folder.name or "config",
@@ -137,7 +208,7 @@ class ModelShape:
             vision_layers=max(states),
             vision_heads=vision.num_attention_heads,
             vision_mlp=vision.intermediate_size,
-            vision_cls=True,
+            vision_cls=vision.model_type == "clip_vision_model",
             feature_cls=feature in ("cls_patch", "full"),
             projector_type=projector,
             projector_widths=(vision.hidden_size * len(states), *[text.hidden_size] * _projector_depth(projector)),
@@ -149,12 +220,16 @@ class ModelShape:
             mlp=text.intermediate_size,
             vocab=text.vocab_size,
             dtype_bytes=DTYPE_BYTES[dtype],
+            tiles=tiles(vision.image_size),
         )
 
 
 def _read_original(config: Mapping, folder: Path) -> tuple:
-    """Text and vision configuration, feature layer, feature kind and projector type of an original LLaVA config."""
-    from transformers import LlamaConfig
+    """Text and vision configuration, feature layer, feature kind, projector type and tiles of an original config.
+
+    The tiles are a function of a tile's width in pixels.
+    """
+    from transformers import LlamaConfig, MistralConfig
 
     tower, vision = config.get("mm_vision_tower"), config.get("mm_vision_config")
     if not vision and tower in _TOWERS:
@@ -165,34 +240,71 @@ def _read_original(config: Mapping, folder: Path) -> tuple:
             known = ", ".join(_TOWERS)
             raise ValueError(f"mm_vision_tower is {tower!r}: it must be {known} or the path of a CLIP folder")
         vision = _read_json(found[0] / "config.json")
-    names = {field.name for field in fields(LlamaConfig)} - {"model_type"}
-    text = _filled(LlamaConfig, {key: value for key, value in config.items() if key in names})
+    kind = MistralConfig if config.get("model_type") == "llava_mistral" else LlamaConfig
+    names = {field.name for field in fields(kind)} - {"model_type"}
+    text = _filled(kind, {key: value for key, value in config.items() if key in names})
     layer, feature = config.get("mm_vision_select_layer", -2), config.get("mm_vision_select_feature", "patch")
-    return text, _vision_config(vision), layer, feature, config.get("mm_projector_type", "linear")
+    projector = config.get("mm_projector_type", "linear")
+
+    def tiles(tile: int) -> Tiles | None:
+        if config.get("image_aspect_ratio") != "anyres":
+            return None
+        if config.get("protocol") == "flat":
+            return Tiles(((2 * tile, 2 * tile),))
+        canvases = _canvases(config.get("image_grid_pinpoints"))
+        return Tiles(canvases, config.get("mm_patch_merge_type") or "flat")
+
+    return text, _vision_config(vision), layer, feature, projector, tiles
+
+
+def _canvases(pinpoints: object) -> tuple[tuple[int, int], ...]:
+    """Pairs of pixels from `image_grid_pinpoints`, a list or a text that spells one."""
+    with suppress(SyntaxError, ValueError):
+        pinpoints = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
+    try:
+        canvases = tuple((int(first), int(second)) for first, second in pinpoints)
+    except (TypeError, ValueError):
+        canvases = ()
+    if not canvases:
+        raise ValueError(f"image_grid_pinpoints is {pinpoints!r}: it must be a list of pairs of pixels")
+    return canvases
 
 
 def _read_hugging_face(config: Mapping, folder: Path) -> tuple:
-    """The same of a Hugging Face LlavaConfig."""
-    from transformers import LlavaConfig
+    """The same of a Hugging Face LlavaConfig, LlavaNextConfig or LlavaOnevisionConfig."""
+    import transformers
 
-    if config.get("model_type", "llava") != "llava" or not {"model_type", "text_config"} & set(config):
+    kind = config.get("model_type", "llava")
+    if kind not in ("llava", *_TILED) or not {"model_type", "text_config"} & set(config):
         raise ValueError(
-            f"{folder.name or 'config'}: no LLaVA configuration, it must have mm_vision_tower (original format) or "
-            "model_type 'llava' with text_config and vision_config (Hugging Face format)"
+            f"{folder.name or 'config'}: no LLaVA configuration, it must have mm_vision_tower (original format) or, "
+            f"with text_config and vision_config (Hugging Face format), model_type 'llava', "
+            f"{', '.join(map(repr, _TILED))}"
         )
-    theirs = _filled(LlavaConfig, config)
-    vision = _vision_config(theirs.vision_config.to_dict())
-    return theirs.text_config, vision, theirs.vision_feature_layer, theirs.vision_feature_select_strategy, "mlp2x_gelu"
+    classes = {"llava": "LlavaConfig", "llava_next": "LlavaNextConfig", "llava_onevision": "LlavaOnevisionConfig"}
+    theirs = _filled(getattr(transformers, classes[kind]), config)
+    vision = _vision_config(theirs.vision_config.to_dict(), kind == "llava_onevision")
+    most = getattr(theirs, "vision_aspect_ratio", "").removeprefix("anyres_max_")
+
+    def tiles(tile: int) -> Tiles | None:
+        if kind not in _TILED:
+            return None
+        canvases = tuple((width, height) for height, width in _canvases(theirs.image_grid_pinpoints))
+        return Tiles(canvases, "spatial_unpad", int(most) if most.isdigit() else None)
+
+    feature = "patch" if kind == "llava_onevision" else theirs.vision_feature_select_strategy
+    return theirs.text_config, vision, theirs.vision_feature_layer, feature, "mlp2x_gelu", tiles
 
 
-def _vision_config(values: Mapping):
-    from transformers import CLIPVisionConfig
+def _vision_config(values: Mapping, siglip: bool = False):
+    from transformers import CLIPVisionConfig, SiglipVisionConfig
 
     values = values.get("vision_config") or values.get("mm_vision_config") or values
-    kind = values.get("model_type", "clip_vision_model")
-    if kind != "clip_vision_model":
-        raise ValueError(f"the vision tower's model_type is {kind!r}: only 'clip_vision_model' is supported")
-    return _filled(CLIPVisionConfig, values)
+    known = SiglipVisionConfig if siglip else CLIPVisionConfig
+    kind = values.get("model_type", known.model_type)
+    if kind != known.model_type:
+        raise ValueError(f"the vision tower's model_type is {kind!r}: only {known.model_type!r} is supported")
+    return _filled(known, values)
 
 
 def _filled(config_class: type, values: Mapping):

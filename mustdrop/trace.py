@@ -28,6 +28,12 @@ class PassRecord:
         Per prompt and image: tokens that entered the language model, and their `patch_to_token` map.
     views : list of list of list of int
         Per prompt and image: the rows of its views (tiles, frames) in what the vision encoder computed.
+    encoded : dict of int to Tensor
+        `vision` as the vision encoder numbers patches, where a prompt shows them otherwise; empty where it does not.
+    view_patches : int
+        Patches of a view, 0 where no view was encoded.
+    text : list of int
+        Text tokens of each prompt before anything was dropped, and those that come with images; empty if not known.
     pruned_layers : list of int
         Decoder layers after which the reducer chose.
     plans : list of LayerPlan or None
@@ -50,6 +56,9 @@ class PassRecord:
     vision: dict[int, Tensor] = field(default_factory=dict)
     images: list[list[tuple[int, Tensor]]] = field(default_factory=list)
     views: list[list[list[int]]] = field(default_factory=list)
+    encoded: dict[int, Tensor] = field(default_factory=dict)
+    view_patches: int = 0
+    text: list[int] = field(default_factory=list)
     pruned_layers: list[int] = field(default_factory=list)
     plans: list[LayerPlan | None] = field(default_factory=list)
     merge_maps: dict[int, Tensor] = field(default_factory=dict)
@@ -77,7 +86,13 @@ class Trace:
     key_tokens : list of int
         Which of these may not be dropped.
     text_tokens : int
-        Text tokens of the prompt, and those that come with an image without showing a patch (CLS).
+        Text tokens of the prompt, and those that come with an image without showing a patch (CLS, newlines of rows of
+        which a patch is left).
+    full_text_tokens : int
+        The same before anything was dropped.
+    tower : list of list of list of int
+        For every view of every image pairs as in `blocks`, of the vision encoder's own patches, borders that the prompt
+        does not show included; the first pair is block -1 and the patches that entered.
     vision_tokens, vision_tokens_after : list of int
         Vision tokens entering, and leaving, each decoder layer.
     kept : dict
@@ -136,7 +151,9 @@ class Trace:
             ],
             "before_mlp": record.before_mlp,
             "key_tokens": tokens_in.vision_index[row][key_tokens].tolist(),
-            "text_tokens": int(tokens_in.counts[row] - tokens_in.vision[row].sum()),
+            "text_tokens": (text := int(tokens_in.counts[row] - tokens_in.vision[row].sum())),
+            "full_text_tokens": record.text[self._prompt] if record.text else text,
+            "tower": [view for views in record.views[self._prompt] for view in _tower(record, views)] if images else [],
             "vision_tokens": _vision_counts(record.tokens_in, row),
             "vision_tokens_after": _vision_counts(record.tokens_out, row),
             "kept": kept,
@@ -252,6 +269,13 @@ def _blocks(changed: dict[int, Tensor], views: list[int]) -> list[list[int]]:
         [block, sum(len(own[own >= 0].unique()) for own in patch_to_token[views])]
         for block, patch_to_token in changed.items()
     ]
+
+
+def _tower(record: PassRecord, views: list[int]) -> list[list[list[int]]]:
+    """For each of these rows of the vision encoder: blocks that changed the tokens, and how many left them."""
+    changed = record.encoded or record.vision
+    patches = record.view_patches or next((len(own[0]) for own in changed.values()), 0)
+    return [[[-1, patches], *_blocks(changed, [view])] for view in views]
 
 
 def _patches(patch_to_token: Tensor, tokens: Tokens, row: int) -> list[int]:

@@ -7,9 +7,17 @@ import stock
 import tiles
 import torch
 from hosted import METHODS, reducer_of
+from PIL import Image
 from tiles import SIZES, for_stock, native, prompts, stacks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava.mm_utils import process_images
+from llava.model import LlavaLlamaForCausalLM
 from mustdrop import Reducer
+from mustdrop.macs import Workload, costs
+from mustdrop.shape import ModelShape
 
 
 def generated(model, given, **images):
@@ -29,7 +37,7 @@ def generated(model, given, **images):
 def both(given, sizes, text="llama", method=None, **changes):
     """What the stock model and ours make of the same prompts, plain or under a method; and the traces."""
     pixels, found, traces = stacks(sizes), [], []
-    theirs = for_stock(text, given, sizes, pixels)
+    theirs = for_stock(stock.stock("next", text), given, sizes, pixels)
     for model, run in (
         (stock.stock("next", text), lambda model: stock.generate(model, theirs)),
         (native(text, **changes), lambda model: generated(model, given, images=pixels or None, image_sizes=sizes)),
@@ -77,3 +85,70 @@ def test_every_method_does_with_tiles_what_it_does_on_the_stock_class(name):
     assert_equal(theirs, ours)
     for mine, stocks in zip(traces[1], traces[0], strict=True):
         assert mine.to_dict() | {"times_ms": 0} == stocks.to_dict() | {"times_ms": 0}
+
+
+COUNTED = [("next", "llama", {}), ("next", "llama", {"mm_patch_merge_type": "flat"}), ("next", "mistral", {})]
+
+
+@pytest.mark.parametrize(("kind", "text", "changes"), [*COUNTED, ("onevision", "qwen2", {"most": 1})])
+@pytest.mark.parametrize("shape", ["square", "wide", "cut"])
+def test_costs_are_what_torch_counts(kind, text, changes, shape):
+    """Of our own model, and of OneVision where tiles are blended, from the size of an image alone and from a trace."""
+    size, given = SIZES[shape], prompts([(3, 1, 6)])
+    pixels = stacks([size])
+    if kind == "onevision":
+        model = stock.stock(kind, text, vision_aspect_ratio="anyres_max_1", attn_implementation="eager")
+        theirs = for_stock(model, given, [size], pixels)
+        config, run = model.config, lambda: model.generate(**theirs, max_new_tokens=1)
+    else:
+        model = native(text, **changes)
+        ids = given["input_ids"]
+        config, run = model.config, lambda: model.generate(ids, pixels, [size], max_new_tokens=1)
+    costs_of = ModelShape.from_config(config.to_dict())
+    with Reducer().on(model) as record, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    image = costs_of.image(size)
+    text_tokens = given["input_ids"].shape[1] - 1 + image.newlines
+    from_size = costs(costs_of, Workload.of(costs_of, text_tokens=text_tokens, images=[image]))
+    work = Workload.of_trace(costs_of, record.traces[0].to_dict())
+    from_trace = costs(costs_of, work)
+    counted = 2 * sum(from_size[part] for part in ("vision_tower", "projector", "prefill"))
+    assert counted == counter.get_total_flops()
+    assert {**from_trace, "selector": 0} == {**from_size, "selector": 0}
+    assert costs(costs_of, work.unreduced(costs_of))["prefill"] == from_size["prefill"]
+
+
+@torch.no_grad()
+def test_the_flat_protocol_is_two_by_two_tiles_whatever_the_shape(tmp_path):
+    model = native(protocol="flat")
+    size, patches = SIZES["strip"], 5 * tiles.SIDE**2
+    side = {"height": tiles.PIXELS, "width": tiles.PIXELS}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": tiles.PIXELS}, crop_size=side)
+    pixels = process_images([Image.new("RGB", size, (9, 99, 200))], processor, model.config)
+    assert len(pixels[0]) == 5
+    spliced = model.splice(prompts([(3, 1, 4)])["input_ids"], images=pixels, image_sizes=[size])
+    assert (
+        spliced.tokens.prompts[0].images[0].patches
+        == patches
+        == ModelShape.from_config(model.config.to_dict()).vision_tokens
+    )
+    assert spliced.embeds.shape[1] == prompts([(3, 1, 4)])["input_ids"].shape[1] - 1 + patches
+    for change, line in (
+        ({"protocol": "flatter"}, "protocol is 'flatter'"),
+        ({"protocol": "flat", "image_aspect_ratio": "pad"}, "protocol is 'flat'"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            LlavaLlamaForCausalLM.from_pretrained(tiles.save(tmp_path / line, **change))
+
+
+def test_sizes_that_do_not_fit_the_tiles_are_named():
+    model, given = native(), prompts([(3, 1, 4)])["input_ids"]
+    pixels = stacks([SIZES["wide"]])
+    for sizes, line in (
+        (None, "image_sizes: left out"),
+        ([(70, 160)] * 2, "of each of 1 images"),
+        ([(160, 150)], "views"),
+    ):
+        with pytest.raises(ValueError, match=line) as error:
+            model.splice(given, images=pixels, image_sizes=sizes)
+        assert "\n" not in str(error.value)

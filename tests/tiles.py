@@ -83,9 +83,8 @@ def prompts(texts: list[tuple[int, int, int]], seed: int = 0) -> dict[str, torch
     return stock.ids_of([(before, [(IMAGE_TOKEN_INDEX, 1)] * images, after) for before, images, after in texts], seed)
 
 
-def for_stock(text: str, given: dict[str, torch.Tensor], sizes: list[tuple[int, int]], pixels: list[torch.Tensor]):
+def for_stock(model, given: dict[str, torch.Tensor], sizes: list[tuple[int, int]], pixels: list[torch.Tensor]):
     """The same prompts for transformers' class: placeholders, heights before widths, views padded to one number."""
-    model = stock.stock("next", text)
     heights = [[height, width] for width, height in sizes]
     counts = iter([stock.tokens_of(model, size) for size in heights])
     rows = [

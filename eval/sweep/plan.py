@@ -176,6 +176,7 @@ def _models(file: Path, given: object) -> list[dict]:
                 known = ", ".join(MODEL_KEYS)
                 raise ValueError(f"{file}: models: unknown key {shown(key)}{hint(key, MODEL_KEYS)}; it has {known}")
             kind, right = (bool, "true or false") if key.startswith("load_") else (str, "a folder or a hub id")
+            right = " or ".join(checkpoints.PROTOCOLS) if key == "protocol" else right
             if not isinstance(value, kind):
                 raise _wrong(file, f"models: {key}", value, right)
     if not found or not all(entry.get("model", "").strip() for entry in found):

@@ -11,6 +11,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.checkpoint import Checkpoint, describe_checkpoint
+from llava.model.checkpoint.config import check_protocol
 from llava.model.checkpoint.load import check_weights, load_weights
 from llava.model.checkpoint.settings import LoadSettings
 from llava.model.hosted.load import load_stock, stock_config
@@ -29,6 +30,7 @@ def load_pretrained_model(
     device_map: str | dict | None = "auto",
     device: str | torch.device | None = None,
     compile: bool = False,
+    protocol: str | None = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, CLIPImageProcessorPil | ProcessorMixin | None, int]:
     """Load everything that inference needs.
@@ -52,6 +54,9 @@ def load_pretrained_model(
         Put the whole model there instead.
     compile : bool
         Run the decoder through torch.compile, see `compile_model`; the first prompts take longer.
+    protocol : {"model", "flat"}, optional
+        How a LLaVA-NeXT lays out images. "flat": in two by two tiles whatever their shape, one tile after another,
+        nothing cut off and no newlines; the 2880 tokens of papers. Default: as the model does it.
     **kwargs
         `torch_dtype` (default float16 on an accelerator, float32 on the CPU), `attn_implementation` (default sdpa),
         LLaVA's `use_flash_attn`, and what `LoadSettings` lists for transformers and the hub.
@@ -72,10 +77,11 @@ def load_pretrained_model(
     """
     settings = LoadSettings.of(load_8bit, load_4bit, device_map, device, kwargs)
     if stock := stock_config(model_path, **settings.hub):
-        check_stock(stock[1], model_base, compile)
+        check_stock(stock[1], model_base, compile, protocol)
         model, processor = load_stock(model_path, *stock, settings)
         return processor.tokenizer, model, processor, stock[1].text_config.max_position_embeddings
     checkpoint = describe_checkpoint(model_path, LlavaConfig, model_base, **settings.hub)
+    set_protocol(checkpoint, protocol)
     check_weights(LlavaLlamaForCausalLM, checkpoint)
     tokenizer = load_tokenizer(tokenizer_folder(checkpoint.folders))
     rows = check_tokenizer(tokenizer, checkpoint)
@@ -95,8 +101,29 @@ def _context_length(config: LlavaConfig) -> int:
     return getattr(config, "max_sequence_length", None) or getattr(config, "tokenizer_model_max_length", None) or 2048
 
 
-def check_stock(config: PreTrainedConfig, model_base: str | os.PathLike | None = None, compile: bool = False) -> None:
+def set_protocol(checkpoint: Checkpoint, protocol: str | None) -> None:
+    """Let a model lay out images by a protocol, None for its configuration's; ValueError if it cannot."""
+    if protocol is None:
+        return
+    try:
+        check_protocol(protocol, checkpoint.config.image_aspect_ratio)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from None
+    checkpoint.config.protocol = protocol
+
+
+def check_stock(
+    config: PreTrainedConfig,
+    model_base: str | os.PathLike | None = None,
+    compile: bool = False,
+    protocol: str | None = None,
+) -> None:
     """Raise ValueError for what cannot be done with a stock model."""
+    if protocol not in (None, "model"):
+        raise ValueError(
+            f"protocol is {protocol!r}: {config.model_type} is transformers' own class, which lays out images its "
+            "own way; LLaVA's original format takes 'flat'"
+        )
     if model_base is not None:
         raise ValueError(f"model_base is {str(model_base)!r}: {config.model_type} is a whole model and needs no base")
     if compile:

@@ -145,6 +145,7 @@ class LlavaMetaForCausalLM:
         with state.timed("vision", images.device):
             apart = state.overrides("on_pixels") and views is not None and len(set(views)) > 1
             tokens = _apart(encode, images, views, state) if apart else encode(images, views)
+            state.view_patches = tokens.grid[0] * tokens.grid[1]
             tokens = tokens if tiles is None else replace(tokens, tiles=tuple(tiles))
             tokens = state.choose("on_projected_features", VisionStep(tokens))
         return tokens if asked is not None else tokens.hidden
@@ -235,6 +236,7 @@ class LlavaMetaForCausalLM:
                 sequence.add_text(text[used : used + len(chunk)], None if targets is None else targets[start:end])
                 used, start = used + len(chunk), end + 1
             state.images.append(sequence.images)
+            state.text.append(sequence.text)
         limit = getattr(self.config, "tokenizer_model_max_length", None) if labels is not None else None
         return _pad(sequences, padding_side, limit, state)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from llava.anyres import get_anyres_image_grid_shape
+from llava.anyres import canvases, get_anyres_image_grid_shape
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.model.hosted.door import Arrival, enter
 from llava.model.hosted.layout import EXTRA, Layout, tiles
@@ -38,7 +38,7 @@ def has_newline(config) -> bool:
 
 def stitches(config, images: Tensor | list[Tensor]) -> bool:
     """Whether images are stitched: as in LLaVA, a plain tensor `[images, 3, height, width]` is not."""
-    if getattr(config, "mm_patch_merge_type", None) in (None, "flat"):
+    if getattr(config, "mm_patch_merge_type", None) in (None, "flat") or config.protocol == "flat":
         return False
     return not isinstance(images, Tensor) or images.dim() == 5
 
@@ -72,7 +72,8 @@ def tile_grid(config, views: int, size: tuple[int, int] | None) -> tuple[int, in
         return 0, 0
     if size is None:
         raise ValueError("image_sizes: left out, tiles are stitched by the (width, height) of each image")
-    grid = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.mm_vision_config["image_size"])
+    pixels = config.mm_vision_config["image_size"]
+    grid = get_anyres_image_grid_shape(size, canvases(config, pixels), pixels)
     columns, rows = grid
     if views != 1 + columns * rows:
         raise ValueError(
@@ -208,7 +209,8 @@ def splice_stitched(
 def _pick(state: ForwardState, rows: list[int], device: torch.device) -> None:
     """Let what is noted of the vision tower be that of these rows."""
     index = torch.tensor(rows, device=device)
-    state.vision.update({block: stands[index] for block, stands in state.vision.items()})
+    for noted in (state.vision, state.encoded):
+        noted.update({block: stands[index] for block, stands in noted.items()})
 
 
 def _repeats(rows: list[list[int]], counts: list[int]) -> list[Tensor]:

@@ -18,6 +18,9 @@ SUPPORTED = (
     "LLaVA-1.5 and LLaVA-NeXT on LLaMA or Mistral: original ('llava', 'llava_llama', 'llava_mistral') or, for "
     "LLaVA-1.5, Hugging Face ('llava'), and as transformers has them 'llava_next', 'llava_onevision', 'video_llava'"
 )
+PROTOCOLS = "model", "flat"
+"""How images are cut into tiles and laid out: as the model does it, or as papers count 2880 tokens (see `anyres`)."""
+
 MISTRAL = "llava_mistral"
 _ORIGINAL_TYPES = ("llava", "llava_llama", "llama", MISTRAL)
 _FEATURES = {"default": "patch", "full": "cls_patch"}
@@ -44,6 +47,7 @@ _COMPUTED: dict[str, tuple] = {
     "add_faster_video": _NONE,
     "use_mm_proj": (None, True),
     "image_aspect_ratio": (None, "square", "original", "pad", "anyres"),
+    "protocol": (None, *PROTOCOLS),
     "tokenizer_padding_side": (None, "left", "right"),
     "projector_hidden_act": (None, "gelu"),
     "multimodal_projector_bias": (None, True),
@@ -149,11 +153,23 @@ def _check_tiles(facts: Mapping[str, Any]) -> None:
         if not facts.get("image_grid_pinpoints"):
             raise ValueError("image_aspect_ratio is 'anyres': it needs image_grid_pinpoints, a list of [width, height]")
         parse_grid_pinpoints(facts["image_grid_pinpoints"])
+    check_protocol(facts.get("protocol"), facts.get("image_aspect_ratio"))
     merge = facts.get("mm_patch_merge_type")
     feature = facts.get("mm_vision_select_feature", "patch")
     if merge not in (None, "flat") and feature != "patch":
         raise ValueError(
             f"mm_vision_select_feature is {feature!r}: with mm_patch_merge_type {merge!r} it must be 'patch'"
+        )
+
+
+def check_protocol(protocol: str | None, aspect_ratio: str | None) -> None:
+    """Raise ValueError for a protocol that there is not, or one for tiles of a model that has none."""
+    if protocol not in (None, *PROTOCOLS):
+        raise ValueError(f"protocol is {protocol!r}: it must be one of {', '.join(PROTOCOLS)}")
+    if protocol == "flat" and aspect_ratio != "anyres":
+        raise ValueError(
+            f"protocol is 'flat': it is for models that cut images into tiles (image_aspect_ratio 'anyres'), "
+            f"this one's is {aspect_ratio!r}"
         )
 
 

@@ -135,7 +135,8 @@ def _check(config: PreTrainedConfig) -> None:
             f"vision tower: width {made.hidden_size}, {made.num_attention_heads} heads, images of {made.image_size} "
             f"and patches of {made.patch_size} pixels do not go together"
         )
-    wrong = [size for size in _canvases(config) if any(pixels % made.image_size for pixels in size)]
+    sizes = parse_grid_pinpoints(config.image_grid_pinpoints) if config.image_aspect_ratio == "anyres" else []
+    wrong = [size for size in sizes if any(pixels % made.image_size for pixels in size)]
     if wrong:
         raise ValueError(
             f"image_grid_pinpoints has {list(wrong[0])}: width and height must be multiples of the tiles' "
@@ -145,11 +146,6 @@ def _check(config: PreTrainedConfig) -> None:
         config.mm_hidden_size = made.hidden_size
     if config.mm_hidden_size != made.hidden_size:
         raise ValueError(f"mm_hidden_size is {config.mm_hidden_size}: the vision tower's width is {made.hidden_size}")
-
-
-def _canvases(config: PreTrainedConfig) -> list[tuple[int, int]]:
-    """Canvases that are cut into tiles."""
-    return parse_grid_pinpoints(config.image_grid_pinpoints) if config.image_aspect_ratio == "anyres" else []
 
 
 def _weights(folder: Path) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def enter(arrival: Arrival, embeds: Tensor, mask: Tensor | None, position: Tenso
     position = position.expand(rows, -1)[::copies]
     tokens = _record(places, position, valid)
     state = arrival.state
+    state.text.extend(fact.text for fact in tokens.prompts)
     if not places.counts:
         state.images.extend([] for _ in range(prompts))
         state.views.extend([] for _ in range(prompts))
@@ -143,7 +144,9 @@ def _note_views(state: ForwardState, places: Places) -> None:
     """Say which rows of the towers' output show an image, and number what they did by slots."""
     ends = [0, *accumulate(places.views)]
     state.views.extend([list(range(*ends[image : image + 2])) for image in images] for images in places.prompts)
+    state.view_patches = places.slot.shape[1]
     if not places.plain:
+        state.encoded.update(state.vision)
         state.vision.update({block: _by_slot(stands, places, ends) for block, stands in state.vision.items()})
 
 

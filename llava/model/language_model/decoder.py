@@ -31,6 +31,7 @@ class LlavaConfig(LlamaConfig):
     mm_patch_merge_type: str = "flat"
     image_aspect_ratio: str | None = "pad"
     image_grid_pinpoints: list | str | None = None
+    protocol: str = "model"
     sliding_window: int | None = None
 
 
