@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,6 +24,8 @@ TRUNCATED = 0.9
 
 NO_VIDEO = ("tty",)
 """FFmpeg's formats that any text file passes for."""
+
+_SETTINGS = ("size", "crop_size", "do_center_crop", "image_mean", "image_std", "resample", "rescale_factor")
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +166,8 @@ def _decode(path: str, wanted: Collection[int]) -> tuple[dict[int, Image.Image],
 class FrameProcessor:
     """Frames to pixels as Video-LLaVA does it: short side resized, centre cropped, scaled, normalised.
 
-    Its authors also flip frames left to right with probability 1/2, at test time too; that is left out.
+    It takes the place of transformers' video processors, which need torchvision. The authors also flip frames left to
+    right with probability 1/2, at test time too; that is left out.
 
     Parameters
     ----------
@@ -173,24 +176,34 @@ class FrameProcessor:
         `rescale_factor`; what is left out is CLIP's at 224 pixels.
     """
 
-    def __init__(self, settings: dict):
-        known = ("size", "crop_size", "do_center_crop", "image_mean", "image_std", "resample", "rescale_factor")
-        given = {name: settings[name] for name in known if settings.get(name) is not None}
-        size = dict(given.setdefault("size", {"shortest_edge": 224}))
-        given.setdefault("do_center_crop", "shortest_edge" in size)
-        side = size.get("shortest_edge")
-        if given["do_center_crop"] and side is not None:
-            given.setdefault("crop_size", {"height": side, "width": side})
-        self.images = CLIPImageProcessorPil(**given)
+    def __init__(self, settings: Mapping):
+        given = {name: settings[name] for name in _SETTINGS if settings.get(name) is not None}
+        short = given.setdefault("size", {"shortest_edge": 224}).get("shortest_edge")
+        given.setdefault("do_center_crop", short is not None)
+        if short is not None:
+            given.setdefault("crop_size", {"height": short, "width": short})
+        self.frames = CLIPImageProcessorPil(**given)
 
-    def __call__(self, videos: Sequence[Video]) -> torch.Tensor:
-        """Float32 `[videos, frames, 3, height, width]`; ValueError if videos differ in their number of frames."""
-        counts = {len(video.frames) for video in videos}
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pixels that it makes."""
+        size = self.frames.crop_size if self.frames.do_center_crop else self.frames.size
+        return size["height"], size["width"]
+
+    def __call__(self, videos: Sequence[Sequence[Image.Image]], **_: object) -> dict[str, torch.Tensor]:
+        """`pixel_values_videos` of videos, each a sequence of frames: float32 `[videos, frames, 3, height, width]`.
+
+        Raises
+        ------
+        ValueError
+            If videos differ in their number of frames.
+        """
+        counts = sorted({len(video) for video in videos})
         if len(counts) != 1:
-            raise ValueError(f"videos: got {sorted(counts)} frames in one batch, expected one number")
-        frames = [frame for video in videos for frame in video.frames]
-        pixels = self.images(frames, return_tensors="pt")["pixel_values"]
-        return pixels.unflatten(0, (len(videos), counts.pop()))
+            raise ValueError(f"videos: got {counts} frames in one batch, expected one number")
+        frames = [frame for video in videos for frame in video]
+        pixels = self.frames(frames, return_tensors="pt")["pixel_values"]
+        return {"pixel_values_videos": pixels.unflatten(0, (len(videos), counts[0]))}
 
 
 def process_video(video: Video, image_processor: CLIPImageProcessorPil, config: object) -> torch.Tensor:
@@ -218,7 +231,7 @@ def process_video(video: Video, image_processor: CLIPImageProcessorPil, config: 
     """
     kind = getattr(config, "mm_patch_merge_type", None) or "flat"
     if kind != "flat":
-        raise ValueError(f"video {video.name!r}: mm_patch_merge_type is {kind!r}, videos need 'flat': frames are no tiles")
+        raise ValueError(f"video {video.name!r}: mm_patch_merge_type is {kind!r}, expected 'flat': frames are no tiles")
     pad = getattr(config, "image_aspect_ratio", None) == "pad"
     return process_images(video.frames, image_processor, _AspectRatio("pad" if pad else None))
 
