@@ -97,12 +97,13 @@ def method_at(model: str, method: str, retain: int, configs: Path = CONFIGS) -> 
     )
 
 
-def check_shape(reducer: Reducer, shape: ModelShape) -> None:
-    """Raise ValueError if a reducer's settings do not fit a model of this shape.
+def check_shape(reducer: Reducer, shape: ModelShape, views: int = 1) -> None:
+    """Raise ValueError if a reducer's settings do not fit a model of this shape, for images of so many views.
 
     Of the tower, the blocks that are run are known; features are taken before the last one, as a rule.
     """
-    reducer.check_sizes(shape.layers, shape.vision_layers + 1, shape.vision_layers, shape.patches, shape.heads)
+    blocks = shape.vision_layers
+    reducer.check_sizes(shape.layers, blocks + 1, blocks, shape.patches, shape.heads, views=views)
 
 
 def _shown(path: Path) -> Path:

@@ -74,7 +74,7 @@ def flops(record: Mapping, shape: ModelShape) -> dict[str, dict[str, int]]:
     if not record["images"]:
         return {}
     work = Workload.of_trace(shape, record)
-    full = Workload.of(shape, text_tokens=work.text_tokens, image_tokens=[shape.patches] * len(record["images"]))
+    full = work.unreduced(shape)
     return {
         name: {"full": round(CONVENTIONS[name].count(shape, full)), "used": round(CONVENTIONS[name].count(shape, work))}
         for name in REPORTED_CONVENTIONS
@@ -111,6 +111,17 @@ def measured(records: Sequence[Mapping]) -> dict:
         "cache_bytes": fmean(record["cache_bytes"] for record in records),
         **{f"{part}_ms": _median_ms(records, part) for part in TIMES},
     }
+
+
+def tokens_per_view(records: Sequence[Mapping]) -> list[float] | None:
+    """Vision tokens of the first video in each of its frames, the mean over decoder layers and prompts.
+
+    None where videos differ in their number of frames, or there is none.
+    """
+    shown = [record["images"][0]["tokens_per_view"] for record in records if record["images"]]
+    if not shown or len({len(views) for views in shown}) > 1:
+        return None
+    return [fmean(views) for views in zip(*shown, strict=True)]
 
 
 def answered(scores: Sequence[float], kinds: Sequence[str]) -> dict:

@@ -10,7 +10,7 @@ from pathlib import Path
 from eval.cell import Cell
 from eval.checkpoints import check_checkpoint, expanded, is_embedded, loading
 from eval.methods import method_at
-from eval.tasks import BENCHMARKS, GROUP, SUITE, TASKS, mirrored
+from eval.tasks import BENCHMARKS, GROUP, SUITE, SYNTHETIC, TASKS, mirrored, video_qa
 from mustdrop.checks import hint, shown
 from mustdrop.command import needed_number, whole_number
 
@@ -171,14 +171,14 @@ def _check_device(device: str) -> None:
 
 
 def benchmarks(names: str | Sequence[str]) -> list[str]:
-    """Names of benchmarks or of synthetic tasks, ``mini`` standing for all of the latter.
+    """Names of benchmarks or of synthetic tasks, ``mini`` standing for all of the latter that are about images.
 
     Raises
     ------
     ValueError
         If a name is neither.
     """
-    known = [*BENCHMARKS, *SUITE, GROUP]
+    known = [*BENCHMARKS, *SYNTHETIC, GROUP]
     found: dict[str, None] = {}
     for name in [names] if isinstance(names, str) else names:
         if name not in known:
@@ -199,7 +199,7 @@ def check_tasks(names: Sequence[str], model: str, limit: int | None, online: boo
     """
     pairs: dict[str, str] = {}
     for name in names:
-        if name in SUITE:
+        if name in SYNTHETIC:
             task, benchmark = name, mirrored(name)
         else:
             task, benchmark = BENCHMARKS[name].mini if is_embedded(model) else BENCHMARKS[name].stock, name
@@ -207,6 +207,8 @@ def check_tasks(names: Sequence[str], model: str, limit: int | None, online: boo
                 _check_access(task)
         if limit and limit % TASKS[task].group:
             raise ValueError(f"LIMIT: got {limit}, but {task} scores questions by {TASKS[task].group}")
+        if video_qa.is_of_files(task):
+            video_qa.check(task, limit)
         pairs.setdefault(task, benchmark)
     return [(benchmark, task) for task, benchmark in pairs.items()]
 

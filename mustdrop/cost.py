@@ -266,6 +266,8 @@ def _parser() -> argparse.ArgumentParser:
     python -m mustdrop.cost --merged 350 --schedule 2:80,6:60,10:50,14:45 --output-aware-cache --new-tokens 32
   YOPO at half the layers, half the heads and half the MLP: 25 % in the convention vision-only
     python -m mustdrop.cost --yopo configs/methods/yopo_25.yaml
+  Video-LLaVA: 8 frames of 256 tokens, reduced to 194
+    python -m mustdrop.cost --model video-llava-7b --frames 8 --retain 194
   A checkpoint of your own, five tiles as in LLaVA-NeXT, for a script
     python -m mustdrop.cost --model path/to/config.json --images 5 --retain 0.11 --json -""",
     )
@@ -295,10 +297,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--yopo", type=path, metavar="FILE", help="method file of yopo: less computation for every vision token")
     whole = _argument(_whole, "a whole number")
-    add("--merged", type=whole, metavar="N", help="tokens per image left by merging after vision block 0")
+    add("--merged", type=whole, metavar="N", help="tokens per image or frame left by merging after vision block 0")
     meaning = "after prefill, layers from the first filter on cache the final vision tokens only (MustDrop's stage 3)"
     add("--output-aware-cache", action="store_true", help=meaning)
-    add("--images", type=whole, default=1, metavar="N", help="images or tiles per prompt (%(default)s)")
+    views = parser.add_mutually_exclusive_group()
+    views.add_argument(
+        "--images", type=whole, default=1, metavar="N", help="images or tiles per prompt (%(default)s)"
+    )
+    views.add_argument("--frames", type=whole, metavar="N", help="frames of a video, in place of images")
     add("--text-tokens", type=whole, default=60, metavar="N", help="text tokens per prompt (%(default)s)")
     add("--new-tokens", type=whole, default=1, metavar="N", help="tokens generated (%(default)s)")
     add("--batch", type=whole, default=1, metavar="N", help="equal prompts; multiplies parts and cache (%(default)s)")
@@ -310,12 +316,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _workload(shape: ModelShape, args: argparse.Namespace) -> Workload:
     """The prompt that the command line describes."""
-    check("images", [args.images], least=1)
-    check("images", [args.images], most=1000)
+    name, count = ("images", args.images) if args.frames is None else ("frames", args.frames)
+    check(name, [count], least=1)
+    check(name, [count], most=1000)
     check("batch", [args.batch], least=1)
     if args.output_aware_cache and args.schedule is None and args.retain is None and args.tokens_per_layer is None:
         raise ValueError("output_aware_cache: cuts the cache to what filters leave; give --schedule")
-    images = [shape.patches if args.merged is None else args.merged] * args.images
+    views = [1] * count if args.frames is None else [count]
+    images = [view * (shape.patches if args.merged is None else args.merged) for view in views]
     tokens = args.retain if args.tokens_per_layer is None else args.tokens_per_layer
     if args.schedule:
         check("schedule", list(args.schedule), most=shape.layers - 2)
@@ -326,11 +334,12 @@ def _workload(shape: ModelShape, args: argparse.Namespace) -> Workload:
     work = Workload.of(
         shape,
         tokens,
-        text_tokens=args.text_tokens + shape.feature_cls * args.images,
+        text_tokens=args.text_tokens + shape.feature_cls * count,
         image_tokens=images,
         filter_layers=args.schedule and list(args.schedule),
         new_tokens=args.new_tokens,
         plans=_plans(shape, args.yopo) if args.yopo else None,
+        views=views,
     )
     if not args.output_aware_cache or not work.filter_layers:
         return work

@@ -47,7 +47,9 @@ class Workload:
     new_tokens : int
         Generated tokens; the first one comes out of prefill, each other one is a decode step.
     tower_tokens : tuple of tuple of int
-        Per image: patch tokens entering each vision block that is run, and those leaving the last one.
+        Per view of the images: patch tokens entering each vision block that is run, and those leaving the last one.
+    views : tuple of int
+        Per image: its views, each a square of patches for the vision tower: 1, or the frames of a video.
     before_mlp : bool
         Whether they change between a vision block's attention and its MLP instead of after both.
     plans : tuple of PlannedLayer or None
@@ -65,6 +67,7 @@ class Workload:
     tower_tokens: tuple[tuple[int, ...], ...]
     before_mlp: bool
     plans: tuple[PlannedLayer | None, ...]
+    views: tuple[int, ...]
     selector_macs: int | None = None
 
     @classmethod
@@ -81,13 +84,15 @@ class Workload:
         tower_tokens: Sequence[Mapping[int, int]] | None = None,
         before_mlp: bool = False,
         plans: Mapping[int, LayerPlan | Mapping] | None = None,
+        views: Sequence[int] | None = None,
     ) -> Workload:
         """A prompt, by default of one image of which nothing is dropped.
 
         `vision_tokens` may also be one number for all layers, or a fraction below 1 of all vision tokens. The filter
         layers are by default those after which tokens disappear, and the cache holds what prefill saw. `tower_tokens`
         says per image how many patch tokens are left after which vision block (-1: before the first, of a smaller
-        image); by default `image_tokens` after block 0.
+        image); by default `image_tokens` after block 0. An image of several `views` (by default each has one) is a
+        video of so many frames, over which its tokens in the tower are taken to be spread evenly.
         `plans` are the layers that compute less for vision tokens: `Trace.plans`, or a `LayerPlan` for each; the pairs
         of the latter are estimated as if all text came before the images, and tokens lay evenly on the grid. A layer
         that is skipped has no vision tokens. What choosing costs is taken to be what MustDrop's costs.
@@ -97,16 +102,19 @@ class Workload:
         ValueError
             If a number cannot be; it is named.
         """
-        image_tokens = image_tokens or [shape.patches]
+        views = views or [1] * len(image_tokens or [0])
+        check("views", views, least=1)
+        patches = [shape.patches * count for count in views]
+        image_tokens = image_tokens or patches
         spliced = sum(image_tokens)
         if vision_tokens is None:
             vision_tokens = spliced
         if not isinstance(vision_tokens, Sequence):
-            full = shape.vision_tokens * len(image_tokens)
+            full = shape.vision_tokens * sum(views)
             vision_tokens = [round(vision_tokens * full) if 0 < vision_tokens < 1 else vision_tokens] * shape.layers
-        images, vision_tokens = len(image_tokens), list(vision_tokens)
+        vision_tokens = list(vision_tokens)
         planned = {
-            int(layer): _planned(shape, plan, images, vision_tokens[int(layer)], text_tokens)
+            int(layer): _planned(shape, plan, sum(views), vision_tokens[int(layer)], text_tokens)
             for layer, plan in (plans or {}).items()
         }
         for layer, plan in planned.items():
@@ -116,18 +124,22 @@ class Workload:
             filter_layers = [layer for layer in drops if layer + 1 not in planned or not planned[layer + 1].plan.skip]
         check("text_tokens", [text_tokens])
         check("new_tokens", [new_tokens], least=1)
-        check("image_tokens", image_tokens, most=shape.patches)
+        for tokens, most in zip(image_tokens, patches, strict=True):
+            check("image_tokens", [tokens], most=most)
         check("vision_tokens", vision_tokens, count=shape.layers, most=spliced)
         check("filter_layers", filter_layers, most=shape.layers - 1)
         cache_lengths = cache_lengths or [tokens + text_tokens for tokens in vision_tokens]
         check("cache_lengths", cache_lengths, count=shape.layers)
         if tower_tokens is None:
             tower_tokens = [{0: tokens} for tokens in image_tokens]
-        check("tower_tokens", [count for left in tower_tokens for count in left.values()], most=shape.patches)
+        for left, most in zip(tower_tokens, patches, strict=True):
+            check("tower_tokens", list(left.values()), most=most)
         sequences = (tuple(values) for values in (image_tokens, cache_lengths, filter_layers))
-        tower = tuple(_through_tower(shape, left) for left in tower_tokens)
+        each = (one for left, count in zip(tower_tokens, views, strict=True) for one in _per_view(left, count))
+        tower = tuple(_through_tower(shape, left) for left in each)
         layerwise = tuple(planned.get(layer) for layer in range(shape.layers))
-        work = cls(tuple(vision_tokens), text_tokens, *sequences, new_tokens, tower, before_mlp, layerwise)
+        rest = new_tokens, tower, before_mlp, layerwise, tuple(views)
+        work = cls(tuple(vision_tokens), text_tokens, *sequences, *rest)
         return replace(work, selector_macs=mustdrop_selector_macs(shape, work))
 
     @classmethod
@@ -145,6 +157,7 @@ class Workload:
             before_mlp=trace["before_mlp"],
             plans=trace["plans"],
             cache_lengths=trace["cache_lengths"],
+            views=[image.get("views", 1) for image in trace["images"]],
         )
         return replace(work, selector_macs=trace.get("selector_macs"))
 
@@ -157,8 +170,8 @@ class Workload:
 
     def unreduced(self, shape: ModelShape, tokens: int | None = None) -> Workload:
         """The same prompt with nothing merged or filtered: all vision tokens, or `tokens`, in every layer."""
-        images = [shape.patches] * len(self.image_tokens)
-        return Workload.of(shape, tokens, text_tokens=self.text_tokens, image_tokens=images, new_tokens=self.new_tokens)
+        sizes = {"views": self.views, "image_tokens": [shape.patches * count for count in self.views]}
+        return Workload.of(shape, tokens, text_tokens=self.text_tokens, new_tokens=self.new_tokens, **sizes)
 
 
 def _planned(
@@ -184,6 +197,13 @@ def _grid_pairs(side: int, images: int, window: int) -> int:
     none = torch.zeros_like(image, dtype=torch.bool)
     tokens = Tokens(number, number, image, number, none, none, row=patch // side, column=patch % side)
     return SplitRows.of(tokens, window).pairs()
+
+
+def _per_view(left: Mapping[int, int], views: int) -> list[dict[int, int]]:
+    """What is left of an image after some blocks, spread evenly over its views."""
+    return [
+        {block: tokens // views + (view < tokens % views) for block, tokens in left.items()} for view in range(views)
+    ]
 
 
 def _through_tower(shape: ModelShape, left: Mapping[int, int]) -> tuple[int, ...]:
@@ -298,15 +318,18 @@ def mustdrop_selector_macs(shape: ModelShape, work: Workload) -> int:
     """
     if not work.filter_layers:
         return 0
-    probes = sum(key_probe_macs(shape, tokens) for tokens in work.image_tokens)
+    counts = zip(work.image_tokens, work.views, strict=True)
+    probes = sum(key_probe_macs(shape, view[0]) for tokens, views in counts for view in _per_view({0: tokens}, views))
     keys = (work.vision_tokens[layer] + work.text_tokens for layer in work.filter_layers)
     return probes + sum(filter_macs(shape, work.text_tokens, length) for length in keys)
 
 
 def costs(shape: ModelShape, work: Workload) -> dict[str, int | None]:
     """Multiply-adds of every part of one prompt; None for the selector where its cost is not known."""
-    leaving = [max(tokens[-1], spliced) for tokens, spliced in zip(work.tower_tokens, work.image_tokens, strict=True)]
-    features = sum(leaving) + shape.feature_cls * len(leaving)
+    left = iter(work.tower_tokens)
+    counts = zip(work.image_tokens, work.views, strict=True)
+    leaving = [max(sum(next(left)[-1] for _ in range(views)), spliced) for spliced, views in counts]
+    features = sum(leaving) + shape.feature_cls * sum(work.views)
     return {
         "vision_tower": sum(
             vision_macs(shape, tokens[:-1], tokens[1:] if work.before_mlp else None) for tokens in work.tower_tokens

@@ -22,6 +22,11 @@ _SIZE_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers
 NAMED: dict[str, Mapping | Path] = {
     "llava-1.5-7b": _LLAVA_15,
     "llava-1.5-13b": {**_LLAVA_15, **_SIZE_13B},
+    "video-llava-7b": {
+        "mm_vision_tower": "openai/clip-vit-large-patch14",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_feature": "cls_patch",
+    },
     "llava-mini": Path(__file__).resolve().parents[1] / "checkpoints" / "llava-mini",
 }
 
@@ -39,7 +44,8 @@ class ModelShape:
     vision_layers : int
         Blocks that are run: features from hidden state -2 of a 24-block tower need 23.
     vision_cls, feature_cls : bool
-        Whether the tower has a CLS token, and whether it is part of the features.
+        Whether the tower has a CLS token, and whether it is part of the features. Of Video-LLaVA, what holds for
+        videos: their frames keep it, its images do not.
     projector_type : str
         As `mm_projector_type` of LLaVA names it.
     projector_widths : tuple of int
@@ -172,17 +178,20 @@ def _read_original(config: Mapping, folder: Path) -> tuple:
 
 
 def _read_hugging_face(config: Mapping, folder: Path) -> tuple:
-    """The same of a Hugging Face LlavaConfig."""
-    from transformers import LlavaConfig
+    """The same of a Hugging Face LlavaConfig or VideoLlavaConfig."""
+    from transformers import LlavaConfig, VideoLlavaConfig
 
-    if config.get("model_type", "llava") != "llava" or not {"model_type", "text_config"} & set(config):
+    kinds = {"llava": LlavaConfig, "video_llava": VideoLlavaConfig}
+    if config.get("model_type", "llava") not in kinds or not {"model_type", "text_config"} & set(config):
         raise ValueError(
             f"{folder.name or 'config'}: no LLaVA configuration, it must have mm_vision_tower (original format) or "
-            "model_type 'llava' with text_config and vision_config (Hugging Face format)"
+            "model_type 'llava' or 'video_llava' with text_config and vision_config (Hugging Face format)"
         )
-    theirs = _filled(LlavaConfig, config)
+    kind = config.get("model_type", "llava")
+    theirs = _filled(kinds[kind], config)
     vision = _vision_config(theirs.vision_config.to_dict())
-    return theirs.text_config, vision, theirs.vision_feature_layer, theirs.vision_feature_select_strategy, "mlp2x_gelu"
+    feature = "full" if kind == "video_llava" else theirs.vision_feature_select_strategy
+    return theirs.text_config, vision, theirs.vision_feature_layer, feature, "mlp2x_gelu"
 
 
 def _vision_config(values: Mapping):

@@ -2,7 +2,7 @@
 
 import sys
 
-from eval.tasks import GROUP, SUITE, prepare
+from eval.tasks import GROUP, SYNTHETIC, prepare
 from mustdrop.command import Parser, command
 
 
@@ -10,7 +10,7 @@ from mustdrop.command import Parser, command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
     new = Parser(prog="python -m eval.tasks", description=__doc__)
-    new.add_argument("task", choices=[GROUP, *SUITE])
+    new.add_argument("task", choices=[GROUP, *SYNTHETIC])
     print(prepare(new.parse_args(argv).task))
     return 0
 
