@@ -93,7 +93,7 @@ def read(folder: Path, videos: str = "videos") -> list[dict]:
     folder : pathlib.Path
         Holds `QUESTIONS`, `ANSWERS` and the videos.
     videos : str
-        The folder of the videos, if it is there; else the first of `PLACES` that is.
+        The likeliest folder of the videos; all of `PLACES` are looked through.
 
     Returns
     -------
@@ -140,11 +140,12 @@ def _names(name: str) -> Iterator[str]:
 
 
 def _videos(folder: Path, preferred: str) -> tuple[Path, dict[str, Path]]:
-    """The folder of the videos, and its files by their names."""
+    """The folder of the videos, and the files by their names; of two with one name that in the likelier folder."""
     places = [folder / place for place in dict.fromkeys((preferred, *PLACES)) if (folder / place).is_dir()]
     if not places:
         raise ValueError(f"{ROOT}: there is no folder {str(folder / preferred)!r} of videos")
-    return places[0], {file.name: file for file in places[0].iterdir() if file.is_file()}
+    files = (file for place in reversed(places) for file in place.iterdir() if file.is_file())
+    return places[0], {file.name: file for file in files}
 
 
 def _by_id(file: Path, fields: Sequence[str]) -> dict[str, dict]:
