@@ -245,7 +245,6 @@ def test_out_of_reach_counts_all_frames(small, checkpoint, capsys):
     for method, retain, said in (
         ("divprune", 8 * 36 + 1, "has only 288 vision tokens"),
         ("evs", 35, "at least 36, a frame"),
-        ("pyramiddrop", 30, "pyramiddrop on llava-mini-random: "),
     ):
         assert run.main([*words, "--method", method, "--retain", str(retain)]) == 2
         assert said in capsys.readouterr().err
