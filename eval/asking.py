@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from llava.mm_utils import load_image
+from eval.visuals import Visual, kinds_of, read
 from mustdrop import Reducer
 
 
@@ -56,20 +56,28 @@ class AskedModel:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
-    def prompt(self, question: str, images: int, answer: str | None = None) -> str:
-        """A one-turn conversation about so many images; with an answer, its end included."""
+    def prompt(self, question: str, images: int, answer: str | None = None, videos: Collection[int] = ()) -> str:
+        """A one-turn conversation about so many images, those of the numbers `videos` being videos.
+
+        With an answer, its end included.
+        """
         raise NotImplementedError
+
+    def prompt_about(self, question: str, visuals: Sequence[Visual], answer: str | None = None) -> str:
+        """`prompt` for the images and videos themselves."""
+        videos = [number for number, kind in enumerate(kinds_of(visuals)) if kind == "video"]
+        return self.prompt(question, len(visuals), answer, videos)
 
     def encode(self, prompt: str, images: int | None = None) -> Tensor:
         """Ids of a prompt, int64 ``[length]``."""
         raise NotImplementedError
 
-    def prepare(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict:
+    def prepare(self, prompts: Sequence[str], images: Sequence[Sequence[Visual]]) -> dict:
         """The host's part of a batch, padded on the left; it may be done in another thread."""
         raise NotImplementedError
 
-    def seen(self, picture: Image.Image) -> Image.Image | None:
-        """A picture as the vision tower sees it, None if that is not one picture."""
+    def seen(self, picture: Visual) -> Image.Image | None:
+        """An image as the vision tower sees it, None if that is not one image."""
         raise NotImplementedError
 
     def answer_prepared(self, prepared: dict, **generation) -> list[str]:
@@ -80,14 +88,14 @@ class AskedModel:
         """A prepared batch where the model is."""
         raise NotImplementedError
 
-    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict:
+    def inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Visual]]) -> dict:
         """Arguments for ``model.generate``: what ``prepare`` returns, on the model's device."""
         return self._on_device(self.prepare(prompts, images))
 
     @staticmethod
-    def _read(picture: Image.Image) -> Image.Image:
+    def _read(picture: Visual) -> Visual:
         try:
-            return load_image(picture)
+            return read(picture)
         except ValueError as error:
             raise UnfitQuestion(str(error)) from None
 
@@ -96,7 +104,7 @@ class AskedModel:
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
     @torch.inference_mode()
-    def selector_cost(self, reducer: Reducer, prompt: str, images: Sequence[Image.Image]) -> dict:
+    def selector_cost(self, reducer: Reducer, prompt: str, images: Sequence[Visual]) -> dict:
         """What a reducer's own choosing costs, counted on one prompt.
 
         Parameters
@@ -105,8 +113,8 @@ class AskedModel:
             Whose choosing.
         prompt : str
             What ``prompt`` returns.
-        images : sequence of PIL.Image.Image
-            The prompt's images.
+        images : sequence of PIL.Image.Image or Video
+            The prompt's images and videos.
 
         Returns
         -------
@@ -120,6 +128,6 @@ class AskedModel:
         prompt_facts = {"text_tokens": trace.text_tokens, "vision_tokens": trace.vision_tokens[0]}
         return {"selector_macs": trace.selector_macs, "selector_prompt": {"images": len(images), **prompt_facts}}
 
-    def answer(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]], **generation) -> list[str]:
+    def answer(self, prompts: Sequence[str], images: Sequence[Sequence[Visual]], **generation) -> list[str]:
         """Generate for a batch; arguments as ``inputs`` takes them, ``generation`` as transformers does."""
         return self.answer_prepared(self.prepare(prompts, images), **generation)

@@ -16,6 +16,7 @@ COMMANDS = {
     "sweep": ("eval.sweep.__main__", "evaluate models x tasks x methods x budgets from a YAML file, here or on SLURM"),
     "calibrate": ("eval.calibrate", "find the settings that keep a wanted number of tokens"),
     "calibrate-heads": ("eval.calibrate_heads", "find the attention heads that YOPO keeps active for vision tokens"),
+    "judge": ("eval.judge", "have a language model score answers to video questions"),
     "table": ("eval.table", "results beside published figures, as terminal, Markdown, LaTeX or CSV table"),
     "plots": ("eval.plots", "accuracy against tokens, FLOPs and time, as PNG and SVG"),
     "significance": ("eval.significance", "paired comparison of methods on the same questions"),

@@ -1,11 +1,11 @@
-"""Questions about pictures, in batches, to a loaded LLaVA: what the lmms-eval plugin and the calibration share."""
+"""Questions about images and videos, in batches, to a loaded LLaVA: what plugin and calibration share."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,11 +17,13 @@ from transformers.utils import is_flash_attn_2_available
 
 from eval.asking import AskedModel, UnfitQuestion
 from eval.stock_model import StockModel
+from eval.visuals import Visual, placed
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path, load_image, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import LlavaMetaForCausalLM
+from llava.video import Video, process_video
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -69,6 +71,16 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected auto or one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def _digest(visual: Visual) -> bytes:
+    """Of an image's RGB pixels, or of all frames of a video."""
+    digest = hashlib.sha256()
+    for frame in visual.frames if isinstance(visual, Video) else [load_image(visual)]:
+        digest.update(frame.tobytes())
+    if isinstance(visual, Video):
+        digest.update(b"video")
+    return digest.digest()
 
 
 @dataclass
@@ -139,12 +151,13 @@ class LoadedModel(AskedModel):
         kind = cls if isinstance(model, LlavaMetaForCausalLM) else StockModel
         return kind(tokenizer, model.eval(), image_processor, context_len, conv_template)
 
-    def prompt(self, question: str, images: int, answer: str | None = None) -> str:
+    def prompt(self, question: str, images: int, answer: str | None = None, videos: Collection[int] = ()) -> str:
         """A one-turn conversation.
 
         Image tokens in the question say where the images go if there are as many as images. Otherwise the images come
         first, and what the question says of ``<image>`` is text, as it is where there is no image at all. A model that
-        was trained with ``mm_use_im_start_end`` gets its marks around every image.
+        was trained with ``mm_use_im_start_end`` gets its marks around every image. A video is an image of several views
+        and has one ``<image>``; in the question it may be a ``<video>``.
 
         Parameters
         ----------
@@ -154,12 +167,15 @@ class LoadedModel(AskedModel):
             How many images belong to it.
         answer : str, optional
             The model's turn; None ends the prompt where the model is to speak.
+        videos : collection of int
+            Numbers of those images that are videos.
         """
         marked = DEFAULT_IMAGE_TOKEN
         if self.model.config.mm_use_im_start_end:
             marked = DEFAULT_IM_START_TOKEN + DEFAULT_IMAGE_TOKEN + DEFAULT_IM_END_TOKEN
-        if images and question.count(DEFAULT_IMAGE_TOKEN) == images:
-            question = question.replace(DEFAULT_IMAGE_TOKEN, marked)
+        parts = placed(question, ["video" if number in videos else "image" for number in range(images)])
+        if parts is not None:
+            question = marked.join(parts)
         elif images:
             question = " ".join([marked] * images) + "\n" + question
         conversation = conv_templates[self.conv_template].copy()
@@ -171,16 +187,16 @@ class LoadedModel(AskedModel):
         """Ids of a prompt, int64 ``[length]``, ``IMAGE_TOKEN_INDEX`` for each of the first ``images`` image tokens."""
         return tokenizer_image_token(prompt, self.tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt", images=images)
 
-    def prepare(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict:
+    def prepare(self, prompts: Sequence[str], images: Sequence[Sequence[Visual]]) -> dict:
         """The host's part of a batch, padded on the left; it may be done in another thread.
 
         Parameters
         ----------
         prompts : sequence of str
             What ``prompt`` returns.
-        images : sequence of sequences of PIL.Image.Image
-            The images of every prompt, in the order of its image tokens; empty for text alone. Image tokens beyond
-            them are text.
+        images : sequence of sequences of PIL.Image.Image or Video
+            The images and videos of every prompt, in the order of its image tokens; empty for text alone. Image tokens
+            beyond them are text.
 
         Returns
         -------
@@ -214,16 +230,27 @@ class LoadedModel(AskedModel):
             raise UnfitQuestion(f"question: got {tokens} image tokens for {images} images, expected as many")
         return self.encode(prompt, images)
 
-    def _pixels(self, pictures: list[Image.Image]) -> list[Tensor] | None:
-        """One tensor per image; those that look the same are prepared once and are one tensor, encoded once."""
-        if not pictures:
+    def _pixels(self, visuals: list[Visual]) -> list[Tensor] | None:
+        """One tensor per visual; those that look the same are prepared once and are one tensor, encoded once."""
+        if not visuals:
             return None
-        pictures = [load_image(picture) for picture in pictures]  # what they look like is their RGB pixels alone
-        keys = [(picture.size, hashlib.sha256(picture.tobytes()).digest()) for picture in pictures]
-        different = dict(zip(keys, pictures, strict=True))
-        pixels = process_images(list(different.values()), self.image_processor, self.model.config)
-        ready = {key: self._staged(tiles.to(self.dtype)) for key, tiles in zip(different, pixels, strict=True)}
+        keys = [(visual.size, _digest(visual)) for visual in visuals]  # what they look like is their RGB pixels alone
+        different = dict(zip(keys, visuals, strict=True))
+        videos = {key: visual for key, visual in different.items() if isinstance(visual, Video)}
+        pictures = [visual for key, visual in different.items() if key not in videos]
+        pixels = iter(process_images(pictures, self.image_processor, self.model.config) if pictures else ())
+        ready = {
+            key: self._staged((self._frames(videos[key]) if key in videos else next(pixels)).to(self.dtype))
+            for key in different
+        }
         return [ready[key] for key in keys]
+
+    def _frames(self, video: Video) -> Tensor:
+        """A video's views `[frames, 3, side, side]`."""
+        try:
+            return process_video(video, self.image_processor, self.model.config)
+        except ValueError as error:
+            raise UnfitQuestion(str(error)) from None
 
     def _on_device(self, prepared: dict) -> dict:
         """A prepared batch where the model is; one tensor for several prompts stays one."""
@@ -242,8 +269,10 @@ class LoadedModel(AskedModel):
             "images": None if images is None else [move(tiles) for tiles in images],
         }
 
-    def seen(self, picture: Image.Image) -> Image.Image | None:
-        """A picture as the vision tower sees it, padded or cropped and resized; None if it is cut into tiles."""
+    def seen(self, picture: Visual) -> Image.Image | None:
+        """An image as the vision tower sees it, padded or cropped and resized; None for tiles and for videos."""
+        if isinstance(picture, Video):
+            return None
         pixels = process_images([picture], self.image_processor, self.model.config)[0]
         if pixels.dim() != 3:
             return None

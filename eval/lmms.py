@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
-from PIL import Image
 from transformers import LogitsProcessorList
 
 from eval.checkpoints import flag
@@ -29,7 +28,7 @@ from eval.questions import Question, naming, place
 from eval.records import read_answers
 from eval.rows import flops, shape_of
 from eval.samples import names, pack_stages, write_lines
-from llava.mm_utils import load_image
+from eval.visuals import Visual, open_visual
 from mustdrop import Trace, load_reducer
 from mustdrop.command import needed_number
 
@@ -285,31 +284,29 @@ class LlavaMustDrop(lmms):
                     if callable(continuation):
                         continuation = continuation(document)
                     pictures = self._visuals(doc_to_visual, document, where)
-                    images = len(pictures)
-                    prompt = self.loaded.prompt(context, images)
-                    whole = self.loaded.encode(self.loaded.prompt(context, images, str(continuation).strip()), images)
+                    prompt = self.loaded.prompt_about(context, pictures)
+                    answered = self.loaded.prompt_about(context, pictures, str(continuation).strip())
+                    whole, asked = (self.loaded.encode(text, len(pictures)) for text in (answered, prompt))
                     prompts.append(prompt)
-                    forced.append(whole[len(self.loaded.encode(prompt, images)) :].tolist())
+                    forced.append(whole[len(asked) :].tolist())
                     visuals.append(pictures)
                 for index, result in zip(batch, self._score(prompts, visuals, forced), strict=True):
                     results[index] = result
                 bar.update(len(batch))
         return results
 
-    def _prepare(self, contexts: Sequence[str], visuals: Sequence[Sequence[Image.Image]]) -> dict:
+    def _prepare(self, contexts: Sequence[str], visuals: Sequence[Sequence[Visual]]) -> dict:
         """The host's part of a batch of contexts with their pictures."""
-        prompts = [
-            self.loaded.prompt(context, len(pictures)) for context, pictures in zip(contexts, visuals, strict=True)
-        ]
+        prompts = [self.loaded.prompt_about(*pair) for pair in zip(contexts, visuals, strict=True)]
         return self.loaded.prepare(prompts, visuals)
 
-    def _count_selector(self, contexts: Sequence[str], visuals: Sequence[Sequence[Image.Image]]) -> None:
+    def _count_selector(self, contexts: Sequence[str], visuals: Sequence[Sequence[Visual]]) -> None:
         """Count what choosing costs on the first prompt with an image; that figure is taken for all prompts."""
         asked = [one for one in zip(contexts, visuals, strict=True) if one[1]]
         if self.shape is None or self._selector or not asked:
             return
         context, images = asked[0]
-        self._selector = self.loaded.selector_cost(self.reducer, self.loaded.prompt(context, len(images)), images)
+        self._selector = self.loaded.selector_cost(self.reducer, self.loaded.prompt_about(context, images), images)
 
     def _generate(self, prepared: dict, settings: dict) -> tuple[list[str], list[Trace]]:
         """Answers to a prepared batch, each cut where ``until`` says, and their traces."""
@@ -350,14 +347,10 @@ class LlavaMustDrop(lmms):
         with naming([(doc_id, task, split)]):
             return self.task_dict[task][split][doc_id]
 
-    def _visuals(self, doc_to_visual: Callable, document: dict, where: Sequence) -> list[Image.Image]:
-        """The images of a document, RGB and upright."""
+    def _visuals(self, doc_to_visual: Callable, document: dict, where: Sequence) -> list[Visual]:
+        """The images of a document, RGB and upright, and the frames of its videos."""
         with naming([where]):
-            visuals = [visual for visual in doc_to_visual(document) or [] if visual is not None]
-            for visual in visuals:
-                if not isinstance(visual, Image.Image):
-                    raise ValueError(f"it brings a {type(visual).__name__}, only images are supported")
-            return [load_image(visual) for visual in visuals]
+            return [open_visual(visual) for visual in doc_to_visual(document) or [] if visual is not None]
 
     def _record(self, where: Sequence, document: dict, context: str, answer: str, trace: Trace, **more) -> None:
         record = {
@@ -381,7 +374,7 @@ class LlavaMustDrop(lmms):
             with self.samples.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def _show(self, where: Sequence, pictures: Sequence[Image.Image]) -> None:
+    def _show(self, where: Sequence, pictures: Sequence[Visual]) -> None:
         """Keep a document's picture; several, or pictures cut into tiles, have no one grid to draw on."""
         if self.pictures is None or len(pictures) != 1 or (seen := self.loaded.seen(pictures[0])) is None:
             return

@@ -97,13 +97,13 @@ def method_at(model: str, method: str, retain: int, configs: Path = CONFIGS) -> 
     )
 
 
-def check_shape(reducer: Reducer, shape: ModelShape) -> None:
-    """Raise ValueError if a reducer's settings do not fit a model of this shape.
+def check_shape(reducer: Reducer, shape: ModelShape, views: int = 1) -> None:
+    """Raise ValueError if a reducer's settings do not fit a model of this shape, for images of so many views.
 
     Of the tower, the blocks that are run are known; features are taken before the last one, as a rule.
     """
     sizes = shape.layers, shape.vision_layers + 1, shape.vision_layers, shape.patches, shape.heads
-    reducer.check_sizes(*sizes, one_view=shape.tiles is None)
+    reducer.check_sizes(*sizes, one_view=shape.tiles is None, views=views)
 
 
 def _shown(path: Path) -> Path:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from eval.inference import UnfitQuestion
+from eval.visuals import Visual
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Question:
     where: tuple
     context: str
     document: dict
-    images: list[Image.Image]
+    images: list[Visual]
 
 
 @contextmanager

@@ -80,7 +80,8 @@ ROW: dict[str, Check] = {
 SOME_ROWS: dict[str, Check] = {
     **{f"{part}_ms": _or_none(NUMBER) for part in ("vision", "prefill", "selector", "decode")},
     "skipped": _whole(0), "beyond_context": _whole(0), "bits": _whole(1),
-    "model_base": TEXT, "selector_macs": _or_none(_whole(0)), "selector_prompt": _or_none(BY_NAME),
+    "matches": BY_NAME, "tokens_per_view": NUMBERS, "model_base": TEXT,
+    "selector_macs": _or_none(_whole(0)), "selector_prompt": _or_none(BY_NAME),
 }  # fmt: skip
 MACHINE = _every(_or_none(NUMBER), dict, "a mapping of numbers")
 PROVENANCE: dict[str, Check] = {

@@ -22,6 +22,7 @@ from eval.collect import VANILLA, Result, collect, label, merge_seeds, ordered
 from eval.layout import Layout, lines
 from eval.records import BadRecord, read_json
 from eval.settings import check_out
+from eval.summary import frame_table
 from mustdrop.command import Parser, command, path
 
 TEMPLATE = "report.html.j2"
@@ -84,13 +85,14 @@ def score_table(results: Sequence[Result], model: str) -> dict:
 
 
 def task_tables(results: Iterable[Result]) -> list[dict]:
-    """Per model and task: scores with intervals and costs, then accuracy per question type if there are several."""
+    """Per model and task: scores with intervals and costs, then accuracy per question type if there are several,
+    and tokens per frame of videos."""
     groups: dict[tuple, list[dict]] = {}
     for row in merge_seeds(results):
         groups.setdefault((row["model"], row["task"]), []).append(row)
     return [
-        {"title": f"{task}, {model}", "tables": [_costs(ordered(rows)), *_types(ordered(rows))]}
-        for (model, task), rows in groups.items()
+        {"title": f"{task}, {model}", "tables": [_costs(rows), *_types(rows), *_frames(rows)]}
+        for (model, task), rows in ((key, ordered(group)) for key, group in groups.items())
     ]
 
 
@@ -227,6 +229,12 @@ def _types(rows: Sequence[dict]) -> list[dict]:
         texts = [f"{100 * cell['accuracy']:.1f} (n={cell['n']})" if cell else table.NOTHING for cell in cells]
         body.append([label(row["method"], row["retain"]), *texts])
     return [{"headers": ["accuracy % by type", *kinds], "rows": body}]
+
+
+def _frames(rows: Sequence[dict]) -> list[dict]:
+    """Tokens that each method keeps of each frame."""
+    found = frame_table(rows)
+    return [{"headers": found[0], "rows": found[1]}] if found else []
 
 
 def _column(row: dict) -> str:

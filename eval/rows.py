@@ -113,6 +113,17 @@ def measured(records: Sequence[Mapping]) -> dict:
     }
 
 
+def tokens_per_view(records: Sequence[Mapping]) -> list[float] | None:
+    """Vision tokens of the first video in each of its frames, the mean over decoder layers and prompts.
+
+    None where videos differ in their number of frames, or there is none.
+    """
+    shown = [record["images"][0]["tokens_per_view"] for record in records if record["images"]]
+    if not shown or len({len(views) for views in shown}) > 1:
+        return None
+    return [fmean(views) for views in zip(*shown, strict=True)]
+
+
 def answered(scores: Sequence[float], kinds: Sequence[str]) -> dict:
     """Accuracy over questions with its interval, in all and per type.
 

@@ -147,9 +147,11 @@ def default_out(cells: Sequence[Cell]) -> Path:
 def check_reach(cells: Sequence[Cell]) -> None:
     """Raise ValueError if a method cannot keep the wanted number of tokens on its model, before that is loaded."""
     from eval.sweep.plan import Method, out_of_reach
+    from eval.tasks import TASKS
 
-    for cell in {cell.label: cell for cell in cells if cell.settings}.values():
-        if reason := out_of_reach(Method(cell.method, cell.retain, cell.settings), cell.model, cell.model_base):
+    for cell in {(cell.label, TASKS[cell.task].views): cell for cell in cells if cell.settings}.values():
+        method = Method(cell.method, cell.retain, cell.settings)
+        if reason := out_of_reach(method, cell.model, cell.model_base, TASKS[cell.task].views):
             raise ValueError(f"RETAIN: {reason}")
 
 

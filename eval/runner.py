@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from math import isclose
 from pathlib import Path
+from statistics import fmean
 
 from eval import provenance, rows
 from eval.cell import Cell, write_json
@@ -15,6 +16,9 @@ from eval.checkpoints import LOADING
 from eval.progress import hide_bars, quiet
 from eval.records import read_answers
 from eval.samples import write_lines
+
+MATCHES = ("exact_match", "containment")
+"""The two ways in which an answer to a video question may match; which of them is the score, the task says."""
 
 
 def evaluate(
@@ -119,8 +123,9 @@ def _evaluate(cell: Cell, out: Path, loaded, manager, force: bool, verbose: bool
     from lmms_eval.api import task as tasks
     from lmms_eval.models import get_model
 
+    from eval import predictions
     from eval.lmms import rank_files
-    from eval.tasks import is_local, stock
+    from eval.tasks import TASKS, is_local, stock
 
     if not verbose:
         hide_bars(evaluator, tasks)
@@ -166,6 +171,8 @@ def _evaluate(cell: Cell, out: Path, loaded, manager, force: bool, verbose: bool
             f"{cell.task} {cell.label}: no question could be asked; {lines[0]['skipped'] if lines else ''}"
         )
     write_lines(samples, _with_scores(lines, cell.task, scored))
+    if TASKS[cell.task].videos:
+        predictions.write(predictions.file_of(cell, out), scored)
     for file in set(files) - {samples}:
         file.unlink()
     row = {
@@ -181,6 +188,8 @@ def _evaluate(cell: Cell, out: Path, loaded, manager, force: bool, verbose: bool
         "skipped": len(lines) - len(asked),
         "beyond_context": sum(_prompt_tokens(line) > loaded.context_len for line in asked),
     }
+    if TASKS[cell.task].videos and (frames := rows.tokens_per_view(asked)):
+        row["tokens_per_view"] = frames
     if cell.model_base is not None:
         row["model_base"] = Path(cell.model_base).name
     if loaded.bits is not None:
@@ -205,7 +214,9 @@ def _scores(task: str, results: Mapping, scored: Sequence[Mapping]) -> dict:
         interval = [100 * bound for bound in answers["ci95"]]
     else:
         interval = list(rows.bootstrap_interval(*statistic(task, scored)))
+    matches = {name: fmean(sample[name] for sample in scored) for name in MATCHES if TASKS[task].videos}
     return {
+        **({"matches": matches} if matches else {}),
         "synthetic": TASKS[task].synthetic,
         "metric": " + ".join(TASKS[task].metrics),
         "score": score,

@@ -11,7 +11,7 @@ import numpy as np
 from eval.provenance import replace_file
 
 QUESTION_IDS = ("question_id", "questionId", "index", "id")
-PICTURE_IDS = ("scene", "image_id", "imageId", "image_source")
+PICTURE_IDS = ("scene", "image_id", "imageId", "image_source", "video_name")
 """Where benchmarks keep a question's own name, and its picture's."""
 
 

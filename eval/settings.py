@@ -10,7 +10,7 @@ from pathlib import Path
 from eval.cell import Cell
 from eval.checkpoints import check_checkpoint, expanded, is_embedded, loading
 from eval.methods import method_at
-from eval.tasks import BENCHMARKS, GROUP, LOCAL, SUITE, TASKS, mirrored
+from eval.tasks import BENCHMARKS, GROUP, LOCAL, SUITE, TASKS, mirrored, video_qa
 from mustdrop.checks import hint, shown
 from mustdrop.command import needed_number, whole_number
 
@@ -207,6 +207,8 @@ def check_tasks(names: Sequence[str], model: str, limit: int | None, online: boo
                 _check_access(task)
         if limit and limit % TASKS[task].group:
             raise ValueError(f"LIMIT: got {limit}, but {task} scores questions by {TASKS[task].group}")
+        if video_qa.is_of_files(task):
+            video_qa.check(task, limit)
         pairs.setdefault(task, benchmark)
     return [(benchmark, task) for task, benchmark in pairs.items()]
 

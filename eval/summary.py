@@ -55,7 +55,7 @@ def text(rows: Sequence[dict], facts: dict, style: str) -> str:
         synthetic = ", synthetic" if own[0]["synthetic"] else ""
         heading = f"{task}, {model}: {own[0]['n']} questions{synthetic}"
         parts += [f"# {heading}" if style == "github" else f"\n{heading}", table(own, style), table_by_type(own, style)]
-        parts += remarks(own)
+        parts += [table_by_frame(own, style), *remarks(own)]
     parts.append(
         f"{facts['device']}, {facts['dtype']}, batch {facts['config']['batch_size']}, {facts['date'][:10]}, "
         f"commit {(facts['git_commit'] or 'none')[:12]}.\n"
@@ -96,9 +96,10 @@ def table(rows: Sequence[dict], style: str) -> str:
     """The rows of one task: ``simple`` for a terminal, ``github`` for Markdown."""
     plain = all(isclose(row["score"], 100 * row["accuracy"]) for row in rows)
     score = [] if plain else [f"{rows[0]['metric']} (95 % CI)"]
+    matches = list(rows[0].get("matches", {}))
     headers = [
-        "method", "retain", *score, "accuracy % (95 % CI)", "of vanilla", "tokens", "official", "FLOPs saved",
-        "vision only", "cache MB", "vision ms", "prefill ms",
+        "method", "retain", *score, "accuracy % (95 % CI)", *(f"{name.replace('_', ' ')} %" for name in matches),
+        "of vanilla", "tokens", "official", "FLOPs saved", "vision only", "cache MB", "vision ms", "prefill ms",
     ]  # fmt: skip
     lines = [
         [
@@ -106,6 +107,7 @@ def table(rows: Sequence[dict], style: str) -> str:
             row["retain"],
             *([] if plain else [_interval(row["score"], row["score_ci95"], 1)]),
             _interval(row["accuracy"], row["ci95"], 100),
+            *(f"{100 * row['matches'][name]:.1f}" for name in matches),
             _percent(row["share_of_vanilla"]),
             f"{row['mean_tokens']:.1f}",
             f"{row['mean_tokens_official']:.1f}",
@@ -130,6 +132,24 @@ def table_by_type(rows: Sequence[dict], style: str) -> str:
         for row in rows
     ]
     return tabulate(lines, ["method", "retain", *kinds], tablefmt=style, disable_numparse=True, stralign="right")
+
+
+def frame_table(rows: Sequence[Mapping]) -> tuple[list[str], list[list[str]]] | None:
+    """What each method keeps of each frame of a video: headers and lines; None for images."""
+    shown = [row for row in rows if row.get("tokens_per_view")]
+    if not shown:
+        return None
+    frames = max(len(row["tokens_per_view"]) for row in shown)
+    headers = ["method", "retain", *(f"frame {number}" for number in range(1, frames + 1))]
+    return headers, [
+        [row["method"], str(row["retain"]), *(f"{tokens:.1f}" for tokens in row["tokens_per_view"])] for row in shown
+    ]
+
+
+def table_by_frame(rows: Sequence[Mapping], style: str) -> str:
+    """Vision tokens per frame, the mean over decoder layers; empty for images."""
+    found = frame_table(rows)
+    return tabulate(found[1], found[0], tablefmt=style, disable_numparse=True, stralign="right") if found else ""
 
 
 def _type_cell(cell: dict | None) -> str:

@@ -7,6 +7,7 @@ IMAGE_TOKEN_INDEX = -200
 """Id that stands for one whole image in a prompt; the model replaces it by that image's vision tokens."""
 
 DEFAULT_IMAGE_TOKEN = "<image>"
+DEFAULT_VIDEO_TOKEN = "<video>"
 DEFAULT_IMAGE_PATCH_TOKEN = "<im_patch>"
 DEFAULT_IM_START_TOKEN = "<im_start>"
 DEFAULT_IM_END_TOKEN = "<im_end>"

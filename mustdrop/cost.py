@@ -33,7 +33,7 @@ from mustdrop.macs import (
     mean_tokens_official,
 )
 from mustdrop.methods import YOPO
-from mustdrop.shape import DTYPE_BYTES, NAMED, ModelShape
+from mustdrop.shape import DTYPE_BYTES, NAMED, ImageShape, ModelShape
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,9 @@ def _parser() -> argparse.ArgumentParser:
     python -m mustdrop.cost --model path/to/config.json --images 2 --retain 0.11 --json -
   LLaVA-NeXT by the papers' protocol (2880 tokens), and a wide image as the model itself cuts it
     python -m mustdrop.cost --model llava-next-7b-2880 --retain 320
-    python -m mustdrop.cost --model llava-next-7b --image-size 800x300 --retain 320""",
+    python -m mustdrop.cost --model llava-next-7b --image-size 800x300 --retain 320
+  Video-LLaVA: 8 frames of 256 tokens, reduced to 194
+    python -m mustdrop.cost --model video-llava-7b --frames 8 --retain 194""",
     )
     add = parser.add_argument
     meaning = f"{', '.join(NAMED)}, a config.json or its folder (%(default)s)"
@@ -305,12 +307,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--yopo", type=path, metavar="FILE", help="method file of yopo: less computation for every vision token")
     whole = _argument(_whole, "a whole number")
-    add("--merged", type=whole, metavar="N", help="tokens per image left by merging after vision block 0")
+    add("--merged", type=whole, metavar="N", help="tokens per image or frame left by merging after vision block 0")
     meaning = "after prefill, layers from the first filter on cache the final vision tokens only (MustDrop's stage 3)"
     add("--output-aware-cache", action="store_true", help=meaning)
     add("--images", type=whole, default=1, metavar="N", help="images per prompt (%(default)s)")
+    views = parser.add_mutually_exclusive_group()
     meaning = "of images that are cut into tiles (default: one that fills the largest canvas); newlines are text"
-    add("--image-size", type=_argument(_size, "WIDTHxHEIGHT in pixels"), metavar="WIDTHxHEIGHT", help=meaning)
+    size = _argument(_size, "WIDTHxHEIGHT in pixels")
+    views.add_argument("--image-size", type=size, metavar="WIDTHxHEIGHT", help=meaning)
+    views.add_argument("--frames", type=whole, metavar="N", help="each image is a video of so many frames")
     add("--text-tokens", type=whole, default=60, metavar="N", help="text tokens per prompt (%(default)s)")
     add("--new-tokens", type=whole, default=1, metavar="N", help="tokens generated (%(default)s)")
     add("--batch", type=whole, default=1, metavar="N", help="equal prompts; multiplies parts and cache (%(default)s)")
@@ -322,8 +327,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _workload(shape: ModelShape, args: argparse.Namespace) -> Workload:
     """The prompt that the command line describes."""
-    check("images", [args.images], least=1)
-    check("images", [args.images], most=1000)
+    for name, count in (("images", args.images), ("frames", 1 if args.frames is None else args.frames)):
+        check(name, [count], least=1)
+        check(name, [count], most=1000)
     check("batch", [args.batch], least=1)
     if args.output_aware_cache and args.schedule is None and args.retain is None and args.tokens_per_layer is None:
         raise ValueError("output_aware_cache: cuts the cache to what filters leave; give --schedule")
@@ -331,8 +337,10 @@ def _workload(shape: ModelShape, args: argparse.Namespace) -> Workload:
         raise ValueError(
             f"image_size: {shape.name} has {shape.patches} tokens for every image, it cuts none into tiles"
         )
-    whole = [shape.image(args.image_size)] * args.images
-    images = [whole[0].tokens if args.merged is None else args.merged] * args.images
+    video = args.frames and ImageShape(args.frames, args.frames * shape.patches)
+    whole = [video or shape.image(args.image_size)] * args.images
+    left = None if args.merged is None else args.merged * (args.frames or 1)
+    images = [whole[0].tokens if left is None else left] * args.images
     tokens = args.retain if args.tokens_per_layer is None else args.tokens_per_layer
     if args.schedule:
         check("schedule", list(args.schedule), most=shape.layers - 2)

@@ -78,6 +78,10 @@ class Fitting:
     def check_tokens(self, layers: int, tokens: int) -> None:
         """Raise ValueError if the settings are out of reach for images of `tokens` vision tokens."""
 
+    def check_views(self, layers: int, tokens: int, views: int) -> None:
+        """As `check_tokens`, for images of so many views (frames of a video) with `tokens` vision tokens each."""
+        self.check_tokens(layers, tokens * views)
+
     def check_counts(self, layers: int, grid: tuple[int, int], tokens: int, keys: int = 0) -> None:
         """As `check_tokens`, where other reducers have left `tokens` of an image's patches, `keys` of them for good."""
         self.check_tokens(layers, tokens)
@@ -114,6 +118,7 @@ class Fitting:
         patches: int | None = None,
         heads: int | None = None,
         one_view: bool = True,
+        views: int = 1,
     ) -> None:
         """All checks against a model's sizes; what is not known of it is not looked at.
 
@@ -128,7 +133,9 @@ class Fitting:
         heads : int, optional
             Attention heads of a decoder layer.
         one_view : bool
-            Whether an image has one view, so that its tokens are known.
+            Whether all images have the same number of views, so that their tokens are known.
+        views : int
+            That number: 1, or the frames of a video.
 
         Raises
         ------
@@ -141,7 +148,7 @@ class Fitting:
         if patches is not None:
             self.check_tower(Tower(blocks, blocks if run is None else run, square(patches)))
             if one_view:
-                self.check_tokens(layers, patches)
+                self.check_views(layers, patches, views)
 
 
 def square(patches: int) -> tuple[int, int]:

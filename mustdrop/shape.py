@@ -29,6 +29,11 @@ NAMED: dict[str, Mapping | Path] = {
     "llava-1.5-13b": {**_LLAVA_15, **_SIZE_13B},
     "llava-next-7b": {**_TILED_15, "mm_patch_merge_type": "spatial_unpad"},
     "llava-next-7b-2880": {**_TILED_15, "protocol": "flat"},
+    "video-llava-7b": {
+        "mm_vision_tower": "openai/clip-vit-large-patch14",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_feature": "cls_patch",
+    },
     "llava-mini": Path(__file__).resolve().parents[1] / "checkpoints" / "llava-mini",
 }
 
@@ -98,7 +103,8 @@ class ModelShape:
     vision_layers : int
         Blocks that are run: features from hidden state -2 of a 24-block tower need 23.
     vision_cls, feature_cls : bool
-        Whether the tower has a CLS token, and whether it is part of the features.
+        Whether the tower has a CLS token, and whether it is part of the features. Of Video-LLaVA, what holds for
+        videos: their frames keep it, its images do not.
     projector_type : str
         As `mm_projector_type` of LLaVA names it.
     projector_widths : tuple of int
@@ -271,17 +277,22 @@ def _canvases(pinpoints: object) -> tuple[tuple[int, int], ...]:
 
 
 def _read_hugging_face(config: Mapping, folder: Path) -> tuple:
-    """The same of a Hugging Face LlavaConfig, LlavaNextConfig or LlavaOnevisionConfig."""
+    """The same of a Hugging Face configuration of the LLaVA family."""
     import transformers
 
     kind = config.get("model_type", "llava")
-    if kind not in ("llava", *_TILED) or not {"model_type", "text_config"} & set(config):
+    if kind not in ("llava", "video_llava", *_TILED) or not {"model_type", "text_config"} & set(config):
         raise ValueError(
             f"{folder.name or 'config'}: no LLaVA configuration, it must have mm_vision_tower (original format) or, "
             f"with text_config and vision_config (Hugging Face format), model_type 'llava', "
-            f"{', '.join(map(repr, _TILED))}"
+            f"'video_llava', {', '.join(map(repr, _TILED))}"
         )
-    classes = {"llava": "LlavaConfig", "llava_next": "LlavaNextConfig", "llava_onevision": "LlavaOnevisionConfig"}
+    classes = {
+        "llava": "LlavaConfig",
+        "llava_next": "LlavaNextConfig",
+        "llava_onevision": "LlavaOnevisionConfig",
+        "video_llava": "VideoLlavaConfig",
+    }
     theirs = _filled(getattr(transformers, classes[kind]), config)
     vision = _vision_config(theirs.vision_config.to_dict(), kind == "llava_onevision")
     most = getattr(theirs, "vision_aspect_ratio", "").removeprefix("anyres_max_")
@@ -292,7 +303,8 @@ def _read_hugging_face(config: Mapping, folder: Path) -> tuple:
         canvases = tuple((width, height) for height, width in _canvases(theirs.image_grid_pinpoints))
         return Tiles(canvases, "spatial_unpad", int(most) if most.isdigit() else None)
 
-    feature = "patch" if kind == "llava_onevision" else theirs.vision_feature_select_strategy
+    feature = {"llava_onevision": "patch", "video_llava": "full"}.get(kind)
+    feature = feature or theirs.vision_feature_select_strategy
     return theirs.text_config, vision, theirs.vision_feature_layer, feature, "mlp2x_gelu", tiles
 
 

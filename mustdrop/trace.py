@@ -80,7 +80,8 @@ class Trace:
     ----------
     images : list of dict
         Per image: `patches` it was cut into, in how many `views` (tiles, frames), `tokens` that entered the language
-        model, and `blocks`, a pair for every vision block that changed the tokens: its number and how many left it.
+        model, `tokens_per_view`, the mean over the decoder layers for each view (stitched tiles count as the second),
+        and `blocks`, a pair for every vision block that changed the tokens: its number and how many left it.
     before_mlp : bool
         Whether vision blocks changed the tokens between attention and MLP instead of after both.
     key_tokens : list of int
@@ -145,9 +146,12 @@ class Trace:
                     "patches": len(patch_to_token),
                     "views": len(views),
                     "tokens": tokens,
+                    "tokens_per_view": _per_view(record.tokens_in, row, number, len(views)),
                     "blocks": _blocks(record.vision, views),
                 }
-                for views, (tokens, patch_to_token) in zip(record.views[self._prompt], images, strict=True)
+                for number, (views, (tokens, patch_to_token)) in enumerate(
+                    zip(record.views[self._prompt], images, strict=True)
+                )
             ],
             "before_mlp": record.before_mlp,
             "key_tokens": tokens_in.vision_index[row][key_tokens].tolist(),
@@ -276,6 +280,18 @@ def _tower(record: PassRecord, views: list[int]) -> list[list[list[int]]]:
     changed = record.encoded or record.vision
     patches = record.view_patches or next((len(own[0]) for own in changed.values()), 0)
     return [[[-1, patches], *_blocks(changed, [view])] for view in views]
+
+
+def _per_view(layers: list[Tokens], row: int, image: int, views: int) -> list[float]:
+    """Vision tokens of an image in each of its views, the mean over decoder layers; empty where no places are known."""
+    records = {id(tokens): tokens for tokens in layers}
+    if any(tokens.row is None for tokens in records.values()):
+        return []
+    counts = {
+        key: tokens.view[row][tokens.image[row] == image].clamp(max=views - 1).bincount(minlength=views).cpu()
+        for key, tokens in records.items()
+    }
+    return (sum(counts[id(tokens)] for tokens in layers) / len(layers)).tolist()
 
 
 def _patches(patch_to_token: Tensor, tokens: Tokens, row: int) -> list[int]:

@@ -125,7 +125,7 @@ def test_any_number_of_tokens_is_answered(loaded, method):
     assert {one["doc_id"]: len(one["images"]) for one in model.records} == {0: 1, 1: 2, 2: 0}
 
 
-@pytest.mark.parametrize(("number", "words"), [(3, "none at all"), (4, "cannot identify"), (5, "it brings a str")])
+@pytest.mark.parametrize(("number", "words"), [(3, "none at all"), (4, "cannot identify"), (5, "no such file")])
 def test_an_unfit_document_is_named(loaded, number, words):
     with pytest.raises(ValueError, match=f"^a_task, document {number}: .*{words}") as error:
         plugin(loaded, batch_size=2).generate_until(asked(0, number))

@@ -14,7 +14,7 @@ from eval import checkpoints, settings
 from eval.cell import Cell
 from eval.methods import VANILLA, check_shape, has_files, method_at, own_file, read_method
 from eval.sweep.launch import Launch
-from eval.tasks import BENCHMARKS, GROUP, LOCAL
+from eval.tasks import BENCHMARKS, GROUP, LOCAL, TASKS
 from mustdrop import available_methods, load_reducer
 from mustdrop.calibrate import OutOfReach
 from mustdrop.checks import hint, shown
@@ -133,7 +133,8 @@ def read(
         model = checkpoint["model"]
         with _naming(file, "tasks"):
             pairs = settings.check_tasks(tasks, model, limit, online)
-        methods, beyond = _methods(file, given.get("methods", []), checkpoint, retain)
+        views = sorted({TASKS[task].views for _, task in pairs})
+        methods, beyond = _methods(file, given.get("methods", []), checkpoint, retain, views)
         if beyond and given.get("unreachable") != "skip":
             raise ValueError(f"{file}: retain: {beyond[0].reason}")
         left_out += beyond
@@ -215,7 +216,9 @@ def _overrides(file: Path, given: object) -> dict:
     return dict(given)
 
 
-def _methods(file: Path, given: object, checkpoint: dict, retain: Sequence[int]) -> tuple[list[Method], list[LeftOut]]:
+def _methods(
+    file: Path, given: object, checkpoint: dict, retain: Sequence[int], views: Sequence[int]
+) -> tuple[list[Method], list[LeftOut]]:
     """Every method at every budget for one model, each checked against the model's sizes, and what is out of reach."""
     model, found = checkpoint["model"], {}
     left_out: list[LeftOut] = []
@@ -233,7 +236,8 @@ def _methods(file: Path, given: object, checkpoint: dict, retain: Sequence[int])
                     "another name, {name: ..., method: ..., ...}"
                 )
             with _naming(file, f"retain: {method.retain}" if method.retain in retain else "methods"):
-                reason = out_of_reach(method, model, checkpoint["model_base"])
+                reasons = (out_of_reach(method, model, checkpoint["model_base"], count) for count in views)
+                reason = next(filter(None, reasons), None)
             if reason is not None:
                 left_out.append(LeftOut(model, method.method, method.retain, reason))
                 del found[method.method, method.retain]
@@ -303,8 +307,8 @@ def _at_budget(model: str, name: str, retain: int) -> Method | LeftOut:
         return LeftOut(model, name, retain, str(error).removeprefix("RETAIN: "))
 
 
-def out_of_reach(method: Method, model: str, model_base: str | None = None) -> str | None:
-    """Why a reducer cannot keep the wanted number of tokens on a model of this size, None if it can.
+def out_of_reach(method: Method, model: str, model_base: str | None = None, views: int = 1) -> str | None:
+    """Why a reducer cannot keep the wanted number of tokens of images of so many views on a model, None if it can.
 
     What depends on data shows later.
 
@@ -317,15 +321,15 @@ def out_of_reach(method: Method, model: str, model_base: str | None = None) -> s
     if shape is None:
         return None
     name = Path(model).name
-    if method.retain is not None and method.retain > shape.vision_tokens:
-        raise ValueError(f"{name} has only {shape.vision_tokens} vision tokens per picture")
+    if method.retain is not None and method.retain > views * shape.vision_tokens:
+        raise ValueError(f"{name} has only {views * shape.vision_tokens} vision tokens per picture")
     reducer = load_reducer(method.settings)
     try:
         reducer.check(shape.layers, shape.vision_layers + 1)
     except ValueError as error:
         raise ValueError(f"{method.method} on {name}: {error}") from None
     try:
-        check_shape(reducer, shape)
+        check_shape(reducer, shape, views)
     except ValueError as error:
         if method.retain is None:
             raise ValueError(f"{method.method} on {name}: {error}") from None

@@ -2,6 +2,7 @@
 
 A stock benchmark is a task of lmms-eval. A synthetic one is a folder here with a ``documents()`` function and a YAML
 template; its data are generated once into a cache folder and then belong to lmms-eval as an ordinary parquet task.
+Benchmarks about videos are read from folders in their authors' form, see ``video_qa``; so is the synthetic one.
 What lmms-eval makes of the answers is read by `question_scores`, `headline` and `statistic`.
 """
 
@@ -9,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from string import Template
 
 from eval.provenance import cache_folder, replace_file
+from eval.tasks import video_qa
 from eval.tasks.registry import BENCHMARKS, TASKS, Benchmark, Task, mirrored
 from eval.tasks.scores import headline, question_scores, statistic
 
@@ -45,10 +48,13 @@ SUITE = tuple(name for name in LOCAL if mirrored(name) != name)
 GROUP = "mini"
 """lmms-eval's name for all of `SUITE` at once."""
 
+NEW_TOKENS = {True: 8, False: 1024}
+"""Longest answer to a question about a video, of a synthetic task and of the others."""
+
 
 def is_local(task: str) -> bool:
     """Whether a task, or a group of them, is ours."""
-    return task in (*LOCAL, GROUP)
+    return task in (*LOCAL, GROUP) or (task in TASKS and TASKS[task].videos)
 
 
 def fingerprint(task: str) -> str:
@@ -58,6 +64,8 @@ def fingerprint(task: str) -> str:
         for member in SUITE:
             digest.update(fingerprint(member).encode())
         return digest.hexdigest()[:12]
+    if TASKS[task].videos:
+        return _video_fingerprint(task)
     generator = [*(GENERATOR / file for file in TASKS[task].generator), ROOT / "existence.py"]
     for path in [*generator, *sorted((ROOT / task).glob("*.py")), ROOT / task / f"{task}.yaml"]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -80,6 +88,8 @@ def prepare(task: str) -> Path:
         The folder to give to lmms-eval as ``include_path``.
     """
     folder = _folder(task)
+    if task != GROUP and TASKS[task].videos:
+        return _prepare_videos(task, folder)
     for member in SUITE if task == GROUP else (task,):
         data = _data(member)
         template = Template((ROOT / member / f"{member}.yaml").read_text(encoding="utf-8"))
@@ -111,6 +121,44 @@ def _data(task: str) -> Path:
     if not path.is_file():
         _write_parquet(importlib.import_module(f"eval.tasks.{task}").documents(), path, f"{task}: data")
     return path
+
+
+def _prepare_videos(task: str, folder: Path) -> Path:
+    """Join a video benchmark's questions and answers, and fill in its YAML."""
+    source = _video_folder(task)
+    data = folder / f"{task}.jsonl"
+    lines = (json.dumps(document) for document in video_qa.read(*source))
+    replace_file(data, "".join(f"{line}\n" for line in lines).encode())
+    template = Template((ROOT / "video_qa" / "video_qa.yaml").read_text(encoding="utf-8"))
+    longest = NEW_TOKENS[TASKS[task].synthetic]
+    filled = template.substitute(task=task, data=data, cache=folder / "datasets", new_tokens=longest)
+    replace_file(folder / f"{task}.yaml", filled.encode())
+    return folder
+
+
+def _video_folder(task: str) -> tuple[Path, str]:
+    """A video benchmark's folder, which is made if it is synthetic, and the folder of the videos in it."""
+    if video_qa.is_of_files(task):
+        return video_qa.folder_of(task), video_qa.SOURCES[task].videos
+    made = _folder(task) / "benchmark"
+    importlib.import_module(f"eval.tasks.{task}").write(made)
+    return made, "videos"
+
+
+def _video_fingerprint(task: str) -> str:
+    """Hash of a video benchmark's questions, answers and the sizes of its videos, or of what generates them."""
+    digest = hashlib.sha256()
+    files = [*sorted((ROOT / "video_qa").glob("*.py")), ROOT / "video_qa" / "video_qa.yaml"]
+    if video_qa.is_of_files(task):
+        folder = video_qa.folder_of(task)
+        files += [folder / video_qa.QUESTIONS, folder / video_qa.ANSWERS]
+        digest.update(repr(video_qa.video_sizes(video_qa.read(*_video_folder(task)))).encode())
+    else:
+        files += [GENERATOR / "scenes.py", *sorted(GENERATOR.glob("clip*.py")), ROOT / task / "__init__.py"]
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    digest.update(repr([version(package) for package in ("numpy", "pillow", "av")]).encode())
+    return digest.hexdigest()[:12]
 
 
 def _stock_tasks() -> Path:

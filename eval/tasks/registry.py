@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+FRAMES = 8
+"""Frames of a video that are shown, as ``llava.video.FRAMES``, whose import takes seconds."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -25,6 +28,8 @@ class Task:
         Whether lmms-eval downloads its data only with a Hugging Face token.
     judge : bool
         Whether lmms-eval asks a language model on the internet to score every answer.
+    videos : bool
+        Whether its questions are about videos.
     note : str
         What else a reader of its scores has to know.
     generator : tuple of str
@@ -37,8 +42,14 @@ class Task:
     synthetic: bool = False
     gated: bool = False
     judge: bool = False
+    videos: bool = False
     note: str = ""
     generator: tuple[str, ...] = ("scenes.py", "questions.py")
+
+    @property
+    def views(self) -> int:
+        """Views of what a question shows: a video's frames."""
+        return FRAMES if self.videos else 1
 
     @property
     def group(self) -> int:
@@ -48,6 +59,8 @@ class Task:
 
 MATCH = ("exact_match",)
 MADE_HERE = "synthetic pictures of this project's own generator"
+CONTAINED = ("containment",)
+MATCHED = "whether the answer contains the expected words; papers have a judge score it, mustdrop judge does that"
 TASKS = {
     "gqa": Task(MATCH, gated=True, note="balanced test-dev split"),
     "mmbench_en_dev_static": Task(
@@ -83,6 +96,11 @@ TASKS = {
         MATCH, synthetic=True, note=f"{MADE_HERE}, too fine for one view: for models with tiles",
         generator=("scenes.py", "questions.py", "highres.py"),
     ),
+    "tgif_qa": Task(CONTAINED, videos=True, note=MATCHED),
+    "msvd_qa": Task(CONTAINED, videos=True, note=MATCHED),
+    "msrvtt_qa": Task(CONTAINED, videos=True, note=MATCHED),
+    "activitynet_qa": Task(CONTAINED, videos=True, note=MATCHED),
+    "mini_video": Task(MATCH, synthetic=True, videos=True, note="synthetic clips of this project's own generator"),
 }  # fmt: skip
 
 
@@ -122,6 +140,10 @@ BENCHMARKS = {
     "vizwiz": Benchmark("VizWiz", "vizwiz_vqa_val", "mini_gqa"),
     "seed": Benchmark("SEED-Bench", "seedbench", "mini_mmbench"),
     "mmvet": Benchmark("MM-Vet", "mmvet", "mini_gqa"),
+    "tgif": Benchmark("TGIF-QA", "tgif_qa", "mini_video"),
+    "msvd": Benchmark("MSVD-QA", "msvd_qa", "mini_video"),
+    "msrvtt": Benchmark("MSRVTT-QA", "msrvtt_qa", "mini_video"),
+    "activitynet": Benchmark("ActivityNet-QA", "activitynet_qa", "mini_video"),
 }
 
 

@@ -29,6 +29,9 @@ class EVS(FrameMethod):
         few = not isinstance(self.retain, float) and self.retain < tokens
         require(not few, "retain", self.retain, f"at least {tokens}, a frame: EVS keeps the first one whole")
 
+    def check_views(self, layers: int, tokens: int, views: int) -> None:
+        self.check_tokens(layers, tokens)
+
     def score(self, frames: Tensor, real: Tensor, counts: list[int]) -> Tensor:
         changed = 1 - F.cosine_similarity(frames[:, 1:], frames[:, :-1], dim=-1)
         return F.pad(changed, (0, 0, 1, 0), value=FIRST)

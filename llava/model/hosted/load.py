@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.models.auto.tokenization_auto import AutoTokenizer
-from transformers.utils import is_torchvision_available
+from transformers.utils import PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, is_torchvision_available
 
 from llava.model.checkpoint.files import first_line, read_complete, read_json
 from llava.model.checkpoint.names import listed
@@ -18,6 +18,7 @@ from llava.model.checkpoint.places import locate
 from llava.model.checkpoint.settings import LoadSettings
 from llava.model.hosted import HOSTS
 from llava.model.hosted.base import TEXTS, TOWERS
+from llava.video import FrameProcessor
 
 UNPACKED = ["vision_tower", "image_tower", "video_tower", "multi_modal_projector", "lm_head"]
 _SAID = OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError
@@ -95,18 +96,34 @@ def load_stock(
 
 
 def load_stock_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:
-    """A stock model's processor; without torchvision it takes no videos, and is otherwise the same."""
+    """A stock model's processor; its part for videos is our own, which gives the same pixels on every machine."""
     kind = PROCESSOR_MAPPING[type(config)]
-    if not is_torchvision_available() and any("video" in name for name in kind.get_attributes()):
+    videos = any("video" in name for name in kind.get_attributes())
+    if not is_torchvision_available() and videos:
         kind = type(kind.__name__, (_ImagesOnly, kind), {"__module__": kind.__module__})
     try:
-        return kind.from_pretrained(folder)
+        processor = kind.from_pretrained(folder)
+        if videos:
+            processor.video_processor = FrameProcessor(_video_settings(folder) or processor.image_processor.to_dict())
     except _SAID as error:
         raise ValueError(f"{folder}: no processor can be read ({first_line(error)})") from None
+    side = config.vision_config.image_size
+    if videos and processor.video_processor.size != (side, side):
+        found = " x ".join(map(str, processor.video_processor.size))
+        raise ValueError(f"{folder}: the processor makes frames of {found}, the vision tower takes {side} x {side}")
+    return processor
+
+
+def _video_settings(folder: Path) -> dict | None:
+    """What a folder says of frames apart from images; None where it says nothing."""
+    own, whole = folder / VIDEO_PROCESSOR_NAME, folder / PROCESSOR_NAME
+    if whole.is_file() and isinstance(nested := read_json(whole).get("video_processor"), dict):
+        return nested
+    return read_json(own) if own.is_file() else None
 
 
 class _ImagesOnly:
-    """Put before a processor's class: its part for videos is left out, which transformers cannot make here."""
+    """Put before a processor's class: its part for videos, which transformers cannot make here, is left out."""
 
     @classmethod
     def _get_arguments_from_pretrained(cls, folder, processor_dict=None, **kwargs):
