@@ -29,7 +29,7 @@ class Contestant:
     """
 
     method: str
-    retain: int | None
+    retain: int | float | None
     batch_size: int
     settings: dict | None
     compiled: bool = False
@@ -44,7 +44,7 @@ class Contestant:
 
 
 def contestants(
-    methods: list[str], retains: list[int], batch_sizes: list[int], compiled: bool = False
+    methods: list[str], retains: list[int | float], batch_sizes: list[int], compiled: bool = False
 ) -> list[Contestant]:
     """The rows that are asked for, Hugging Face's and the untouched model first for every batch size.
 

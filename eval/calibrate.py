@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 all found, 1 a target out of reach, 2 a wrong argument."""
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
-    targets = retained_tokens(args.retain)
+    targets = retained_tokens(args.retain, shares=False)
     samples, batch_size = needed_number("samples", args.samples), batch_of(args)
     args.tolerance = decimal_number("tolerance", args.tolerance, most=1, above=True)
     check_loading(args.device, dtype=args.dtype, conv_template=args.conv_template)

@@ -29,8 +29,8 @@ class Cell:
         A key of ``eval.tasks.BENCHMARKS`` and the task of lmms-eval that is run for it.
     method : str
         Name in tables.
-    retain : int or None
-        Wanted average number of vision tokens, None where none was asked for.
+    retain : int, float or None
+        Wanted average number of vision tokens, or share of an image's, None where none was asked for.
     settings : dict
         What ``mustdrop.load_reducer`` takes.
     seed : int
@@ -49,7 +49,7 @@ class Cell:
     benchmark: str
     task: str
     method: str = "vanilla"
-    retain: int | None = None
+    retain: int | float | None = None
     settings: dict = field(default_factory=lambda: {"method": "vanilla"})
     seed: int = 0
     limit: int | None = None

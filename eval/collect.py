@@ -85,8 +85,8 @@ class Result:
         return self.file.parents[2] / "pictures" / self.row["task"]
 
 
-def label(method: str, retain: int | None) -> str:
-    """``mustdrop_64``; the untouched model's measured number of tokens is no budget."""
+def label(method: str, retain: int | float | None) -> str:
+    """``mustdrop_64``, ``fastv_0.111`` for a share; the untouched model's measured number of tokens is no budget."""
     return method if method == VANILLA or retain is None else f"{method}_{retain}"
 
 

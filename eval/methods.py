@@ -53,8 +53,8 @@ def has_files(name: str, configs: Path = CONFIGS) -> bool:
     return any(configs.rglob(f"{name}_*.yaml"))
 
 
-def method_at(model: str, method: str, retain: int, configs: Path = CONFIGS) -> tuple[dict, Path | None]:
-    """The settings that make a model keep about ``retain`` vision tokens per layer.
+def method_at(model: str, method: str, retain: int | float, configs: Path = CONFIGS) -> tuple[dict, Path | None]:
+    """The settings that make a model keep about ``retain`` vision tokens per layer, or a share of an image's.
 
     A file comes first: the model's own, which calibration writes, then the published one. Without a file, a method
     that can work its settings out for itself gets the field ``retain``.
@@ -91,6 +91,8 @@ def method_at(model: str, method: str, retain: int, configs: Path = CONFIGS) -> 
     if hasattr(reducer, "retain") and not reducer.thresholds:  # thresholds are what it is known by: they need finding
         load_reducer(settings)
         return settings, None
+    if isinstance(retain, float):
+        raise OutOfReach(f"RETAIN: got the share {retain}, but {method} is calibrated to numbers of tokens: give one")
     raise OutOfReach(
         f"RETAIN: no settings of {method} for {retain} tokens; make {_shown(candidates[0])} with "
         f"mustdrop calibrate --model {model} --method {method} --retain {retain}"

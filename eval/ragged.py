@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"task: got {shown(args.task)}, expected one of {', '.join([*LOCAL, GROUP])}")
     check_loading(dtype=args.dtype)
     model = check_checkpoint(args.model)["model"]
-    methods = {retain: method_at(model, args.method, retain)[0] for retain in retained_tokens(args.retain)}
+    methods = {retain: method_at(model, args.method, retain)[0] for retain in retained_tokens(args.retain, False)}
     if args.threads is not None:
         torch.set_num_threads(needed_number("threads", args.threads, most=1024))
     quiet()

@@ -38,6 +38,11 @@ def _whole(least: int) -> Check:
     return lambda value: is_number(value) and isinstance(value, int) and value >= least, f"a whole number from {least}"
 
 
+def _is_budget(value: object) -> bool:
+    """A number of tokens, or a share of an image's."""
+    return is_number(value) and (0 < value <= 1 if isinstance(value, float) else value >= 0)
+
+
 def _or_none(check: Check) -> Check:
     return lambda value: value is None or check[0](value), f"{check[1]} or null"
 
@@ -55,6 +60,7 @@ NAMED: Check = (
 )
 FLAG: Check = (lambda value: isinstance(value, bool), "true or false")
 NUMBER: Check = (is_number, "a finite number")
+BUDGET: Check = (_is_budget, "a whole number from 0, or a share up to 1")
 NUMBERS = _every(NUMBER, list, "a list of finite numbers")
 INTERVAL: Check = (lambda value: NUMBERS[0](value) and len(value) == 2, "two finite numbers")
 MAPPING: Check = (lambda value: isinstance(value, dict), "a mapping")
@@ -69,7 +75,7 @@ COSTS = _every(
 )  # fmt: skip
 
 ROW: dict[str, Check] = {
-    "model": TEXT, "task": NAMED, "benchmark": NAMED, "synthetic": FLAG, "method": NAMED, "retain": _or_none(_whole(0)),
+    "model": TEXT, "task": NAMED, "benchmark": NAMED, "synthetic": FLAG, "method": NAMED, "retain": _or_none(BUDGET),
     "seed": _whole(0), "limit": _or_none(_whole(1)), "metric": TEXT, "score": NUMBER, "score_ci95": INTERVAL,
     "accuracy": NUMBER, "ci95": INTERVAL, "n": _whole(1), "accuracy_by_type": BY_TYPE, "mean_tokens": NUMBER,
     "mean_tokens_official": NUMBER, "flops_reduction": _or_none(NUMBER), "flops_reductions": BY_NAME,

@@ -12,7 +12,7 @@ from eval.checkpoints import check_checkpoint, expanded, is_embedded, loading
 from eval.methods import method_at
 from eval.tasks import BENCHMARKS, GROUP, LOCAL, SUITE, TASKS, mirrored, video_qa
 from mustdrop.checks import hint, shown
-from mustdrop.command import needed_number, whole_number
+from mustdrop.command import needed_number, share_of, whole_number
 
 DEFAULT_BATCH_SIZE = 8
 NAME = re.compile(r"\w[\w.-]{0,99}", re.ASCII)
@@ -213,14 +213,16 @@ def check_tasks(names: Sequence[str], model: str, limit: int | None, online: boo
     return [(benchmark, task) for task, benchmark in pairs.items()]
 
 
-def retained_tokens(value: list[str] | str) -> list[int]:
-    """Numbers of tokens from ``"192 128 64"``, with commas or as a list; doubles count once."""
+def retained_tokens(value: list[str] | str, shares: bool = True) -> list[int | float]:
+    """Numbers of tokens from ``"192 128 64"``, or `shares` such as 0.111, with commas or as a list; each once."""
     words = (value if isinstance(value, str) else " ".join(map(str, value))).replace(",", " ").split()
     if not words:
         raise ValueError("RETAIN: got nothing, expected numbers of vision tokens such as 192 128 64")
     if len(words) > MANY:
         raise ValueError(f"RETAIN: got {len(words)} numbers, expected {MANY} at most")
-    return list(dict.fromkeys(whole_number("RETAIN", word) for word in words))
+    found = [share_of(word) if shares else None for word in words]
+    pairs = zip(words, found, strict=True)
+    return list(dict.fromkeys(whole_number("RETAIN", word) if share is None else share for word, share in pairs))
 
 
 def _check_access(task: str) -> None:

@@ -86,6 +86,12 @@ def needed_number(name: str, value: str | int | None, least: int = 1, most: int 
     return number
 
 
+def share_of(text: str) -> float | None:
+    """The share that a text such as 0.111 or 1.0 names, above 0 and up to 1; None if it names none."""
+    fits = re.fullmatch(r"0?\.[0-9]{1,18}|1\.0{1,18}", text.strip())
+    return float(text) or None if fits else None
+
+
 def decimal_number(name: str, value: str | float, most: float = LARGEST, above: bool = False) -> float:
     """A number from 0 (with `above`: above 0) to `most`; ValueError with one line otherwise."""
     fits = re.fullmatch(r"\+?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", str(value).strip(), re.IGNORECASE | re.ASCII)

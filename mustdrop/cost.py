@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from mustdrop.command import Parser, command, path, text
+from mustdrop.command import Parser, command, path, share_of, text
 from mustdrop.config import load_reducer
 from mustdrop.hooks import LayerPlan
 from mustdrop.macs import (
@@ -218,11 +218,8 @@ def _scale(value: float) -> tuple[float, str]:
 
 
 def _retain(text: str) -> int | float:
-    if "." not in text:
-        return _whole(text)
-    if not re.fullmatch(r"0?\.[0-9]{1,18}", text) or not float(text):
-        raise ValueError
-    return float(text)
+    share = share_of(text)
+    return _whole(text) if share is None else share
 
 
 def _whole(text: str) -> int:

@@ -236,3 +236,13 @@ def test_methods_for_videos_choose_among_frames(family, text):
         assert len(stands) == count
         if name == "evs":
             assert set(stands) == {0, 2, 3}  # the second frame repeats the first
+
+
+@pytest.mark.parametrize("name", ["visionzip", "prumerge", "random", "uniform", "avgpool"])
+@pytest.mark.parametrize(("family", "text"), FAMILIES[1:])
+def test_what_chooses_in_the_tower_counts_an_image_with_all_its_views(family, text, name):
+    model = stock.stock(family, text)
+    with load_reducer({"method": name, "retain": 15}).on(model) as run:
+        generate(model, inputs(family, model))
+    images = [image for trace in run.traces for image in trace.images]
+    assert min(image["views"] for image in images) > 1 and {image["tokens"] for image in images} == {15}

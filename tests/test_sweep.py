@@ -191,6 +191,16 @@ def test_comparison_has_every_method_and_names_what_is_out_of_reach():
     )
 
 
+def test_budgets_may_be_shares(write):
+    own = {"method": "uniform", "retain": [0.5, 9]}
+    cells = plan.read(write(tasks=["mini_gqa"], methods=["fastv", own], retain=[0.25, 18])).cells
+    assert [cell.label for cell in cells] == ["vanilla", "fastv_0.25", "fastv_18", "uniform_0.5", "uniform_9"]
+    assert cells[1].settings == {"method": "fastv", "retain": 0.25} and cells[1].file(Path()).suffix == ".json"
+    for wrong in (0.0, 1.5):
+        with pytest.raises(ValueError, match=f"retain: got {wrong}, expected a whole number"):
+            plan.read(write(retain=[wrong]))
+
+
 def test_a_list_of_budgets_and_names_for_compositions(write):
     exact = {"name": "exact", "method": "mustdrop", "retain": [18, 12]}
     both = {"name": "both", "method": "compose", "parts": [{"method": "uniform", "retain": 9}, {"method": "yopo"}]}

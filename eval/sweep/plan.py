@@ -18,7 +18,7 @@ from eval.tasks import BENCHMARKS, GROUP, LOCAL, TASKS
 from mustdrop import available_methods, load_reducer
 from mustdrop.calibrate import OutOfReach
 from mustdrop.checks import hint, shown
-from mustdrop.command import LARGEST, whole_number
+from mustdrop.command import LARGEST, share_of, whole_number
 from mustdrop.read import read_yaml
 from mustdrop.shape import ModelShape
 
@@ -61,7 +61,7 @@ class LeftOut:
 
     model: str
     method: str
-    retain: int
+    retain: int | float
     reason: str
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Method:
     """What tells a method's cells from others; the fields are those of `Cell`."""
 
     method: str
-    retain: int | None
+    retain: int | float | None
     settings: dict
 
 
@@ -112,7 +112,7 @@ def read(
     limit = whole_number("LIMIT", limit) or of_file
     entries = _models(file, given.get("models", checkpoints.EMBEDDED) if model is None else model)
     seeds = _numbers(file, "seeds", given.get("seeds", 0), 0, settings.LARGEST_SEED)
-    retain = _numbers(file, "retain", given["retain"], 1) if given.get("retain", []) != [] else []
+    retain = _budgets(file, given["retain"]) if given.get("retain", []) != [] else []
     batch_size = given.get("batch_size", settings.DEFAULT_BATCH_SIZE)
     batch_size = _whole(file, "batch_size", batch_size, 1, settings.LARGEST_BATCH)
     overrides = _overrides(file, given.get("overrides", {}))
@@ -217,7 +217,7 @@ def _overrides(file: Path, given: object) -> dict:
 
 
 def _methods(
-    file: Path, given: object, checkpoint: dict, retain: Sequence[int], views: Sequence[int]
+    file: Path, given: object, checkpoint: dict, retain: Sequence[int | float], views: Sequence[int]
 ) -> tuple[list[Method], list[LeftOut]]:
     """Every method at every budget for one model, each checked against the model's sizes, and what is out of reach."""
     model, found = checkpoint["model"], {}
@@ -244,7 +244,7 @@ def _methods(
     return list(found.values()), left_out
 
 
-def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> Iterator[Method | LeftOut]:
+def _variants(file: Path, entry: object, model: str, retain: Sequence[int | float]) -> Iterator[Method | LeftOut]:
     """What one entry of ``methods`` means.
 
     A name: the model's own file of this name, which has no budget, else every budget. A file: as it is. Fields: every
@@ -260,8 +260,8 @@ def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> I
             load_reducer(own)
         with _naming(file, "methods"):
             stem = settings.check_name(f"the name of {shown(entry)}", path.stem)
-        name, number = re.fullmatch(r"(.+?)(?:_([0-9]{1,6}))?", stem).groups()
-        yield Method(name, int(number) if number else None, own)
+        name, number = re.fullmatch(r"(.+?)(?:_([0-9]{1,6}|0\.[0-9]*[1-9][0-9]*))?", stem).groups()
+        yield Method(name, None if number is None else share_of(number) or int(number), own)
     elif isinstance(entry, str) and own_file(model, entry):
         with _naming(file, "methods"):
             own = read_method(str(own_file(model, entry)))
@@ -299,7 +299,7 @@ def _variants(file: Path, entry: object, model: str, retain: Sequence[int]) -> I
         raise _wrong(file, "methods", entry, "a method's name, the path of a YAML file, or a mapping {method: ...}")
 
 
-def _at_budget(model: str, name: str, retain: int) -> Method | LeftOut:
+def _at_budget(model: str, name: str, retain: int | float) -> Method | LeftOut:
     """A method at a budget, or why there is no such thing."""
     try:
         return Method(name, retain, method_at(model, name, retain)[0])
@@ -365,6 +365,16 @@ def _numbers(file: Path, key: str, value: object, least: int, most: int = LARGES
     if not 0 < len(_list(value)) <= settings.MANY:
         raise _wrong(file, key, value, f"1 to {settings.MANY} numbers")
     return list(dict.fromkeys(_whole(file, key, one, least, most) for one in _list(value)))
+
+
+def _budgets(file: Path, value: object) -> list[int | float]:
+    """Numbers of tokens, or shares of an image's, each once."""
+    given = _list(value)
+    shares = [isinstance(one, float) and 0 < one <= 1 for one in given]
+    counts = [one for one, is_share in zip(given, shares, strict=True) if not is_share]
+    if counts or not given:
+        _numbers(file, "retain", counts, 1)
+    return list({repr(one): one for one in given}.values())
 
 
 def _whole(file: Path, key: str, value: object, least: int, most: int = LARGEST) -> int:

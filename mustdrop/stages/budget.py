@@ -39,9 +39,11 @@ class Budget:
     after: Mapping[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Target:
     """What is asked of the stages in numbers; what is None is left to thresholds, or to `retain`.
+
+    Compared by identity: a share of 1.0 is not the number 1, though Python calls them equal.
 
     Attributes
     ----------
@@ -177,7 +179,6 @@ def windows_to_merge(
     return merged
 
 
-@lru_cache(maxsize=256)
 def filter_schedule(
     after: tuple[int, ...],
     layers: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -205,17 +206,23 @@ def _after_towers(shown: VisionTokens, places: Places, towers: list[VisionTokens
     alive, keys = alive[:-1].view(images, most), keys[:-1].view(images, most)
     stand = torch.cat([of.flatten() for of in stands])[places.middle.to(device)]
     stand = torch.where(alive | (stand < 0), shown.patch_index, stand)
-    whole = places.plain and len(towers) == 1 and len(towers[0].patch_index) == images
+    whole = places.plain and len(towers) == 1
     left = shown
     if not all(map(untouched, towers)):
-        lengths = towers[0].known_lengths if whole else alive.sum(-1).tolist()
+        lengths = _per_image(towers[0].known_lengths, places) if whole else alive.sum(-1).tolist()
         left = shown.select(alive, lengths, stand, order=_order(towers, places, alive))
         keys = keys.gather(1, left.patch_index)
         keys = keys if left.valid is None else keys & left.valid
     if all(tower.protected is None for tower in towers):
         return left
     known = towers[0].keys if whole else None
-    return left.with_protected(keys, keys.sum(-1).tolist() if known is None else known)
+    return left.with_protected(keys, keys.sum(-1).tolist() if known is None else _per_image(known, places))
+
+
+def _per_image(numbers: Sequence[int], places: Places) -> list[int]:
+    """The sums of the views' numbers, for every image."""
+    ends = [0, *accumulate(places.views)]
+    return [sum(numbers[first:end]) for first, end in zip(ends, ends[1:], strict=False)]
 
 
 def _order(towers: list[VisionTokens], places: Places, alive: Tensor) -> Tensor | None:
