@@ -147,6 +147,9 @@ class Reducer(Fitting):
         Position of generated tokens: the one after the prompt's last, or the length of the layer's cache.
     reads_output_attention : bool
         Whether `after_prefill` asks for attention; where it does not, nothing is kept for it.
+    by_attention : bool
+        Whether `after_decoder_layer` reads of its step only the records and the layer's own attention. Then it may be
+        asked before the layer's MLP (`llava.model.drop_early`), and is shown a `hidden` without values.
     proportional_attention : bool
         Whether vision blocks count a token as often as it has patches, once some have been merged.
     thresholds : mapping of str to float
@@ -156,6 +159,7 @@ class Reducer(Fitting):
     positions: str = "original"
     decode_positions: str = "continue"
     reads_output_attention: bool = True
+    by_attention: ClassVar[bool] = False
     proportional_attention: ClassVar[bool] = False
     thresholds: ClassVar[Mapping[str, float]] = {}
 

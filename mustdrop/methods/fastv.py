@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -40,6 +41,7 @@ class FastV(SingleDrop):
     drop_ratio: float | None = None
     retain: int | None = None
     compat: str = "default"
+    by_attention: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         one_of("compat", self.compat, ("default", "official"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ class DualAttentionFilter(Reducer):
     budget: Sequence[int | float] | None = None
     retain: int | None = None
     taper: float = TAPER
+    by_attention: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(0 < self.taper <= 1, "taper", self.taper, "more than 0 and at most 1")
