@@ -14,6 +14,7 @@ from llava.model.checkpoint import Checkpoint, describe_checkpoint
 from llava.model.checkpoint.load import check_weights, load_weights
 from llava.model.checkpoint.settings import LoadSettings
 from llava.model.hosted.load import load_stock, stock_config
+from llava.model.language_model import early
 from llava.model.language_model.compiled import compile_model
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.processor import load_processor
@@ -29,6 +30,7 @@ def load_pretrained_model(
     device_map: str | dict | None = "auto",
     device: str | torch.device | None = None,
     compile: bool = False,
+    drop_early: bool = False,
     **kwargs: Any,
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, CLIPImageProcessorPil | ProcessorMixin | None, int]:
     """Load everything that inference needs.
@@ -52,6 +54,8 @@ def load_pretrained_model(
         Put the whole model there instead.
     compile : bool
         Run the decoder through torch.compile, see `compile_model`; the first prompts take longer.
+    drop_early : bool
+        Leave out of decoder layers what nobody reads, see `llava.model.drop_early`.
     **kwargs
         `torch_dtype` (default float16 on an accelerator, float32 on the CPU), `attn_implementation` (default sdpa),
         LLaVA's `use_flash_attn`, and what `LoadSettings` lists for transformers and the hub.
@@ -74,6 +78,7 @@ def load_pretrained_model(
     if stock := stock_config(model_path, **settings.hub):
         check_stock(stock[1], model_base, compile)
         model, processor = load_stock(model_path, *stock, settings)
+        early.drop_early(model, drop_early)
         return processor.tokenizer, model, processor, stock[1].text_config.max_position_embeddings
     checkpoint = describe_checkpoint(model_path, LlavaConfig, model_base, **settings.hub)
     check_weights(LlavaLlamaForCausalLM, checkpoint)
@@ -87,6 +92,7 @@ def load_pretrained_model(
         model.get_vision_tower().image_processor = processor
     if compile:
         compile_model(model)
+    early.drop_early(model, drop_early)
     return tokenizer, model.eval(), processor, _context_length(model.config)
 
 
