@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto", help="auto (float16 on a GPU, float32 on a CPU), float32, float16, bfloat16")
     add("--attn-implementation", default="sdpa", help=f"{', '.join(ATTENTION)} (%(default)s)")
     add("--compile", action="store_true", help="every row a second time with a compiled decoder (torch.compile)")
+    add("--drop-early", action="store_true", help="this project's rows leave out what nobody reads of a layer")
     add("--device", type=text_, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     add("--threads", metavar="N", help="CPU threads (default: torch's own choice)")
     add("--repeats", default=5, metavar="N", help="measured rounds (%(default)s)")
@@ -109,7 +110,7 @@ def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestan
     from eval.inference import LoadedModel, resolve_device, resolve_dtype
     from eval.progress import progress
     from eval.provenance import device_name, provenance
-    from llava.model import compile_model
+    from llava.model import compile_model, drop_early
     from mustdrop.shape import ModelShape
 
     device = resolve_device(args.device)
@@ -131,6 +132,7 @@ def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestan
         shape = read_shape("mini" if args.shape is None else args.shape, numbers["layers"], dtype_name)
         check_reach(rows_wanted, shape)
         model = random_model(shape, dtype, args.attn_implementation, device)
+    drop_early(model, args.drop_early)
     twin = hugging_face_twin(model, shape)
     if twin is None:
         rows_wanted = [one for one in rows_wanted if one.method != HUGGING_FACE]
@@ -168,6 +170,7 @@ def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestan
         "shape": asdict(shape),
         "dtype": dtype_name,
         "attn_implementation": args.attn_implementation,
+        "drop_early": args.drop_early,
         "text_tokens": numbers["text"],
         "new_tokens": numbers["new_tokens"],
         "repeats": numbers["repeats"],

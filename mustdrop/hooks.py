@@ -150,6 +150,9 @@ class Reducer(Fitting):
         cut off and nothing between them, which is what the authors' code of some methods does.
     reads_output_attention : bool
         Whether `after_prefill` asks for attention; where it does not, nothing is kept for it.
+    by_attention : bool
+        Whether `after_decoder_layer` reads of its step only the records and the layer's own attention. Then it may be
+        asked before the layer's MLP (`llava.model.drop_early`), and is shown a `hidden` without values.
     proportional_attention : bool
         Whether vision blocks count a token as often as it has patches, once some have been merged.
     thresholds : mapping of str to float
@@ -160,6 +163,7 @@ class Reducer(Fitting):
     decode_positions: str = "continue"
     tile_order: str = "model"
     reads_output_attention: bool = True
+    by_attention: ClassVar[bool] = False
     proportional_attention: ClassVar[bool] = False
     thresholds: ClassVar[Mapping[str, float]] = {}
 

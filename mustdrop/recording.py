@@ -76,6 +76,10 @@ class ForwardState(PassRecord):
         """Decoder layers, of so many, after which a reducer may have something to say."""
         return set().union(*(part.asks_after(layers) for part, _ in self._asked_at("after_decoder_layer")))
 
+    def by_attention(self) -> bool:
+        """Whether those who are asked after decoder layers read nothing but the layer's own attention."""
+        return all(part.by_attention for part, _ in self._asked_at("after_decoder_layer"))
+
     def ask(self, hook: str, step: Any) -> list:
         """What the reducers that are asked at a hook answer to the same step, those left out that have no answer."""
         answers = [getattr(part, hook)(replace(step, scratch=own)) for part, own in self._asked_at(hook)]

@@ -321,8 +321,9 @@ def out_of_reach(method: Method, model: str, model_base: str | None = None, view
     if shape is None:
         return None
     name = Path(model).name
-    if method.retain is not None and method.retain > views * shape.vision_tokens:
-        raise ValueError(f"{name} has only {views * shape.vision_tokens} vision tokens per picture")
+    most = views * (shape.vision_tokens if shape.tiles is None else shape.image().tokens)
+    if method.retain is not None and method.retain > most:
+        raise ValueError(f"{name} has only {most} vision tokens per image")
     reducer = load_reducer(method.settings)
     try:
         reducer.check(shape.layers, shape.vision_layers + 1)

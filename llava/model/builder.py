@@ -15,6 +15,7 @@ from llava.model.checkpoint.config import check_protocol
 from llava.model.checkpoint.load import check_weights, load_weights
 from llava.model.checkpoint.settings import LoadSettings
 from llava.model.hosted.load import load_stock, stock_config
+from llava.model.language_model import early
 from llava.model.language_model.compiled import compile_model
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.processor import load_processor
@@ -31,6 +32,7 @@ def load_pretrained_model(
     device: str | torch.device | None = None,
     compile: bool = False,
     protocol: str | None = None,
+    drop_early: bool = False,
     **kwargs: Any,
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, CLIPImageProcessorPil | ProcessorMixin | None, int]:
     """Load everything that inference needs.
@@ -57,6 +59,8 @@ def load_pretrained_model(
     protocol : {"model", "flat"}, optional
         How a LLaVA-NeXT lays out images. "flat": in two by two tiles whatever their shape, one tile after another,
         nothing cut off and no newlines; the 2880 tokens of papers. Default: as the model does it.
+    drop_early : bool
+        Leave out of decoder layers what nobody reads, see `llava.model.drop_early`.
     **kwargs
         `torch_dtype` (default float16 on an accelerator, float32 on the CPU), `attn_implementation` (default sdpa),
         LLaVA's `use_flash_attn`, and what `LoadSettings` lists for transformers and the hub.
@@ -79,6 +83,7 @@ def load_pretrained_model(
     if stock := stock_config(model_path, **settings.hub):
         check_stock(stock[1], model_base, compile, protocol)
         model, processor = load_stock(model_path, *stock, settings)
+        early.drop_early(model, drop_early)
         return processor.tokenizer, model, processor, stock[1].text_config.max_position_embeddings
     checkpoint = describe_checkpoint(model_path, LlavaConfig, model_base, **settings.hub)
     set_protocol(checkpoint, protocol)
@@ -93,6 +98,7 @@ def load_pretrained_model(
         model.get_vision_tower().image_processor = processor
     if compile:
         compile_model(model)
+    early.drop_early(model, drop_early)
     return tokenizer, model.eval(), processor, _context_length(model.config)
 
 

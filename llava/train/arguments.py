@@ -185,9 +185,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.fsdp:
             raise ValueError(f"fsdp: got {self.fsdp!r}, expected --deepspeed configs/deepspeed/zero3.json instead")
         if self.n_gpu > 1:
-            raise ValueError(
-                f"torchrun: one process got {self.n_gpu} GPUs, expected one each: use torchrun"
-            )
+            raise ValueError(f"torchrun: one process got {self.n_gpu} GPUs, expected one each: use torchrun")
         output = Path(self.output_dir).absolute()
         there = next(folder for folder in (output, *output.parents) if folder.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):

@@ -31,6 +31,7 @@ class FastV(SingleDrop):
     drop_ratio: float | None = None
 
     instead: ClassVar[str] = "drop_ratio"
+    by_attention: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

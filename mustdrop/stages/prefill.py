@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ class DualAttentionFilter(Reducer):
     score_dtype: str = "float32"
     budget: Sequence[int | float] | None = None
     target: Target | None = None
+    by_attention: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(self.global_threshold >= 0, "global_threshold", self.global_threshold, "0 or more")

@@ -152,6 +152,8 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlamaForCausalLM):
                 prompt = self._prompt(input_ids, attention_mask, position_ids, inputs_embeds, labels, *shown)
                 self.check_positions(prompt)
             state, labels = prompt.begin(), prompt.labels
+            if labels is None and isinstance(logits_to_keep, int):
+                record.rows = logits_to_keep or None
             inputs_embeds = prompt.embeds if inputs_embeds is None else inputs_embeds
             tokens = prompt.tokens.repeated(len(inputs_embeds))
             if cache is None and self._caches(use_cache):

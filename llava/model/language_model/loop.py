@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llava.model.language_model.cache import VisionCache
 from llava.model.language_model.compiled import Compiled
+from llava.model.language_model.early import last_rows
 from llava.model.language_model.on_demand import OnDemand
 from llava.model.language_model.packed import PackedRows
 from llava.model.language_model.stream import Stream
@@ -26,14 +27,16 @@ class Asked:
     after: Collection[int]
     cuts: bool
     reads: bool
+    early: bool
 
     @classmethod
-    def of(cls, state: ForwardState, tokens: Tokens, cache: VisionCache | None, layers: int) -> Asked:
+    def of(cls, state: ForwardState, tokens: Tokens, cache: VisionCache | None, layers: int, early: bool) -> Asked:
         hooks = "before_decoder_layer", "after_decoder_layer", "after_prefill"
         plans, drops, cuts = (tokens.images > 0 and state.overrides(hook) for hook in hooks)
         cuts = cuts and cache is not None
         after = state.asks_after(layers) if drops else ()
-        return cls(plans, after, cuts, cuts and state.any("reads_output_attention", ["after_prefill"]))
+        reads = cuts and state.any("reads_output_attention", ["after_prefill"])
+        return cls(plans, after, cuts, reads, early and state.by_attention())
 
 
 @dataclass
@@ -41,11 +44,18 @@ class Record:
     """What the caller wants to see of the layers; None where it is not asked for.
 
     `hidden` takes the input of the first and the output of every layer `[batch, length, width]`, before tokens are
-    dropped; `attentions` takes their probabilities `[batch, heads, length, keys]`.
+    dropped; `attentions` takes their probabilities `[batch, heads, length, keys]`. `rows` is how many of the last
+    positions are looked at in the output of the last layer; None for all.
     """
 
     hidden: list[Tensor] | None = None
     attentions: list[Tensor] | None = None
+    rows: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether every layer has to compute all of its output."""
+        return self.hidden is not None or self.attentions is not None
 
     def note(self, hidden: Tensor) -> None:
         """Take hidden states `[batch, length, width]` if they are asked for."""
@@ -64,6 +74,7 @@ class DecoderLoop:
     """
 
     _compiled: Compiled | None = None
+    drops_early: bool = False
 
     @property
     def compiled(self) -> Compiled | None:
@@ -103,9 +114,12 @@ class DecoderLoop:
         Returns
         -------
         `[batch, kept, width]`
-            Hidden states of the tokens that reach the end, padded on the left where prompts keep fewer.
+            Hidden states of the tokens that reach the end, padded on the left where prompts keep fewer; or those of
+            the last of them alone, at least `record.rows`.
         """
-        asked, record = Asked.of(state, tokens, cache, len(self.layers)), record or Record()
+        record = record or Record()
+        early = self._early(record)
+        asked = Asked.of(state, tokens, cache, len(self.layers), early)
         if mask is not None and (asked.plans or asked.after):
             raise ValueError("attention_mask: 4-D masks cannot be combined with a reducer, pass [batch, length]")
         record.note(hidden)
@@ -126,11 +140,13 @@ class DecoderLoop:
                 state.plans.append(plan)
                 state.tokens_in.append(stream.tokens)
                 entering = stream
-                stream = entering.with_hidden(layer(entering.hidden, entering, cache, plan, compiled))
-                stream = self.after_layer(index, stream)
-                record.note(stream.hidden)
-                if index in asked.after:
-                    with state.timed("selector", stream.hidden.device):
+                if early and plan is None and stream.packed is None and (asked.early or index not in asked.after):
+                    stream = self.run_early(index, entering, cache, state, index in asked.after, record)
+                else:
+                    stream = entering.with_hidden(layer(entering.hidden, entering, cache, plan, compiled))
+                    stream = self.after_layer(index, stream)
+                    record.note(stream.hidden)
+                    if index in asked.after:
                         stream = self.reduce(index, entering, stream, cache, state)
                 state.tokens_out.append(stream.tokens)
                 if asked.reads:
@@ -239,31 +255,95 @@ class DecoderLoop:
         self, index: int, entering: Stream, stream: Stream, cache: VisionCache | None, state: ForwardState
     ) -> Stream:
         """Ask the reducer which tokens go on after a layer, and compact to them; text and key tokens always do."""
-        last = index + 1 == len(self.layers)
+        with state.timed("selector", stream.hidden.device):
+            keep = self.ask(index, entering, stream, cache, state)
+            if keep is None:
+                return stream
+            stays, selected = self.chosen(keep, stream.tokens)
+            hidden = keep.new_states(stream.hidden, stays)
+            if selected is None:
+                return stream if hidden is stream.hidden else stream.with_hidden(hidden)
+            return self.compacted(stream, gather(hidden, selected[0]), selected, keep, state)
+
+    def run_early(
+        self, index: int, entering: Stream, cache: VisionCache | None, state: ForwardState, asks: bool, record: Record
+    ) -> Stream:
+        """Run a layer, asking the reducer between attention and MLP, which is computed for those who go on alone.
+
+        Of the last layer, where nobody is asked, the last rows are what is looked at.
+        """
+        found: list[tuple[tuple[Tensor, Tokens], Keep]] = []
+
+        def leaving() -> Tensor | None:
+            with state.timed("selector", entering.hidden.device):
+                keep = self.ask(index, entering, None, cache, state)
+                selected = None if keep is None else self.chosen(keep, entering.tokens)[1]
+            if selected is not None:
+                found.append((selected, keep))
+            return selected and selected[0]
+
+        layer = self.layers[index]
+        if asks:
+            hidden = layer(entering.hidden, entering, cache, leaving=leaving)
+        elif record.rows is not None and index + 1 == len(self.layers):
+            rows = last_rows(entering.hidden, record.rows)
+            return entering.with_hidden(layer(entering.hidden, entering, cache, leaving=lambda: rows))
+        else:
+            hidden = layer(entering.hidden, entering, cache)
+        if not found:
+            return entering.with_hidden(hidden)
+        with state.timed("selector", hidden.device):
+            return self.compacted(entering, hidden, *found[0], state)
+
+    def _early(self, record: Record) -> bool:
+        """Whether layers may leave out what nobody reads; who put hooks around one expects all of its output."""
+        plain = not (record.whole or self.compiled or torch.is_grad_enabled())
+        own = type(self).after_layer is DecoderLoop.after_layer
+        return self.drops_early and plain and own and not any(layer._forward_hooks for layer in self.layers)
+
+    def ask(
+        self, index: int, entering: Stream, stream: Stream | None, cache: VisionCache | None, state: ForwardState
+    ) -> Keep | None:
+        """What the reducer keeps after a layer that made `stream` of `entering`; None for all.
+
+        Without a `stream`, asked before there is an output, it is shown hidden states without values.
+        """
+        last = stream is None or index + 1 == len(self.layers)
+        tokens = entering.tokens if stream is None else stream.tokens
         step = DecoderStep(
             layer=index,
             layers=len(self.layers),
-            tokens=stream.tokens,
-            hidden=stream.hidden,
+            tokens=tokens,
+            hidden=entering.hidden.to("meta") if stream is None else stream.hidden,
             attention=self.attention(index, entering, cache),
             next_attention=None if last else self.attention(index + 1, stream),
             norm=self.norm,
         )
-        keep = Keep.all_of(state.ask("after_decoder_layer", step), stream.tokens)
-        if keep is None:
-            return stream
-        state.pruned_layers.append(index)
-        if keep.merge_into is not None:
-            state.merge_maps[index] = keep.merge_into
-        stays, prompts = keep.choose(stream.tokens)
-        hidden, weights = keep.new_states(stream.hidden, stays), stream.weights
-        if prompts == stream.tokens.facts() and keep.order is None:
-            return stream if hidden is stream.hidden else stream.with_hidden(hidden)
-        indices, tokens = stream.tokens.select(stays, order=keep.order, prompts=prompts)
+        keep = Keep.all_of(state.ask("after_decoder_layer", step), tokens)
+        if keep is not None:
+            if stream is None and (keep.states is not None or keep.weights is not None):
+                raise ValueError("Keep: by_attention says that states are not read, but the answer gives new ones")
+            state.pruned_layers.append(index)
+            if keep.merge_into is not None:
+                state.merge_maps[index] = keep.merge_into
+        return keep
+
+    def chosen(self, keep: Keep, tokens: Tokens) -> tuple[Tensor, tuple[Tensor, Tokens] | None]:
+        """Which positions go on, bool `[batch, length]`, and their columns and record; None where nothing moves."""
+        stays, prompts = keep.choose(tokens)
+        if prompts == tokens.facts() and keep.order is None:
+            return stays, None
+        return stays, tokens.select(stays, order=keep.order, prompts=prompts)
+
+    def compacted(
+        self, stream: Stream, hidden: Tensor, selected: tuple[Tensor, Tokens], keep: Keep, state: ForwardState
+    ) -> Stream:
+        """The stream of the tokens that were selected, whose hidden states are `hidden` `[batch, kept, width]`."""
+        (indices, tokens), weights = selected, stream.weights
         if state.reducer.positions == "renumber":
-            stream = self.stream(gather(hidden, indices), tokens.renumbered(), state)
+            stream = self.stream(hidden, tokens.renumbered(), state)
         else:
-            stream = self.stream(gather(hidden, indices), tokens, state, rotary=stream.rotary_of(indices))
+            stream = self.stream(hidden, tokens, state, rotary=stream.rotary_of(indices))
         stream.weights = weights
         if keep.mask is not None and weights is None:  # ragged: where numbers were given, prompts are of one length
             stream.packed = PackedRows.of(stream.tokens.valid, stream.rotary, self.config._attn_implementation)

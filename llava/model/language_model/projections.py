@@ -93,7 +93,7 @@ def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask) -> tuple[Tensor, Tensor | None]:
-    """What self-attention adds `[batch, rows, width]`, by the model's own attention function.
+    """What all heads see `[batch, rows, heads * head_dim]`, by the model's own attention function.
 
     Also the probabilities `[batch, heads, rows, keys]` if that function makes them (eager), else None. `query`
     `[batch, heads, rows, head_dim]`, `key` and `value` `[batch, kv_heads, keys, head_dim]`.
@@ -102,7 +102,7 @@ def attend(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask
     function = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
     dropout = attention.attention_dropout if attention.training else 0.0
     seen, weights = function(attention, query, key, value, mask, dropout=dropout, scaling=attention.scaling)
-    return attention.o_proj(seen.flatten(2)), weights
+    return seen.flatten(2), weights
 
 
 def gate_and_up(mlp: nn.Module) -> tuple[nn.Module | Part, nn.Module | Part]:
@@ -133,6 +133,17 @@ def whole_layer(
 
 
 def self_attention(
+    attention: nn.Module, states: Tensor, mask, rotary: tuple[Tensor, Tensor], cache=None
+) -> tuple[Tensor, Tensor | None]:
+    """What self-attention adds to states that are given normalised, `[batch, rows, width]`, and `attend`'s weights.
+
+    `cache` is as in `whole_layer`.
+    """
+    seen, weights = heads_see(attention, states, mask, rotary, cache)
+    return attention.o_proj(seen), weights
+
+
+def heads_see(
     attention: nn.Module, states: Tensor, mask, rotary: tuple[Tensor, Tensor], cache=None
 ) -> tuple[Tensor, Tensor | None]:
     """`attend` for normalised states `[batch, rows, width]`, all of them; `cache` as in `whole_layer`."""
