@@ -145,7 +145,7 @@ def _note_views(state: ForwardState, places: Places) -> None:
     """Say which rows of the towers' output show an image, and number what they did by slots."""
     ends = [0, *accumulate(places.views)]
     state.views.extend([list(range(*ends[image : image + 2])) for image in images] for images in places.prompts)
-    state.view_patches = places.slot.shape[1]
+    state.view_patches = [places.slot.shape[1]] * len(places.slot)
     if not places.plain:
         state.encoded.update(state.vision)
         state.vision.update({block: _by_slot(stands, places, ends) for block, stands in state.vision.items()})
