@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 from mustdrop.command import Parser, command, path, text
 from mustdrop.config import load_reducer
+from mustdrop.families import known, read_shape
 from mustdrop.hooks import LayerPlan
 from mustdrop.macs import (
     Workload,
@@ -33,7 +34,7 @@ from mustdrop.macs import (
     mean_tokens_official,
 )
 from mustdrop.methods import YOPO
-from mustdrop.shape import DTYPE_BYTES, NAMED, ModelShape
+from mustdrop.shape import DTYPE_BYTES, ModelShape
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,11 @@ def _whole(text: str) -> int:
     return int(text)
 
 
+def _pixels(text: str) -> tuple[int, int]:
+    width, height = text.split("x")
+    return _whole(width), _whole(height)
+
+
 def _per_layer(text: str) -> list[int]:
     return [_whole(number) for number in text.split(",")]
 
@@ -266,11 +272,15 @@ def _parser() -> argparse.ArgumentParser:
     python -m mustdrop.cost --merged 350 --schedule 2:80,6:60,10:50,14:45 --output-aware-cache --new-tokens 32
   YOPO at half the layers, half the heads and half the MLP: 25 % in the convention vision-only
     python -m mustdrop.cost --yopo configs/methods/yopo_25.yaml
+  Qwen2.5-VL on a photograph of 1288 x 952 pixels, a quarter of its tokens kept
+    python -m mustdrop.cost --model qwen2.5-vl-7b --image-size 1288x952 --retain 0.25
+  InternVL2 on twelve tiles and their thumbnail
+    python -m mustdrop.cost --model internvl2-8b --images 13 --retain 0.25
   A checkpoint of your own, five tiles as in LLaVA-NeXT, for a script
     python -m mustdrop.cost --model path/to/config.json --images 5 --retain 0.11 --json -""",
     )
     add = parser.add_argument
-    meaning = f"{', '.join(NAMED)}, a config.json or its folder (%(default)s)"
+    meaning = f"{', '.join(known())}, a config.json or its folder (%(default)s)"
     add("--model", type=text, default="llava-1.5-7b", help=meaning)
     drop = parser.add_mutually_exclusive_group()
     drop.add_argument(
@@ -299,6 +309,8 @@ def _parser() -> argparse.ArgumentParser:
     meaning = "after prefill, layers from the first filter on cache the final vision tokens only (MustDrop's stage 3)"
     add("--output-aware-cache", action="store_true", help=meaning)
     add("--images", type=whole, default=1, metavar="N", help="images or tiles per prompt (%(default)s)")
+    meaning = "of an image as the processor hands it over, for models that take any size (672x672)"
+    add("--image-size", type=_argument(_pixels, "WIDTHxHEIGHT"), metavar="WIDTHxHEIGHT", help=meaning)
     add("--text-tokens", type=whole, default=60, metavar="N", help="text tokens per prompt (%(default)s)")
     add("--new-tokens", type=whole, default=1, metavar="N", help="tokens generated (%(default)s)")
     add("--batch", type=whole, default=1, metavar="N", help="equal prompts; multiplies parts and cache (%(default)s)")
@@ -315,7 +327,7 @@ def _workload(shape: ModelShape, args: argparse.Namespace) -> Workload:
     check("batch", [args.batch], least=1)
     if args.output_aware_cache and args.schedule is None and args.retain is None and args.tokens_per_layer is None:
         raise ValueError("output_aware_cache: cuts the cache to what filters leave; give --schedule")
-    images = [shape.patches if args.merged is None else args.merged] * args.images
+    images = [shape.vision_tokens if args.merged is None else args.merged] * args.images
     tokens = args.retain if args.tokens_per_layer is None else args.tokens_per_layer
     if args.schedule:
         check("schedule", list(args.schedule), most=shape.layers - 2)
@@ -345,7 +357,7 @@ def _plans(shape: ModelShape, file: Path) -> dict[int, LayerPlan]:
     reducer = load_reducer(file)
     if not isinstance(reducer, YOPO):
         raise ValueError(f"yopo: {file} is a file of another method, it must have method: yopo")
-    reducer.check_sizes(shape.layers, shape.vision_layers, patches=shape.patches, heads=shape.heads)
+    reducer.check_sizes(shape.layers, shape.vision_layers, patches=shape.vision_tokens, heads=shape.heads)
     plans = {layer: reducer.plan(layer, shape.layers) for layer in range(shape.layers)}
     return {layer: plan for layer, plan in plans.items() if plan is not None}
 
@@ -355,8 +367,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
-    known = args.model in NAMED or not os.path.exists(args.model)
-    shape = (ModelShape.named if known else ModelShape.from_config)(args.model, dtype=args.dtype)
+    is_path = args.model not in known() and os.path.exists(args.model)
+    shape = read_shape(args.model, args.dtype, args.image_size, is_path)
     facts = {"command": list(argv), **report(shape, _workload(shape, args), args.batch)}
     written = json.dumps(facts, indent=2) + "\n"
     if args.json and str(args.json) != "-":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -19,6 +20,7 @@ _TOWERS = {
 }
 _LLAVA_15 = {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_projector_type": "mlp2x_gelu"}
 _SIZE_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+_MAY_BE_NONE = ("vision_layers", "vision_window", "deepstack")
 NAMED: dict[str, Mapping | Path] = {
     "llava-1.5-7b": _LLAVA_15,
     "llava-1.5-13b": {**_LLAVA_15, **_SIZE_13B},
@@ -48,6 +50,20 @@ class ModelShape:
         The decoder.
     dtype_bytes : int
         Bytes of one cached number.
+    grid : tuple of int, optional
+        Rows and columns of an image's patches where images are not squares of `image_size`.
+    merge : int
+        Patches along a side of what becomes one token: a merger's or a pixel shuffle's unit.
+    frames : int
+        Frames that a patch spans; a still image is so many equal ones.
+    vision_products : int
+        Matrices of a vision block's MLP: 3 if it is gated.
+    vision_window : int
+        Tokens along a side of the windows that blocks attend within, 0 for none.
+    vision_full_blocks : tuple of int
+        Blocks that attend everywhere although there are windows.
+    deepstack : int
+        Mergers besides the projector, each of its widths, that feed decoder layers.
     """
 
     name: str
@@ -69,24 +85,37 @@ class ModelShape:
     mlp: int
     vocab: int
     dtype_bytes: int = 2
+    grid: tuple[int, int] | None = None
+    merge: int = 1
+    frames: int = 1
+    vision_products: int = 2
+    vision_window: int = 0
+    vision_full_blocks: tuple[int, ...] = ()
+    deepstack: int = 0
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and value < (field.name != "vision_layers"):
+            if field.type == "int" and value < (field.name not in _MAY_BE_NONE):
                 raise ValueError(f"{self.name}: {field.name} is {value}, it must be positive")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.name}: kv_heads is {self.kv_heads}, it must divide the {self.heads} heads")
 
     @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's tokens."""
+        rows, columns = self.grid or (self.image_size // self.patch_size,) * 2
+        return rows // self.merge, columns // self.merge
+
+    @property
     def patches(self) -> int:
         """Patches of one image."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.vision_tokens * self.merge**2
 
     @property
     def vision_tokens(self) -> int:
         """Vision tokens of one image in an unchanged decoder; CLS, where it comes along, counts as text."""
-        return self.patches
+        return math.prod(self.token_grid)
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -166,7 +195,7 @@ def _read_original(config: Mapping, folder: Path) -> tuple:
             raise ValueError(f"mm_vision_tower is {tower!r}: it must be {known} or the path of a CLIP folder")
         vision = _read_json(found[0] / "config.json")
     names = {field.name for field in fields(LlamaConfig)} - {"model_type"}
-    text = _filled(LlamaConfig, {key: value for key, value in config.items() if key in names})
+    text = filled(LlamaConfig, {key: value for key, value in config.items() if key in names})
     layer, feature = config.get("mm_vision_select_layer", -2), config.get("mm_vision_select_feature", "patch")
     return text, _vision_config(vision), layer, feature, config.get("mm_projector_type", "linear")
 
@@ -180,7 +209,7 @@ def _read_hugging_face(config: Mapping, folder: Path) -> tuple:
             f"{folder.name or 'config'}: no LLaVA configuration, it must have mm_vision_tower (original format) or "
             "model_type 'llava' with text_config and vision_config (Hugging Face format)"
         )
-    theirs = _filled(LlavaConfig, config)
+    theirs = filled(LlavaConfig, config)
     vision = _vision_config(theirs.vision_config.to_dict())
     return theirs.text_config, vision, theirs.vision_feature_layer, theirs.vision_feature_select_strategy, "mlp2x_gelu"
 
@@ -192,10 +221,10 @@ def _vision_config(values: Mapping):
     kind = values.get("model_type", "clip_vision_model")
     if kind != "clip_vision_model":
         raise ValueError(f"the vision tower's model_type is {kind!r}: only 'clip_vision_model' is supported")
-    return _filled(CLIPVisionConfig, values)
+    return filled(CLIPVisionConfig, values)
 
 
-def _filled(config_class: type, values: Mapping):
+def filled(config_class: type, values: Mapping):
     """A configuration of transformers with its defaults; whatever it refuses becomes one line."""
     from huggingface_hub.errors import StrictDataclassError
 
