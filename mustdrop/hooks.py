@@ -169,7 +169,8 @@ class Reducer(Fitting):
 
     def overrides(self, hook: str) -> bool:
         """Whether a hook is overridden; models skip idle ones altogether."""
-        return getattr(type(self), hook) is not getattr(Reducer, hook)
+        names = (hook, "on_views") if hook == "on_pixels" else (hook,)  # the same hook, told what belongs together
+        return any(getattr(type(self), name) is not getattr(Reducer, name) for name in names)
 
     def asks_after(self, layers: int) -> Collection[int]:
         """Decoder layers, of so many, after which `after_decoder_layer` may have something to say; by default all."""
