@@ -183,7 +183,7 @@ class Reducer(Fitting):
     def on_pixels(self, images: Tensor, patch_size: int) -> Tensor | None:
         """Change the preprocessed images `[images, 3, height, width]`, their sizes too, or None."""
 
-    def on_views(self, images: Tensor, patch_size: int, views: Sequence[int]) -> Tensor | None:
+    def pixels_of_views(self, images: Tensor, patch_size: int, views: Sequence[int]) -> Tensor | None:
         """As `on_pixels`, where so many neighbouring rows each are the tiles or frames of one image."""
         return self.on_pixels(images, patch_size)
 
