@@ -21,7 +21,7 @@ a call needs to remember lives in a `ForwardState` made for it; reducers and mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -173,6 +173,10 @@ class Reducer(Fitting):
 
     def on_pixels(self, images: Tensor, patch_size: int) -> Tensor | None:
         """Change the preprocessed images `[images, 3, height, width]`, their sizes too, or None."""
+
+    def on_views(self, images: Tensor, patch_size: int, views: Sequence[int]) -> Tensor | None:
+        """As `on_pixels`, where so many neighbouring rows each are the tiles or frames of one image."""
+        return self.on_pixels(images, patch_size)
 
     def after_vision_block(self, step: VisionStep) -> Keep | None:
         """Return which tokens go on, or None for all."""

@@ -158,7 +158,7 @@ class Keep:
         else:
             wanted = _for_each(self.counts, len(known), "images")
             lengths = [min(length, max(count, key)) for count, length, key in zip(wanted, known, keys, strict=True)]
-            stays = ops.top_count(self._ranked(tokens), _per_row(lengths, self.score.device))
+            stays = ops.top_count(self._ranked(tokens), ops.for_rows(lengths, self.score.device)[1])
         if self.protects:
             return tokens.with_protected(stays, lengths)
         tokens = tokens.select(stays, lengths, self.merge_into, self.weights, self.order)
@@ -264,11 +264,6 @@ def _flat(counts: Counts | None) -> list[int]:
     if counts is None or isinstance(counts, int):
         return [] if counts is None else [counts]
     return [number for count in counts for number in _flat(count)]
-
-
-def _per_row(counts: Sequence[int], device: torch.device) -> int | Tensor:
-    """A number for each row as `ops.top_count` takes it: one where all are equal, which copies nothing."""
-    return counts[0] if len(set(counts)) == 1 else torch.tensor(counts, device=device)[:, None]
 
 
 def each_image(tokens: Tokens, count: Callable[[ImageFacts], int]) -> list[list[int]]:

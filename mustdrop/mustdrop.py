@@ -9,8 +9,9 @@ from typing import ClassVar
 from mustdrop.checks import one_of, require
 from mustdrop.compose import Compose
 from mustdrop.reach import Tower
+from mustdrop.retain import check_per, check_retain
 from mustdrop.stages import DiverseTokens, DualAttentionFilter, KeyTokens, LocalSpatialMerge, OutputAwareCache
-from mustdrop.stages.budget import TAPER
+from mustdrop.stages.budget import TAPER, Target
 from mustdrop.stages.prefill import PUBLISHED_LAYERS
 
 STAGES = ("vision", "prefill", "decode")
@@ -19,6 +20,7 @@ STAGES = ("vision", "prefill", "decode")
 _COMPAT = {
     "merge_order": ("raster", "score"),
     "merge_count": ("per_image", "batch_minimum"),
+    "per": ("image", "view"),
     "positions": ("original", "renumber"),
     "decode_positions": ("continue", "cache_length"),
     "score_dtype": ("float32", "model"),
@@ -47,10 +49,11 @@ class MustDrop(Compose):
         of 32.
     cache_from : int or float, optional
         First layer whose cache is cut to the survivors. Default: the first filter layer; 0 cuts all layers.
-    retain : int, optional
-        Mean vision tokens per decoder layer and image, by the authors' meter. Works out how much is merged (unless
-        `merge_to` says it) and what every filter leaves; all tokens or more: nothing is done.
-    diverse : int, optional
+    retain : int or float, optional
+        Mean vision tokens per decoder layer and image with all its views, by the authors' meter; a float is a share of
+        the image's patches. Works out how much is merged (unless `merge_to` says it) and what every filter leaves; all
+        tokens or more: nothing is done.
+    diverse : int or float, optional
         Of the merged tokens only so many of every image enter the decoder, those that repeat others least and the key
         tokens (not published). Default: all.
     taper : float
@@ -59,6 +62,9 @@ class MustDrop(Compose):
         Instead: tokens of an image that go on after each filter layer; floats are shares of its patches.
     merge_to : int or float, optional
         Tokens of an image that merging leaves. With `budget`, none are merged unless this says so.
+    per : {"image", "view"}, optional
+        "view": numbers in the vision encoder (merging, key tokens) are those of every tile or frame, instead of an
+        image with all of them. Default: image, and view with `compat` "official".
     output_threshold : float, optional
         Drop cached tokens by the output's own attention too (not published; off).
     stages : sequence of {"vision", "prefill", "decode"}
@@ -85,8 +91,8 @@ class MustDrop(Compose):
     key_block: int = -1
     filter_layers: Sequence[int | float] | None = None
     cache_from: int | float | None = None
-    retain: int | None = None
-    diverse: int | None = None
+    retain: int | float | None = None
+    diverse: int | float | None = None
     taper: float = TAPER
     budget: Sequence[int | float] | None = None
     merge_to: int | float | None = None
@@ -98,6 +104,9 @@ class MustDrop(Compose):
     positions: str | None = None
     decode_positions: str | None = None
     score_dtype: str | None = None
+    per: str | None = None
+
+    diverse_times: ClassVar[int | None] = None
 
     def __post_init__(self) -> None:
         one_of("compat", self.compat, ("default", "official"))
@@ -110,40 +119,55 @@ class MustDrop(Compose):
         require(0 < len(set(self.stages)) == len(self.stages), "stages", self.stages, "some stages, each once")
         one_of("positions", self.positions, ("original", "renumber"))
         one_of("decode_positions", self.decode_positions, ("continue", "cache_length"))
-        require(self.retain is None or self.retain > 0, "retain", self.retain, "1 or more")
+        check_retain(self.retain)
+        check_per(self.per)
         require(len(self.filter_layers) > 0, "filter_layers", self.filter_layers, "at least one layer")
         of_stage = {"retain": "prefill", "budget": "prefill", "merge_to": "vision", "diverse": "vision"}
         for field, stage in of_stage.items():
             given = getattr(self, field)
             require(given is None or stage in self.stages, field, given, f"left out without the {stage} stage")
-        unmerged = 1.0 if self.budget is not None and self.merge_to is None else self.merge_to
+        target = self._target()
         merge = LocalSpatialMerge(
             window=self.window,
             similarity_threshold=self.similarity_threshold,
             block=self.merge_block,
             order=self.merge_order,
             count=self.merge_count,
-            merge_to=unmerged,
-            retain=self.retain,
+            merge_to=target.merge_to,
+            per=self.per,
+            target=target,
         )
-        keys = KeyTokens(rate=self.key_rate, block=self.key_block, retain=self.retain)
+        keys = KeyTokens(rate=self.key_rate, block=self.key_block, per=self.per, target=target)
         filters = DualAttentionFilter(
             global_threshold=self.global_threshold,
             individual_threshold=self.individual_threshold,
             layers=None if usual else self.filter_layers,
             score_dtype=self.score_dtype,
-            budget=self.budget,
-            retain=self.retain,
-            taper=self.taper,
+            target=target,
         )
         first = self.filter_layers[0] if self.cache_from is None else self.cache_from
         cache = OutputAwareCache(first_layer=first, output_threshold=self.output_threshold)
-        diverse = [] if self.diverse is None else [DiverseTokens(self.diverse)]
+        fewer = target.diverse is not None or target.diverse_times is not None
+        diverse = [DiverseTokens(count=self.diverse, target=target)] if fewer else []
         parts = {"vision": [merge, keys, *diverse], "prefill": [filters], "decode": [cache]}
         super().__init__(
             [part for stage in STAGES if stage in self.stages for part in parts[stage]],
             self.positions,
             self.decode_positions,
+        )
+
+    def _target(self) -> Target:
+        """The numbers that all stages work to."""
+        given = None if self.budget is None else tuple(self.budget)
+        return Target(
+            window=self.window,
+            key_rate=self.key_rate,
+            merge_to=1.0 if given is not None and self.merge_to is None else self.merge_to,
+            retain=self.retain,
+            diverse=self.diverse,
+            diverse_times=self.diverse_times if self.diverse is None and "vision" in self.stages else None,
+            budget=given,
+            taper=self.taper,
         )
 
     def check_tower(self, tower: Tower) -> None:

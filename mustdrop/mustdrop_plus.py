@@ -9,8 +9,6 @@ from typing import ClassVar
 from mustdrop.checks import require
 from mustdrop.mustdrop import MustDrop
 
-DIVERSE = 2  # times `retain`: tokens that enter the decoder
-
 
 @dataclass
 class MustDropPlus(MustDrop):
@@ -21,9 +19,10 @@ class MustDropPlus(MustDrop):
 
     Parameters
     ----------
-    retain : int
-        Mean vision tokens per decoder layer and image, by the authors' meter. All tokens or more: nothing is done.
-    diverse : int, optional
+    retain : int or float
+        Mean vision tokens per decoder layer and image with all its views, by the authors' meter; a float is a share of
+        the image's patches. All tokens or more: nothing is done.
+    diverse : int or float, optional
         Tokens of every image that enter the decoder. Default: twice `retain`.
     key_rate, taper : float
         As in `MustDrop`, whose other fields are there too.
@@ -35,14 +34,15 @@ class MustDropPlus(MustDrop):
     """
 
     thresholds: ClassVar[Mapping[str, float]] = {}
+    diverse_times: ClassVar[int | None] = 2
 
-    retain: int = 64
+    retain: int | float = 64
     key_rate: float = 0.02
     taper: float = 0.25
 
     def __post_init__(self) -> None:
         require(self.compat == "default", "compat", self.compat, "default: there is no authors' code of mustdrop_plus")
-        require(self.retain > 0, "retain", self.retain, "1 or more")
-        if self.diverse is None and "vision" in self.stages:
-            self.diverse = DIVERSE * self.retain
+        known = not isinstance(self.retain, float)  # twice a share is only known of an image
+        if self.diverse is None and "vision" in self.stages and known:
+            self.diverse = self.diverse_times * self.retain
         super().__post_init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
@@ -132,6 +134,13 @@ def top_per_image(score: Tensor, image: Tensor, wanted: Tensor) -> Tensor:
 def top_count(score: Tensor, count: int | Tensor) -> Tensor:
     """Mark the `count` best entries of each row, bool like `score` `[rows, entries]`; `[rows, 1]` for each its own."""
     return score.argsort(dim=-1, descending=True, stable=True).argsort(-1) < count
+
+
+def for_rows(count: int | Sequence[int], device: torch.device) -> tuple[int, int | Tensor]:
+    """The largest of some rows' numbers, and all of them: int64 `[rows, 1]`, or one where they are equal."""
+    if isinstance(count, int):
+        return count, count
+    return max(count), count[0] if len(set(count)) == 1 else torch.tensor(count, device=device)[:, None]
 
 
 def grid_cells(grid: tuple[int, int], count: int, device: torch.device) -> tuple[Tensor, Tensor]:

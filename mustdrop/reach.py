@@ -98,11 +98,11 @@ class Fitting:
         """What is done in which steps of the vision tower."""
         return Touch()
 
-    def drops_after(self, layers: int, tokens: int) -> set[int]:
-        """Decoder layers after which tokens may go, of images of which `tokens` enter the decoder."""
+    def drops_after(self, layers: int, tokens: int, patches: int | None = None) -> set[int]:
+        """Decoder layers after which tokens may go, of images of which `tokens`, by default all, enter the decoder."""
         return set()
 
-    def merges_after(self, layers: int, tokens: int) -> set[int]:
+    def merges_after(self, layers: int, tokens: int, patches: int | None = None) -> set[int]:
         """Decoder layers after which tokens may be merged."""
         return set()
 
@@ -186,7 +186,8 @@ def check_counts(parts: Sequence[Fitting], layers: int, grid: tuple[int, int], t
     for part in (*before, *in_decoder):
         part.check_counts(layers, grid, tokens, keys)
         keys = max(keys, part.protects(grid, tokens))
-        drops.append((part, part.drops_after(layers, tokens), part.merges_after(layers, tokens)))
+        sizes = layers, tokens, grid[0] * grid[1]
+        drops.append((part, part.drops_after(*sizes), part.merges_after(*sizes)))
         grid = part.shrinks(grid)
         left = part.leaves(grid, tokens)
         tokens = tokens if left is None else left

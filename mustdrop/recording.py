@@ -81,14 +81,14 @@ class ForwardState(PassRecord):
         answers = [getattr(part, hook)(replace(step, scratch=own)) for part, own in self._asked_at(hook)]
         return [answer for answer in answers if answer is not None]
 
-    def pixels(self, images: Tensor, patch_size: int) -> Tensor:
-        """The preprocessed images `[images, 3, height, width]` that the vision encoder is given."""
-        asked = self._asked_at("on_pixels")
-        if not asked:
-            return images
-        with self.timed("selector", images.device):
-            for part, _ in asked:
-                changed = part.on_pixels(images, patch_size)
+    def pixels(self, images: Tensor, patch_size: int, views: Sequence[int] | None = None) -> Tensor:
+        """The preprocessed images `[rows, 3, height, width]` that the vision encoder is given.
+
+        `views` are how many neighbouring rows are the tiles or frames of one image each; by default one.
+        """
+        with self.timed("selector", images.device) if self.overrides("on_pixels") else nullcontext():
+            for part, _ in self._asked_at("on_pixels"):
+                changed = part.on_views(images, patch_size, views or (1,) * len(images))
                 images = images if changed is None else changed
         return images
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mustdrop.retain import apportioned
 from mustdrop.tokens import compact, gather
 
 
@@ -35,6 +36,8 @@ class VisionTokens:
     lengths, keys : tuple of int or None
         What the host knows: tokens of each image, None where that is all there are; and how many of them are protected,
         None where none are.
+    together : tuple of int or None
+        In the vision encoder: how many neighbouring rows are the views of one image each; None where every row is one.
     views : tuple of int or None
         Views (tiles, frames) of each image; None where it is one.
     shown : tuple of int or None
@@ -54,16 +57,20 @@ class VisionTokens:
     protected: Tensor | None = None
     lengths: tuple[int, ...] | None = None
     keys: tuple[int, ...] | None = None
+    together: tuple[int, ...] | None = None
     views: tuple[int, ...] | None = None
     shown: tuple[int, ...] | None = None
     extras: Tensor | None = None
     notes: dict[str, Tensor] | None = None
 
     @classmethod
-    def from_patches(cls, hidden: Tensor, grid: tuple[int, int], prefix: int = 1) -> VisionTokens:
+    def from_patches(
+        cls, hidden: Tensor, grid: tuple[int, int], prefix: int = 1, together: Sequence[int] | None = None
+    ) -> VisionTokens:
         """Records of an untouched encoder output: token i stands for patch i."""
         raster = torch.arange(grid[0] * grid[1], device=hidden.device).expand(hidden.shape[0], -1)
-        return cls(hidden, raster, raster, grid, prefix)
+        together = tuple(together) if together and max(together) > 1 else None
+        return cls(hidden, raster, raster, grid, prefix, together=together)
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +116,7 @@ class VisionTokens:
         Nothing is read from the device.
         """
         prefix = self.hidden[:, : self.prefix] if self.prefix else None
-        alone = dataclasses.replace(self.without_prefix(), views=tuple(views))
+        alone = dataclasses.replace(self.without_prefix(), views=tuple(views), together=None)
         most, device = max(views), self.device
         if most == 1:
             return dataclasses.replace(alone, extras=None if prefix is None else prefix[:, None])
@@ -143,6 +150,30 @@ class VisionTokens:
     def known_patches(self) -> tuple[int, ...]:
         """Patches of each image, all its views together, for the host."""
         return self.shown or tuple(views * self.grid[0] * self.grid[1] for views in self.known_views)
+
+    def divided(self, count: Callable[[int, int], int], per: str = "image") -> list[int]:
+        """A number for every row, no more than its tokens; nothing is read from the device.
+
+        `count` gives that of an image by its patches and its tokens, its views' together, which share it by their
+        tokens; with `per` "view" every row is an image of its own.
+        """
+        lengths, patches = self.known_lengths, self.known_patches
+        return [
+            number
+            for own in self._images(per)
+            for number in apportioned(count(sum(patches[own]), sum(lengths[own])), lengths[own])
+        ]
+
+    def patches_together(self, per: str = "image") -> list[int]:
+        """The patches of every row's image, all its views together, or with `per` "view" those of the row."""
+        patches = self.known_patches
+        return [sum(patches[own]) for own in self._images(per) for _ in patches[own]]
+
+    def _images(self, per: str) -> list[slice]:
+        """The rows of each image, or each row."""
+        sizes = self.together if self.together and per == "image" else (1,) * len(self.patch_index)
+        ends = [0, *accumulate(sizes)]
+        return list(map(slice, ends, ends[1:]))
 
     def rows(self, numbers: Sequence[int]) -> VisionTokens:
         """The tokens of these images; an image may come several times."""

@@ -134,7 +134,7 @@ class LlavaMetaForCausalLM:
         state = state or self.new_state()
         projector = self.get_model().mm_projector
         with state.timed("vision", images.device):
-            tokens = tower.encode(images, state)
+            tokens = tower.encode(images, state, views)
             # A packed weight's dtype (uint8, int8) says nothing about what its layer computes in.
             types = (parameter.dtype for parameter in projector.parameters() if parameter.is_floating_point())
             tokens = tokens.with_hidden(projector(tokens.hidden.to(next(types, tokens.hidden.dtype))))

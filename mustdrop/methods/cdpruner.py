@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mustdrop.checks import require
-from mustdrop.hooks import Keep, Reducer, VisionStep
+from mustdrop.hooks import Keep, VisionStep
+from mustdrop.methods.retaining import Retaining
+from mustdrop.ops import for_rows
 
 RIDGE = 1e-3  # once features span no further direction, relevance decides, not rounding
 
 
 @dataclass
-class CDPruner(Reducer):
+class CDPruner(Retaining):
     """CDPruner.
 
     After the projector, each image keeps the most probable subset of a determinantal point process whose kernel is the
@@ -27,33 +29,28 @@ class CDPruner(Reducer):
 
     Parameters
     ----------
-    retain : int
-        Tokens that every image keeps. All it has, or more: nothing is done.
+    retain : int or float
+        Tokens that every image keeps with all its views; a float is a share of its patches. All it has, or more:
+        nothing is done.
 
     Raises
     ------
     ValueError
-        If `retain` is not positive.
+        If `retain` is neither a positive number nor a share.
     """
 
     counts_at: ClassVar[str] = "on_instruction"
 
-    retain: int = 64
-
-    def __post_init__(self) -> None:
-        require(self.retain > 0, "retain", self.retain, "1 or more")
-
-    def leaves(self, grid: tuple[int, int], tokens: int) -> int:
-        return min(tokens, self.retain)
+    retain: int | float = 64
 
     def on_instruction(self, step: VisionStep) -> Keep | None:
-        tokens = step.tokens
-        if self.retain >= tokens.patch_index.shape[1]:
+        tokens, counts = step.tokens, self.counts(step.tokens)
+        if counts is None:
             return None
         units = F.normalize(tokens.patches.float(), dim=-1)
         relevance = stretched(mean_similarity(units, step.instruction, step.real), tokens.valid)
-        chosen = most_probable(relevance[..., None] * units, relevance, self.retain, tokens.valid)
-        return Keep.top(chosen.float(), self.retain)
+        chosen = most_probable(relevance[..., None] * units, relevance, counts, tokens.valid)
+        return Keep.top(chosen.float(), counts)
 
 
 def mean_similarity(units: Tensor, instruction: Tensor, real: Tensor) -> Tensor:
@@ -73,7 +70,9 @@ def stretched(score: Tensor, valid: Tensor | None = None) -> Tensor:
     return torch.where(high > low, (score - low + 1e-6) / (high - low), 1.0)
 
 
-def most_probable(features: Tensor, relevance: Tensor, count: int, valid: Tensor | None = None) -> Tensor:
+def most_probable(
+    features: Tensor, relevance: Tensor, count: int | Sequence[int], valid: Tensor | None = None
+) -> Tensor:
     """Greedy search for the most probable subset of a determinantal point process (CDPruner, section 3.3).
 
     Every step takes the token that multiplies the determinant of the chosen tokens' kernel most, by extending its
@@ -85,8 +84,8 @@ def most_probable(features: Tensor, relevance: Tensor, count: int, valid: Tensor
         Their products are the kernel.
     relevance : `[rows, tokens]`
         Its square, times `RIDGE`, is added to the kernel's diagonal.
-    count : int
-        Tokens to choose.
+    count : int or sequence of int
+        Tokens to choose of every row, or of each.
     valid : bool `[rows, tokens]`, optional
         False for padding, which is never better than a token.
 
@@ -100,13 +99,14 @@ def most_probable(features: Tensor, relevance: Tensor, count: int, valid: Tensor
     if valid is not None:
         gain = gain.masked_fill(~valid, float("-inf"))
     chosen = torch.zeros_like(gain, dtype=torch.bool)
-    factor = kernel.new_zeros(len(kernel), count, kernel.shape[1])
-    for step in range(count):
+    most, wanted = for_rows(count, features.device)
+    factor = kernel.new_zeros(len(kernel), most, kernel.shape[1])
+    for step in range(most):
         pick = gain.masked_fill(chosen, float("-inf")).argmax(-1)[:, None]
         column = pick[:, None].expand(-1, kernel.shape[1], 1)
         explained = factor[:, :step].transpose(1, 2) @ factor[:, :step].gather(2, column[:, :step])
         left = (kernel.gather(2, column) - explained)[..., 0]
         factor[:, step] = left / gain.gather(1, pick).clamp(min=1e-20).sqrt()
         gain = gain - factor[:, step].square()
-        chosen = chosen.scatter(1, pick, True)
+        chosen = chosen.scatter(1, pick, step < wanted)
     return chosen

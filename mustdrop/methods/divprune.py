@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mustdrop.checks import require
-from mustdrop.hooks import Keep, Reducer, VisionStep
+from mustdrop.hooks import Keep, VisionStep
+from mustdrop.methods.retaining import Retaining
+from mustdrop.ops import for_rows
 
 
 @dataclass
-class DivPrune(Reducer):
+class DivPrune(Retaining):
     """DivPrune.
 
     After the projector, each image keeps the subset whose smallest cosine distance is large: first the token farthest
@@ -21,31 +23,26 @@ class DivPrune(Reducer):
 
     Parameters
     ----------
-    retain : int
-        Tokens that every image keeps. All it has, or more: nothing is done.
+    retain : int or float
+        Tokens that every image keeps with all its views; a float is a share of its patches. All it has, or more:
+        nothing is done.
 
     Raises
     ------
     ValueError
-        If `retain` is not positive.
+        If `retain` is neither a positive number nor a share.
     """
 
-    retain: int = 64
-
-    def __post_init__(self) -> None:
-        require(self.retain > 0, "retain", self.retain, "1 or more")
-
-    def leaves(self, grid: tuple[int, int], tokens: int) -> int:
-        return min(tokens, self.retain)
+    retain: int | float = 64
 
     def on_projected_features(self, step: VisionStep) -> Keep | None:
-        tokens = step.tokens
-        if self.retain >= tokens.patch_index.shape[1]:
+        tokens, counts = step.tokens, self.counts(step.tokens)
+        if counts is None:
             return None
-        return Keep.top(most_diverse(tokens.patches, self.retain, tokens.valid).float(), self.retain)
+        return Keep.top(most_diverse(tokens.patches, counts, tokens.valid).float(), counts)
 
 
-def most_diverse(features: Tensor, count: int, valid: Tensor | None = None) -> Tensor:
+def most_diverse(features: Tensor, count: int | Sequence[int], valid: Tensor | None = None) -> Tensor:
     """Greedy solution of the max-min diversity problem under cosine distance (DivPrune, algorithm 1).
 
     Every choice depends on those before it, hence the loop over choices; images go through it together, and the host
@@ -54,8 +51,8 @@ def most_diverse(features: Tensor, count: int, valid: Tensor | None = None) -> T
     Parameters
     ----------
     features : `[images, tokens, width]`
-    count : int
-        Tokens to choose.
+    count : int or sequence of int
+        Tokens to choose of every image, or of each.
     valid : bool `[images, tokens]`, optional
         False for padding, which is chosen last.
 
@@ -71,9 +68,10 @@ def most_diverse(features: Tensor, count: int, valid: Tensor | None = None) -> T
         distance = distance.masked_fill(padded[:, None], float("inf")).masked_fill(padded[..., None], -1)
     nearest = distance.masked_fill(torch.eye(units.shape[1], dtype=torch.bool, device=units.device), float("inf"))
     nearest = nearest.amin(-1)
-    for step in range(count):
+    most, wanted = for_rows(count, features.device)
+    for step in range(most):
         pick = nearest.masked_fill(chosen, float("-inf")).argmax(-1, keepdim=True)
-        chosen = chosen.scatter(1, pick, True)
+        chosen = chosen.scatter(1, pick, step < wanted)
         to_pick = distance.gather(2, pick[:, None].expand(-1, units.shape[1], 1))[..., 0]
         nearest = torch.minimum(nearest, to_pick) if step else to_pick
     return chosen

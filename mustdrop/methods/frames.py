@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mustdrop.checks import require
-from mustdrop.hooks import Keep, Reducer, VisionStep, VisionTokens
+from mustdrop.hooks import Keep, VisionStep, VisionTokens
+from mustdrop.methods.retaining import Retaining
+from mustdrop.retain import tokens_of
 
 
 @dataclass
-class FrameMethod(Reducer):
+class FrameMethod(Retaining):
     """Base of methods that choose once, after the projector, among the tokens of a video's frames.
 
     An image is a video of one frame; tiles are taken as frames in their order.
@@ -22,7 +23,7 @@ class FrameMethod(Reducer):
     Parameters
     ----------
     retain : int or float
-        Tokens of a video that stay; a float is a share of them.
+        Tokens of a video that stay; a float is a share of them, rounded down.
 
     Raises
     ------
@@ -33,11 +34,6 @@ class FrameMethod(Reducer):
     counts_at: ClassVar[str] = "on_projected_features"
 
     retain: int | float = 0.25
-
-    def __post_init__(self) -> None:
-        share = isinstance(self.retain, float)
-        right = "1 or more tokens, or a share above 0 and up to 1, such as 0.25"
-        require(0 < self.retain <= 1 if share else self.retain > 0, "retain", self.retain, right)
 
     def fewest(self, frames: int, places: int) -> int:
         """Fewest tokens that can stay of a video."""
@@ -68,8 +64,7 @@ class FrameMethod(Reducer):
     def _wanted(self, frames: int, places: int) -> int:
         """Tokens of a video of so many frames that stay."""
         total = frames * places
-        count = int(total * self.retain) if isinstance(self.retain, float) else self.retain
-        return min(total, max(self.fewest(frames, places), count))
+        return min(total, max(self.fewest(frames, places), tokens_of(self.retain, total, rounded=int)))
 
 
 def in_frames(tokens: VisionTokens) -> tuple[Tensor, Tensor, Tensor]:

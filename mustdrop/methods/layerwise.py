@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mustdrop import ops
-from mustdrop.checks import check_layers, require
+from mustdrop.checks import check_layers, one_of, require
 from mustdrop.hooks import Attention, DecoderStep, ImageFacts, Keep, Reducer
+from mustdrop.retain import at_least, check_retain, tokens_of
 
 
 class Stage(NamedTuple):
@@ -29,13 +30,13 @@ class LayerwiseDrop(Reducer):
     Numbers go by the tokens with which an image itself entered the decoder, whatever its neighbours in the batch have.
     """
 
-    retain: int | None = None
+    retain: int | float | None = None
     compat: str = "default"
 
-    def schedule(self, layers: int, tokens: int) -> dict[int, int]:
+    def schedule(self, layers: int, tokens: int, patches: int | None = None) -> dict[int, int]:
         """Decoder layer -> tokens of an image that stay after it, for images of `tokens` vision tokens.
 
-        Raises ValueError if `retain` is out of reach.
+        A share is one of the image's `patches`, by default as many. Raises ValueError if `retain` is out of reach.
         """
         raise NotImplementedError
 
@@ -43,8 +44,8 @@ class LayerwiseDrop(Reducer):
         """How good each token is, float `[batch, length]`; only vision tokens are looked at."""
         raise NotImplementedError
 
-    def drops_after(self, layers: int, tokens: int) -> set[int]:
-        stages = self.stages(self.schedule(layers, tokens), tokens)
+    def drops_after(self, layers: int, tokens: int, patches: int | None = None) -> set[int]:
+        stages = self.stages(self.schedule(layers, tokens, patches), tokens)
         return {layer for layer, stage in stages.items() if stage.before > stage.kept}
 
     def added(self, dropped: int) -> int:
@@ -52,7 +53,10 @@ class LayerwiseDrop(Reducer):
         return 0
 
     def check_tokens(self, layers: int, tokens: int) -> None:
-        self.schedule(layers, tokens)
+        self.check_counts(layers, (1, tokens), tokens)
+
+    def check_counts(self, layers: int, grid: tuple[int, int], tokens: int, keys: int = 0) -> None:
+        self.schedule(layers, tokens, grid[0] * grid[1])
 
     def expected(self, layers: int, tokens: int) -> float:
         """Vision tokens per decoder layer, a layer counting after its drop (the authors' meter)."""
@@ -62,9 +66,10 @@ class LayerwiseDrop(Reducer):
         known = step.scratch.setdefault("stages", {})
 
         def stage(image: ImageFacts) -> Stage | None:
-            if image.tokens_in not in known:
-                known[image.tokens_in] = self.stages(self.schedule(step.layers, image.tokens_in), image.tokens_in)
-            return known[image.tokens_in].get(step.layer)
+            size = image.tokens_in, image.patches
+            if size not in known:
+                known[size] = self.stages(self.schedule(step.layers, *size), image.tokens_in)
+            return known[size].get(step.layer)
 
         stages = [[stage(image) for image in prompt.images] for prompt in step.tokens.facts()]
         return self.keep(step, stages) if any(one for own in stages for one in own) else None
@@ -90,7 +95,7 @@ class LayerwiseDrop(Reducer):
         return stages
 
     def solve(
-        self, retain: int, layers: int, tokens: int, schedule: Callable[[float], dict[int, int]]
+        self, retain: int, layers: int, tokens: int, patches: int | None, schedule: Callable[[float], dict[int, int]]
     ) -> dict[int, int]:
         """The schedule whose mean comes closest to `retain`.
 
@@ -99,7 +104,7 @@ class LayerwiseDrop(Reducer):
         retain : int
             Wanted mean of vision tokens per decoder layer and image, by the authors' meter; no drop if an image has no
             more.
-        layers, tokens : int
+        layers, tokens, patches : int
             Of the decoder, and of an image.
         schedule : callable, float in [0, 1] -> schedule
             Keeps more tokens the larger its argument; at 0 the fewest there can be, at 1 all.
@@ -112,9 +117,10 @@ class LayerwiseDrop(Reducer):
         if retain >= tokens:
             return {}
         least = self._mean(schedule(0.0), layers, tokens)
-        method = type(self).__name__
-        right = f"at least {math.ceil(least)} for {method}: its first layers see all {tokens} tokens ({layers} layers)"
-        require(retain >= least, "retain", retain, right)
+        given, method = self.retain or retain, type(self).__name__
+        right = f"{at_least(given, least, patches or tokens)} for {method}"
+        right += f": its first layers see all {tokens} tokens ({layers} layers)"
+        require(retain >= least, "retain", given, right)
         low, high = 0.0, 1.0
         for _ in range(40):
             middle = (low + high) / 2
@@ -134,13 +140,37 @@ class LayerwiseDrop(Reducer):
         return (probabilities.to(dtype) if self.compat == "official" else probabilities).mean(1)
 
 
+@dataclass
 class SingleDrop(LayerwiseDrop):
-    """Base of methods that drop once: before `layer`, the first that sees fewer tokens, by default 2 of 32 layers.
+    """Base of methods that drop once inside the decoder; how many stay is `kept`, or what `retain` makes of it.
 
-    How many stay is `kept`, or what `retain` makes of it.
+    Parameters
+    ----------
+    layer : int or float, optional
+        The first layer that sees fewer tokens; a float is a fraction of the depth. Default: 2 of 32 layers.
+    retain : int or float, optional
+        Instead of what says how many stay: mean vision tokens per decoder layer and image, by the authors' meter; a
+        float is a share of the image's patches.
+    compat : {"default", "official"}
+        "official" reproduces the authors' code.
+
+    Raises
+    ------
+    ValueError
+        If a setting is out of range, or `retain` out of reach.
     """
 
     layer: int | float | None = None
+    retain: int | float | None = field(default=None, kw_only=True)
+    compat: str = field(default="default", kw_only=True)
+
+    instead: ClassVar[str] = ""  # the field that says how many stay without `retain`
+
+    def __post_init__(self) -> None:
+        one_of("compat", self.compat, ("default", "official"))
+        check_retain(self.retain)
+        alone = self.retain is None or getattr(self, self.instead) is None
+        require(alone, "retain", self.retain, f"left out where {self.instead} is given")
 
     def kept(self, tokens: int) -> int:
         """Tokens that stay of an image of so many, without `retain`."""
@@ -153,11 +183,12 @@ class SingleDrop(LayerwiseDrop):
     def asks_after(self, layers: int) -> list[int]:
         return [layer_number(2 / 32 if self.layer is None else self.layer, layers) - 1]
 
-    def schedule(self, layers: int, tokens: int) -> dict[int, int]:
+    def schedule(self, layers: int, tokens: int, patches: int | None = None) -> dict[int, int]:
         (after,) = self.asks_after(layers)
-        if self.retain is not None:
-            return self.solve(self.retain, layers, tokens, lambda share: {after: max(1, round(share * tokens))})
-        return {after: self.kept(tokens)}
+        if self.retain is None:
+            return {after: self.kept(tokens)}
+        retain = tokens_of(self.retain, patches or tokens)
+        return self.solve(retain, layers, tokens, patches, lambda share: {after: max(1, round(share * tokens))})
 
 
 def layer_number(layer: int | float, layers: int) -> int:

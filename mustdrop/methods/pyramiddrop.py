@@ -11,6 +11,7 @@ from torch import Tensor
 from mustdrop.checks import check_layers, one_of, require
 from mustdrop.hooks import DecoderStep
 from mustdrop.methods.layerwise import LayerwiseDrop, layer_number
+from mustdrop.retain import check_retain, tokens_of
 
 PUBLISHED = {8 / 32: 0.5, 16 / 32: 0.25, 24 / 32: 0.125}  # first layer of a stage, as a share of the depth: tokens
 LAYERS_TO_SOLVE_FOR = (2 / 32, 8 / 32, 16 / 32)  # the published ones see too much to reach a ninth of the tokens
@@ -30,9 +31,9 @@ class PyramidDrop(LayerwiseDrop):
         and 2, 8, 16 where `retain` is given.
     ratios : sequence of float, optional
         Shares kept in these stages. Default: 0.5, 0.25, 0.125.
-    retain : int, optional
-        Instead of `ratios`: mean vision tokens per decoder layer and image, by the authors' meter. The stages then keep
-        lambda, lambda^2, lambda^3, ...
+    retain : int or float, optional
+        Instead of `ratios`: mean vision tokens per decoder layer and image, by the authors' meter; a float is a share
+        of the image's patches. The stages then keep lambda, lambda^2, lambda^3, ...
     compat : {"default", "official"}
         "official": positions are renumbered after every drop, a generated token's position is the layer's cache length,
         attention is averaged in the model's precision.
@@ -45,7 +46,7 @@ class PyramidDrop(LayerwiseDrop):
 
     layers: Sequence[int | float] | None = None
     ratios: Sequence[float] | None = None
-    retain: int | None = None
+    retain: int | float | None = None
     compat: str = "default"
 
     def __post_init__(self) -> None:
@@ -54,7 +55,7 @@ class PyramidDrop(LayerwiseDrop):
         self.positions = "renumber" if official else "original"
         self.decode_positions = "cache_length" if official else "continue"
         retain = self.retain
-        require(retain is None or retain > 0, "retain", retain, "1 or more")
+        check_retain(retain)
         for field, given in (("layers", self.layers), ("ratios", self.ratios)):
             require(given is None or len(given) > 0, field, given, "at least one")
         require(retain is None or self.ratios is None, "retain", retain, "left out where ratios are given")
@@ -70,7 +71,7 @@ class PyramidDrop(LayerwiseDrop):
     def asks_after(self, layers: int) -> list[int]:
         return [layer_number(layer, layers) - 1 for layer in self._layers()]
 
-    def schedule(self, layers: int, tokens: int) -> dict[int, int]:
+    def schedule(self, layers: int, tokens: int, patches: int | None = None) -> dict[int, int]:
         after = self.asks_after(layers)
         if self.retain is None:
             return dict(zip(after, (int(tokens * ratio) for ratio in self._ratios()), strict=True))
@@ -78,7 +79,7 @@ class PyramidDrop(LayerwiseDrop):
         def stages(share: float) -> dict[int, int]:
             return {layer: max(1, round(tokens * share**power)) for power, layer in enumerate(after, 1)}
 
-        return self.solve(self.retain, layers, tokens, stages)
+        return self.solve(tokens_of(self.retain, patches or tokens), layers, tokens, patches, stages)
 
     def score(self, step: DecoderStep) -> Tensor:
         return self.mean_over_heads(step.next_attention, step.tokens.last_row(), step.hidden.dtype)[:, 0]

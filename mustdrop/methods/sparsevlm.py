@@ -15,6 +15,7 @@ from mustdrop.hooks import DecoderStep, Keep, Tokens, gather
 from mustdrop.keep import each_image, padded
 from mustdrop.methods.layerwise import LayerwiseDrop, Stage
 from mustdrop.methods.sparsevlm_ops import raters, recycle, recycled, rotary_similarity
+from mustdrop.retain import check_retain, tokens_of
 
 LAYERS = {False: (2, 6, 15), True: (2, 6, 15, 19)}  # of 32; by whether the rank decides
 HEADS = 14  # of 32
@@ -41,9 +42,10 @@ class SparseVLM(LayerwiseDrop):
     ----------
     version : {1, 2}
         Of the authors' code.
-    retain : int, optional
+    retain : int or float, optional
         Mean vision tokens per decoder layer and image, by the authors' meter: the published numbers (192, 128 or 64,
-        whichever is closest) are scaled to it, recycled tokens included. Default: a third of the tokens.
+        whichever is closest) are scaled to it, recycled tokens included. A float is a share of the image's patches.
+        Default: a third of the tokens.
     keeps : sequence of int or float, optional
         Instead: tokens of an image that go on after each of the layers; floats are shares.
     rank_scale, rank_bias : float, optional
@@ -68,7 +70,7 @@ class SparseVLM(LayerwiseDrop):
     """
 
     version: int = 1
-    retain: int | None = None
+    retain: int | float | None = None
     keeps: Sequence[int | float] | None = None
     rank_scale: float | None = None
     rank_bias: float = 0.0
@@ -82,7 +84,7 @@ class SparseVLM(LayerwiseDrop):
         renumbers = self.version == 1 and self.compat == "official"
         self.positions = "renumber" if renumbers else "original"
         self.decode_positions = "cache_length" if renumbers else "continue"
-        require(self.retain is None or self.retain > 0, "retain", self.retain, "1 or more")
+        check_retain(self.retain)
         require(self.retain is None or self.keeps is None, "retain", self.retain, "left out where keeps are given")
         require(self.layers is None or len(self.layers) > 0, "layers", self.layers, "at least one")
         require(self.rope_theta > 0, "rope_theta", self.rope_theta, "more than 0")
@@ -102,34 +104,34 @@ class SparseVLM(LayerwiseDrop):
     def check(self, layers: int, blocks: int) -> None:
         check_layers("layers", self.layers or (), layers)
 
-    def check_tokens(self, layers: int, tokens: int) -> None:
-        super().check_tokens(layers, tokens)
+    def check_counts(self, layers: int, grid: tuple[int, int], tokens: int, keys: int = 0) -> None:
+        super().check_counts(layers, grid, tokens, keys)
         if self.keeps is not None:
             counts = list(self.schedule(layers, tokens).values())
             falling = all(now >= then for now, then in pairwise((tokens, *counts)))
             require(falling, "keeps", self.keeps, f"numbers that do not rise, from the {tokens} tokens of an image on")
 
-    def merges_after(self, layers: int, tokens: int) -> set[int]:
+    def merges_after(self, layers: int, tokens: int, patches: int | None = None) -> set[int]:
         if self.rank_scale is not None:
             return set(self.schedule(layers, tokens))
-        stages = self.stages(self.schedule(layers, tokens), tokens)
+        stages = self.stages(self.schedule(layers, tokens, patches), tokens)
         return {layer for layer, stage in stages.items() if stage.after > stage.kept}
 
-    def drops_after(self, layers: int, tokens: int) -> set[int]:
+    def drops_after(self, layers: int, tokens: int, patches: int | None = None) -> set[int]:
         by_rank = self.rank_scale is not None
-        return set(self.schedule(layers, tokens)) if by_rank else super().drops_after(layers, tokens)
+        return set(self.schedule(layers, tokens)) if by_rank else super().drops_after(layers, tokens, patches)
 
     def asks_after(self, layers: int) -> list[int]:
         return [ops.layer_index(layer, layers) for layer in self._layers()]
 
-    def schedule(self, layers: int, tokens: int) -> dict[int, int]:
+    def schedule(self, layers: int, tokens: int, patches: int | None = None) -> dict[int, int]:
         after = self.asks_after(layers)
         if self.rank_scale is not None:
             return dict.fromkeys(after, tokens)
         if self.keeps is not None:
             keeps = [round(keep * tokens) if isinstance(keep, float) else keep for keep in self.keeps]
             return dict(zip(after, keeps, strict=True))
-        retain, published = self.retain or round(tokens / 3), KEEPS[self.version]
+        retain, published = tokens_of(self.retain or round(tokens / 3), patches or tokens), KEEPS[self.version]
         closest = min(published, key=lambda mean: abs(mean - retain * 576 / tokens))
         shares = [keep / 576 for keep in published[closest]]
 
@@ -139,7 +141,7 @@ class SparseVLM(LayerwiseDrop):
 
         if self.compat == "official" and retain in published:
             return scaled(1.0)
-        return self.solve(retain, layers, tokens, lambda factor: scaled(factor / min(shares)))
+        return self.solve(retain, layers, tokens, patches, lambda factor: scaled(factor / min(shares)))
 
     def added(self, dropped: int) -> int:
         return recycled(dropped)[1] if self.version == 1 else 0

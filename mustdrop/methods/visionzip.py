@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -11,14 +11,16 @@ from torch import Tensor
 
 from mustdrop import ops
 from mustdrop.checks import one_of, require
-from mustdrop.hooks import Keep, Reducer, VisionStep, compact, gather
+from mustdrop.hooks import Keep, VisionStep, VisionTokens, compact, gather
+from mustdrop.methods.retaining import Retaining
 from mustdrop.reach import Touch, Tower
+from mustdrop.retain import tokens_of
 
 CONTEXTUAL_SHARE = 10 / 64  # of the published 54 + 10, 108 + 20 and 162 + 30
 
 
 @dataclass
-class VisionZip(Reducer):
+class VisionZip(Retaining):
     """VisionZip.
 
     In the last vision-encoder block that is run, the patch tokens to which CLS attends most (sum over heads) are
@@ -29,9 +31,13 @@ class VisionZip(Reducer):
     Parameters
     ----------
     dominant, contextual : int, optional
-        Numbers of tokens per image. Default: 54 and 10.
-    retain : int, optional
-        Instead: their sum, divided as published. Images with no more tokens than that are left alone.
+        Numbers of tokens per image with all its views. Default: 54 and 10.
+    retain : int or float, optional
+        Instead: their sum, divided as published; a float is a share of the image's patches. Images with no more tokens
+        than that are left alone.
+    per : {"image", "view"}, optional
+        "view": numbers are those of every tile or frame, instead of an image with all of them. Default: image, and view
+        with `compat` "official".
     compat : {"default", "official"}
         "official": CLS itself is one of the dominant tokens and comes first, contextual tokens come last, positions
         are consecutive, and a contextual token is its target plus the mean of the others. By default all tokens stay
@@ -47,36 +53,44 @@ class VisionZip(Reducer):
 
     dominant: int | None = None
     contextual: int | None = None
-    retain: int | None = None
+    retain: int | float | None = None
     compat: str = "default"
+    per: str | None = field(default=None, kw_only=True)
+
+    least: ClassVar[int] = 2  # one dominant and one contextual token
 
     def __post_init__(self) -> None:
         one_of("compat", self.compat, ("default", "official"))
-        self.positions = "renumber" if self.compat == "official" else "original"
+        official = self.compat == "official"
+        self.positions = "renumber" if official else "original"
+        self.per = self.per or ("view" if official else "image")
+        super().__post_init__()
         numbers, retain = (self.dominant, self.contextual), self.retain
-        require(retain is None or retain > 1, "retain", retain, "2 or more: one dominant and one contextual token")
-        for field, number in zip(("dominant", "contextual"), numbers, strict=True):
-            require(number is None or number > 0, field, number, "1 or more")
-            require(number is None or retain is None, "retain", retain, f"left out where {field} is given")
+        for name, number in zip(("dominant", "contextual"), numbers, strict=True):
+            require(number is None or number > 0, name, number, "1 or more")
+            require(number is None or retain is None, "retain", retain, f"left out where {name} is given")
 
     def check_tokens(self, layers: int, tokens: int) -> None:
-        for field, number in (("dominant", self.dominant), ("contextual", self.contextual)):
-            require(number is None or number <= tokens, field, number, f"at most the {tokens} tokens of an image")
+        for name, number in (("dominant", self.dominant), ("contextual", self.contextual)):
+            require(number is None or number <= tokens, name, number, f"at most the {tokens} tokens of an image")
+
+    def kept(self, patches: int, tokens: int) -> int:
+        return min(tokens, sum(self.numbers_of(patches)))
 
     def leaves(self, grid: tuple[int, int], tokens: int) -> int:
-        return min(tokens, sum(self.numbers))
+        return self.kept(grid[0] * grid[1], tokens)
 
     def touches(self, tower: Tower) -> Touch:
-        here = frozenset({tower.last} if sum(self.numbers) < tower.patches else ())
+        here = frozenset({tower.last})
         return Touch(changes=here, reads=here)
 
-    @property
-    def numbers(self) -> tuple[int, int]:
-        """Dominant and contextual tokens per image."""
+    def numbers_of(self, patches: int) -> tuple[int, int]:
+        """Dominant and contextual tokens of an image of so many patches."""
         if self.retain is None:
             return 54 if self.dominant is None else self.dominant, 10 if self.contextual is None else self.contextual
-        contextual = max(1, round(self.retain * CONTEXTUAL_SHARE))
-        return self.retain - contextual, contextual
+        retain = tokens_of(self.retain, patches, self.least)
+        contextual = max(1, round(retain * CONTEXTUAL_SHARE))
+        return retain - contextual, contextual
 
     def check_placeholders(self) -> None:
         if self.compat == "official":
@@ -86,28 +100,44 @@ class VisionZip(Reducer):
             )
 
     def after_vision_block(self, step: VisionStep) -> Keep | None:
-        tokens, (dominant, contextual) = step.tokens, self.numbers
-        if not step.last or dominant + contextual >= tokens.patch_index.shape[1]:
+        tokens, counts = step.tokens, self.counts(step.tokens) if step.last else None
+        if counts is None:
             return None
         official = self.compat == "official" and tokens.prefix == 1
-        stays = ops.top_count(self._score(step), dominant - official)
+        contextual = self._contextual(tokens, counts)
+        dominant = [max(0, count - number - official) for count, number in zip(counts, contextual, strict=True)]
+        stays = ops.top_count(self._score(step), ops.for_rows(dominant, tokens.device)[1])
         real = torch.ones_like(stays) if tokens.valid is None else tokens.valid
-        rest = [max(0, length - dominant + official) for length in tokens.known_lengths]
+        rest = [max(0, length - number) for length, number in zip(tokens.known_lengths, dominant, strict=True)]
         others, _ = compact(~stays & real, pad="right", length=rest)
-        stride = torch.tensor([max(1, number // contextual) for number in rest], device=stays.device)
-        place = torch.arange(contextual, device=stays.device) * stride[:, None]
+        # Of a view with fewer targets than others have, the last one fills their places.
+        targets = [max(1, number) for number in contextual]
+        stride = [max(1, left // number) for left, number in zip(rest, targets, strict=True)]
+        most, last = ops.for_rows([number - 1 for number in targets], stays.device)
+        place = torch.arange(most + 1, device=stays.device).expand(len(stride), -1).clamp(max=last)
+        place = place * torch.tensor(stride, device=stays.device)[:, None]
         targets = others.gather(1, place.clamp(max=others.shape[1] - 1))
 
         keys = F.normalize(step.attention.keys().mean(1)[:, tokens.prefix :].float(), dim=-1)
         nearest = (keys @ gather(keys, targets).transpose(1, 2)).argmax(-1)
         column = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
         is_target = torch.zeros_like(stays).scatter(1, targets, True)
-        few = torch.tensor([length <= dominant + contextual for length in tokens.known_lengths], device=stays.device)
+        pairs = list(zip(tokens.known_lengths, counts, strict=True))
+        few = torch.tensor([length <= count for length, count in pairs], device=stays.device)
         merge_into = torch.where(stays | is_target | ~real | few[:, None], column, targets.gather(1, nearest))
-        left = [min(length, dominant + contextual - official) for length in tokens.known_lengths]
+        left = [length if length <= count else max(0, count - official) for length, count in pairs]
         if not official:
             return Keep.merge(merge_into, left)
         return Keep.merge(merge_into, left, **self._official(merge_into, is_target))
+
+    def _contextual(self, tokens: VisionTokens, counts: list[int]) -> list[int]:
+        """How many of each row's tokens are contextual: the image's part of its tokens, one at least, if it has any."""
+        parts = [self.numbers_of(patches) for patches in tokens.patches_together(self.per)]
+        return [
+            min(count, max(1, (2 * count * number + total) // (2 * total)))  # rounded, without floats
+            for count, (dominant, number) in zip(counts, parts, strict=True)
+            for total in [dominant + number]
+        ]
 
     def _score(self, step: VisionStep) -> Tensor:
         """Attention that CLS (without one: every token) pays each patch token, `[images, tokens]`."""

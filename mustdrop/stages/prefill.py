@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from mustdrop import ops
 from mustdrop.checks import check_layers, one_of, require
 from mustdrop.hooks import DecoderStep, ImageFacts, Keep, Reducer
 from mustdrop.keep import each_image
-from mustdrop.stages.budget import TAPER, check_budget, filter_schedule
+from mustdrop.stages.budget import Target, check_budget
 
 PUBLISHED_LAYERS = (2, 6, 10, 14)  # of LLaVA-1.5-7B's 32
 
@@ -26,10 +26,11 @@ class DualAttentionFilter(Reducer):
     Protected tokens stay. Attention is the layer's own, mean over heads. Each image is judged by itself; a prompt with
     no text after its image gives no evidence, and nothing is dropped.
 
-    With `budget` or `retain` the same two numbers rank the tokens instead, each relative to its threshold, and a token
-    is as good as the better of them. The thresholds would keep the same tokens if both were multiplied by one factor
-    chosen for that image and layer. Counts follow from the image's own number of tokens and are known beforehand, so
-    that nothing synchronises with the GPU; a prompt with no text after its image is judged by its last token.
+    With `budget`, or a `target` that says so, the same two numbers rank the tokens instead, each relative to its
+    threshold, and a token is as good as the better of them. The thresholds would keep the same tokens if both were
+    multiplied by one factor chosen for that image and layer. Counts follow from the image's own number of tokens and
+    are known beforehand, so that nothing synchronises with the GPU; a prompt with no text after its image is judged by
+    its last token.
 
     Parameters
     ----------
@@ -42,11 +43,9 @@ class DualAttentionFilter(Reducer):
     score_dtype : {"float32", "model"}
         Precision in which attention is averaged and summed; "model" is the authors'.
     budget : sequence of int or float, optional
-        Tokens of an image that go on after each of the layers; floats are shares of its patches.
-    retain : int, optional
-        Instead: mean tokens per decoder layer and image, by the authors' meter.
-    taper : float
-        With `retain`: what the last filter leaves of what the first left.
+        Tokens of an image with all its views that go on after each of the layers; floats are shares of its patches.
+    target : Target, optional
+        Instead of `budget`: the numbers of a whole reducer.
     """
 
     global_threshold: float = 0.011
@@ -54,45 +53,40 @@ class DualAttentionFilter(Reducer):
     layers: Sequence[int | float] | None = None
     score_dtype: str = "float32"
     budget: Sequence[int | float] | None = None
-    retain: int | None = None
-    taper: float = TAPER
+    target: Target | None = None
 
     def __post_init__(self) -> None:
-        require(0 < self.taper <= 1, "taper", self.taper, "more than 0 and at most 1")
         require(self.global_threshold >= 0, "global_threshold", self.global_threshold, "0 or more")
         require(self.individual_threshold >= 0, "individual_threshold", self.individual_threshold, "0 or more")
         one_of("score_dtype", self.score_dtype, ("float32", "model"))
-        check_budget(self.budget, self.retain, len(PUBLISHED_LAYERS if self.layers is None else self.layers))
+        self.target = self.target or Target(budget=None if self.budget is None else tuple(self.budget))
+        check_budget(self.target, len(PUBLISHED_LAYERS if self.layers is None else self.layers))
         ranks = self.global_threshold > 0 or self.individual_threshold > 0
         right = "more than 0 where individual_threshold is 0: tokens are ranked relative to them"
-        require(not self.budgeted or ranks, "global_threshold", self.global_threshold, right)
+        require(not self.target.filters or ranks, "global_threshold", self.global_threshold, right)
 
-    @property
-    def budgeted(self) -> bool:
-        """Whether numbers, not the thresholds, decide how many tokens stay."""
-        return self.budget is not None or self.retain is not None
-
-    def schedule(self, layers: int, patches: int, entering: int, keys: int = 0, strict: bool = True) -> dict[int, int]:
+    def schedule(
+        self, layers: int, patches: int, entering: int, keys: int = 0, strict: bool = True
+    ) -> Mapping[int, int]:
         """Decoder layer -> tokens that go on after it, of an image of which `entering` tokens enter the decoder.
 
-        `keys` of them are key tokens. If `budget` or `retain` is out of reach: ValueError, or if not `strict`, what
-        comes nearest.
+        `keys` of them are key tokens. If the numbers are out of reach: ValueError, or if not `strict`, what comes
+        nearest.
         """
-        budget = None if self.budget is None else tuple(self.budget)
         after = tuple(dict.fromkeys(self.layers_of(layers)))
-        return filter_schedule(after, layers, patches, entering, keys, budget, self.retain, self.taper, strict)
+        return self.target.solve(patches, tokens=entering, keys=keys, after=after, layers=layers, strict=strict).after
 
     def check_tokens(self, layers: int, tokens: int) -> None:
         self.check_counts(layers, (1, tokens), tokens)
 
     def check_counts(self, layers: int, grid: tuple[int, int], tokens: int, keys: int = 0) -> None:
-        if self.budgeted:
+        if self.target.filters:
             self.schedule(layers, grid[0] * grid[1], tokens, keys)
 
     def asks_after(self, layers: int) -> set[int]:
         return set(self.layers_of(layers))
 
-    def drops_after(self, layers: int, tokens: int) -> set[int]:
+    def drops_after(self, layers: int, tokens: int, patches: int | None = None) -> set[int]:
         return set(self.layers_of(layers))
 
     def layers_of(self, layers: int) -> list[int]:
@@ -103,13 +97,13 @@ class DualAttentionFilter(Reducer):
     def check(self, layers: int, blocks: int) -> None:
         if self.layers is not None:
             check_layers("filter_layers", self.layers, layers)
-        elif self.budget is not None:
+        elif self.target.budget is not None:
             right = f"given where a decoder of {layers} layers has too few for the published ones"
-            require(len(set(self.layers_of(layers))) == len(self.budget), "filter_layers", self.layers, right)
+            require(len(set(self.layers_of(layers))) == len(self.target.budget), "filter_layers", self.layers, right)
 
     def after_decoder_layer(self, step: DecoderStep) -> Keep | None:
         tokens = step.tokens
-        if self.budgeted:
+        if self.target.filters:
             return self._best(step)
         if step.layer not in self.layers_of(step.layers) or not tokens.instruction_tokens:
             return None

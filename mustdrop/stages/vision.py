@@ -13,7 +13,8 @@ from mustdrop import ops
 from mustdrop.checks import one_of, require
 from mustdrop.hooks import Keep, Reducer, VisionStep, VisionTokens
 from mustdrop.reach import Touch, Tower, square
-from mustdrop.stages.budget import key_count, windows_to_merge
+from mustdrop.retain import check_per, check_retain
+from mustdrop.stages.budget import Target
 
 
 @dataclass
@@ -37,10 +38,13 @@ class LocalSpatialMerge(Reducer):
     count : {"per_image", "batch_minimum"}
         "batch_minimum" (the authors'): every image of the batch merges as many windows as the one with fewest.
     merge_to : int or float, optional
-        Instead of the threshold: exactly so many tokens are left of every image (a float is a share of its patches),
-        those windows being merged that are most similar. Shapes then depend on nothing in the image.
-    retain : int, optional
-        Instead of both: a number of tokens to merge to that suits so many per decoder layer; see `windows_to_merge`.
+        Instead of the threshold: exactly so many tokens are left of every image with all its views (a float is a share
+        of its patches), those windows being merged that are most similar in their view. Shapes then depend on nothing
+        in the image.
+    per : {"image", "view"}
+        "view": that many of every tile or frame, instead of an image with all of them.
+    target : Target, optional
+        Instead of `merge_to`: the numbers of a whole reducer.
 
     Raises
     ------
@@ -56,34 +60,29 @@ class LocalSpatialMerge(Reducer):
     order: str = "raster"
     count: str = "per_image"
     merge_to: int | float | None = None
-    retain: int | None = None
+    per: str = "image"
+    target: Target | None = None
 
     def __post_init__(self) -> None:
         require(self.window >= 2, "window", self.window, "an integer of at least 2")
         one_of("order", self.order, ("raster", "score"))
         one_of("count", self.count, ("per_image", "batch_minimum"))
         require(self.merge_to is None or self.merge_to > 0, "merge_to", self.merge_to, "more than 0")
-        require(self.retain is None or self.retain > 0, "retain", self.retain, "1 or more")
-
-    @property
-    def budgeted(self) -> bool:
-        """Whether numbers, not the threshold, decide how much is merged."""
-        return self.merge_to is not None or self.retain is not None
+        check_per(self.per)
+        self.target = self.target or Target(window=self.window, merge_to=self.merge_to)
 
     def merged(self, patches: int, grid: tuple[int, int] | None = None) -> int:
-        """Tokens that are left of an image (by default a square one) whatever it shows.
+        """Tokens that are left of an image of one view (by default a square one) whatever it shows.
 
         Raises ValueError if `merge_to` is out of reach.
         """
-        grid = grid or (math.isqrt(patches),) * 2
-        number = windows_to_merge(self.merge_to, self.retain, grid, patches, self.window)
-        return patches - number * (self.window**2 - 1)
+        return self.target.solve(patches, grid=grid or (math.isqrt(patches),) * 2).merged
 
     def check_tokens(self, layers: int, tokens: int) -> None:
         self.check_counts(layers, square(tokens), tokens)
 
     def check_counts(self, layers: int, grid: tuple[int, int], tokens: int, keys: int = 0) -> None:
-        if self.budgeted:
+        if self.target.merges:
             self.merged(tokens, grid)
         right = f"at most {min(grid)}, the side of the patch grid"
         require(self.window <= min(grid), "window", self.window, right)
@@ -96,23 +95,22 @@ class LocalSpatialMerge(Reducer):
         require(self.block < tower.run, "merge_block", self.block, right)
 
     def leaves(self, grid: tuple[int, int], tokens: int) -> int | None:
-        return min(tokens, self.merged(grid[0] * grid[1], grid)) if self.budgeted else None
+        return min(tokens, self.merged(grid[0] * grid[1], grid)) if self.target.merges else None
 
     def touches(self, tower: Tower) -> Touch:
-        none = self.budgeted and self.leaves(tower.grid, tower.patches) == tower.patches
-        return Touch() if none else Touch(changes=frozenset({self.block}), needs_all=True)
+        return Touch(changes=frozenset({self.block}), needs_all=True)
 
     def after_vision_block(self, step: VisionStep) -> Keep | None:
         tokens = step.tokens
         if step.block != self.block or min(tokens.grid) < self.window:
             return None
-        patches = tokens.patch_index.shape[1]
-        left = self.merged(patches, tokens.grid) if self.budgeted else None
-        if left == patches:
+        windows, left = self._windows(tokens), None
+        if windows is not None and not any(windows):
             return None
         score = ops.window_similarity(tokens.patches, tokens.grid, self.window)
-        if left is not None:
-            merge = ops.top_count(score, (patches - left) // (self.window**2 - 1))
+        if windows is not None:
+            merge = ops.top_count(score, ops.for_rows(windows, score.device)[1])
+            left = [tokens.patch_index.shape[1] - number * (self.window**2 - 1) for number in windows]
         elif self.count == "batch_minimum":
             merge = score >= self.similarity_threshold
             merge = ops.top_count(score, merge.sum(-1).min())
@@ -120,9 +118,19 @@ class LocalSpatialMerge(Reducer):
             merge = score >= self.similarity_threshold
         return merge_windows(tokens, merge, self.window, left, score if self.order == "score" else None)
 
+    def _windows(self, tokens: VisionTokens) -> list[int] | None:
+        """Windows of each row that merge, where numbers say so."""
+        if not self.target.merges:
+            return None
+        return tokens.divided(lambda patches, _: self.target.solve(patches, grid=tokens.grid).windows, self.per)
+
 
 def merge_windows(
-    tokens: VisionTokens, merge: Tensor, window: int, left: int | None = None, score: Tensor | None = None
+    tokens: VisionTokens,
+    merge: Tensor,
+    window: int,
+    left: int | list[int] | None = None,
+    score: Tensor | None = None,
 ) -> Keep:
     """Replace the tokens of chosen windows by their plain mean, which sits on the window's middle patch.
 
@@ -134,8 +142,8 @@ def merge_windows(
         The windows to merge.
     window : int
         Side of a window.
-    left : int, optional
-        Tokens that are left of every image, if the host knows it.
+    left : int or list of int, optional
+        Tokens that are left of every image, or of each, if the host knows it.
     score : `[images, windows]`, optional
         When given, merged tokens come first, by falling score, then the others; otherwise raster order is kept.
     """
@@ -166,19 +174,24 @@ class KeyTokens(Reducer):
     Parameters
     ----------
     rate : float
-        Share of the tokens that remain after merging, rounded up.
+        Share of the tokens that remain of an image with all its views after merging, rounded up.
     block : int
         Encoder block whose attention is read; -1 is the last one, which need not be run for it.
-    retain : int, optional
-        Tokens wanted per decoder layer. If that is all of them nothing can be dropped, and nothing is chosen.
+    per : {"image", "view"}
+        "view": the share is rounded up for every tile or frame.
+    target : Target, optional
+        Instead of `rate`: the numbers of a whole reducer. If these keep every token, none is chosen.
     """
 
     rate: float = 0.08
     block: int = -1
-    retain: int | None = None
+    per: str = "image"
+    target: Target | None = None
 
     def __post_init__(self) -> None:
         require(0 <= self.rate <= 1, "key_rate", self.rate, "between 0 and 1")
+        check_per(self.per)
+        self.target = self.target or Target(key_rate=self.rate)
 
     def check(self, layers: int, blocks: int) -> None:
         require(-blocks <= self.block < blocks, "key_block", self.block, f"between -{blocks} and {blocks - 1}")
@@ -188,33 +201,31 @@ class KeyTokens(Reducer):
         require(block <= tower.run, "key_block", self.block, right)
 
     def protects(self, grid: tuple[int, int], tokens: int) -> int:
-        return 0 if self._keeps_all(grid[0] * grid[1]) else key_count(self.rate, tokens)
+        return self._keys(grid[0] * grid[1], tokens)
 
     def touches(self, tower: Tower) -> Touch:
         block = self.block % tower.blocks
-        if self._keeps_all(tower.patches):
-            return Touch()
         here = frozenset({min(block, tower.last)})
         return Touch(reads=here) if block < tower.run else Touch(reads_next=here)
 
     def after_vision_block(self, step: VisionStep) -> Keep | None:
         block = self.block % step.blocks
-        if self._keeps_all(step.tokens.patch_to_token.shape[1]):
-            return None
         if step.block == block:
             attention = step.attention
         elif step.last and step.block + 1 == block:
             attention = step.next_attention
         else:
             return None
-        tokens = step.tokens
+        tokens, counts = step.tokens, step.tokens.divided(self._keys, self.per)
+        if not any(counts):
+            return None
         rows = torch.arange(tokens.prefix or tokens.patches.shape[1], device=tokens.hidden.device)
         rows = rows[: 1 if tokens.prefix else None].expand(len(tokens.hidden), -1)
         score = attention.mean_over_heads(rows).mean(1)[:, tokens.prefix :]
-        return Keep.protect(score, [key_count(self.rate, length) for length in tokens.known_lengths])
+        return Keep.protect(score, counts)
 
-    def _keeps_all(self, patches: int) -> bool:
-        return self.retain is not None and self.retain >= patches
+    def _keys(self, patches: int, tokens: int) -> int:
+        return self.target.solve(patches, tokens=tokens).keys
 
 
 @dataclass
@@ -226,21 +237,29 @@ class DiverseTokens(Reducer):
 
     Parameters
     ----------
-    count : int
-        Tokens that every image keeps. All it has, or more: nothing is done.
+    count : int or float, optional
+        Tokens that every image keeps with all its views; a float is a share of its patches. All it has, or more:
+        nothing is done.
+    target : Target, optional
+        Instead: the numbers of a whole reducer.
     """
 
-    count: int
+    count: int | float | None = None
+    target: Target | None = None
 
     def __post_init__(self) -> None:
-        require(self.count > 0, "diverse", self.count, "1 or more")
+        check_retain(self.count, field="diverse")
+        self.target = self.target or Target(diverse=self.count)
 
     def leaves(self, grid: tuple[int, int], tokens: int) -> int:
-        return min(tokens, self.count)
+        return self._entering(grid[0] * grid[1], tokens)
 
     def on_projected_features(self, step: VisionStep) -> Keep | None:
-        tokens = step.tokens
-        if self.count >= tokens.patch_index.shape[1]:
+        tokens, counts = step.tokens, step.tokens.divided(self._entering)
+        if counts == list(tokens.known_lengths):
             return None
         redundancy = ops.redundancy(tokens.patches, tokens.valid, tokens.protected)
-        return Keep.top(-redundancy, self.count)
+        return Keep.top(-redundancy, counts)
+
+    def _entering(self, patches: int, tokens: int) -> int:
+        return self.target.solve(patches, tokens=tokens, keys=0).entering

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -52,6 +54,20 @@ class Pass:
     towers: list[VisionTokens] = field(default_factory=list)
     new_tokens: int | None = None
     begun: bool = False
+
+    @cached_property
+    def layouts(self) -> list[tuple[str, Layout]]:
+        """Every image and video, in the order of the towers' calls."""
+        return self.host.layouts(self.inputs)
+
+    def views(self, rows: int) -> list[int]:
+        """How many of the rows of the towers' coming call are the views of one image each."""
+        views = [layout.views for _, layout in self.layouts]
+        first = sum(len(tower.patch_index) for tower in self.towers)
+        ends = [0, *accumulate(views)]
+        if first not in ends or first + rows not in ends:
+            raise ValueError(f"pixel_values: a vision tower is given {rows} views, the images and videos have {views}")
+        return views[ends.index(first) : ends.index(first + rows)]
 
 
 _current: ContextVar[Pass | None] = ContextVar("hosted_pass", default=None)

@@ -86,7 +86,8 @@ def tower(host: Host, tower: nn.Module, stock: Callable, pixel_values: Tensor, *
     layer = host.feature_layer if isinstance(layer, bool) else layer
     if current is None or not isinstance(layer, int):
         return stock(pixel_values, **kwargs)
-    tokens, states = run_tower(CLIPVisionTower.around(tower, layer), pixel_values, current.state)
+    views = current.views(len(pixel_values))
+    tokens, states = run_tower(CLIPVisionTower.around(tower, layer), pixel_values, current.state, views)
     current.towers.append(tokens.without_prefix())
     return BaseModelOutputWithPooling(hidden_states={layer: states})
 
@@ -120,7 +121,7 @@ def _prefill(
         )
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
         raise ValueError("attention_mask: with a reducer on it must be [batch, length], zero for padding")
-    arrival = Arrival(current.state, current.ids, host.placeholder_ids, host.layouts(current.inputs), current.towers)
+    arrival = Arrival(current.state, current.ids, host.placeholder_ids, current.layouts, current.towers)
     hidden, tokens = enter(arrival, inputs_embeds, attention_mask, position_ids)
     model = host.text
     training = model.gradient_checkpointing and model.training and torch.is_grad_enabled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -59,7 +60,9 @@ class CLIPVisionTower(nn.Module):
         self.image_processor = None
         self.is_loaded = True
 
-    def encode(self, images: Tensor, state: ForwardState | None = None) -> VisionTokens:
+    def encode(
+        self, images: Tensor, state: ForwardState | None = None, views: Sequence[int] | None = None
+    ) -> VisionTokens:
         """Features of every image and where each of them comes from.
 
         Parameters
@@ -68,6 +71,8 @@ class CLIPVisionTower(nn.Module):
             Preprocessed pixels.
         state : ForwardState, optional
             The forward pass this belongs to; without one nothing is reduced.
+        views : sequence of int, optional
+            How many neighbouring rows are the tiles or frames of one image. Default: every row is an image.
 
         Returns
         -------
@@ -80,12 +85,12 @@ class CLIPVisionTower(nn.Module):
         images = images.to(patches.weight.dtype)
         if patches.weight.device.type != "meta":  # else the weights come to where the images are
             images = images.to(patches.weight.device)
-        images = state.pixels(images, patches.stride[0])
+        images = state.pixels(images, patches.stride[0], views)
         grid = tuple(size // patches.stride[0] for size in images.shape[-2:])
         hidden = model.embeddings(images, interpolate_pos_encoding=grid != self._native_grid)
         if hasattr(model, "pre_layrnorm"):  # CLIP; SigLIP has neither this nor CLS
             hidden = model.pre_layrnorm(hidden)
-        tokens = VisionTokens.from_patches(hidden, grid, prefix=hidden.shape[1] - grid[0] * grid[1])
+        tokens = VisionTokens.from_patches(hidden, grid, hidden.shape[1] - grid[0] * grid[1], views)
         mask = None
         for index, block in enumerate(model.encoder.layers[: self.blocks_run]):
             before = tokens

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,13 +11,16 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from mustdrop.hooks import ForwardState, VisionTokens
 
 
-def run_tower(tower: CLIPVisionTower, pixels: Tensor, state: ForwardState) -> tuple[VisionTokens, Tensor]:
+def run_tower(
+    tower: CLIPVisionTower, pixels: Tensor, state: ForwardState, views: Sequence[int] | None = None
+) -> tuple[VisionTokens, Tensor]:
     """What is left of the views, and the states in full layout that the stock code goes on with.
 
-    `pixels` `[views, 3, height, width]`; the states are `[views, prefix + patches, width]`.
+    `pixels` `[rows, 3, height, width]`, of which `views` neighbouring ones show one image each; the states are
+    `[rows, prefix + patches, width]`.
     """
     with state.timed("vision", pixels.device):
-        tokens = tower.encode(pixels, state)
+        tokens = tower.encode(pixels, state, views)
         return tokens, full_layout(tokens)
 
 
