@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from mustdrop import ops
+from mustdrop.attention import cls_attention
 from mustdrop.checks import check_layers, one_of, require
 from mustdrop.hooks import Keep, VisionStep
-from mustdrop.methods.salience import InTower, paid
+from mustdrop.methods.salience import InTower
 from mustdrop.reach import Touch, Tower
 
 NEIGHBOURS = 5  # an anchor with its four neighbours
@@ -71,14 +72,14 @@ class HiPrune(InTower):
     def after_vision_block(self, step: VisionStep) -> Keep | None:
         tokens = step.tokens
         if step.block == ops.layer_index(self.object_block, step.blocks):
-            return Keep.note(object_attention=paid(step.attention, tokens, by_all=True))
+            return Keep.note(object_attention=cls_attention(step.attention, tokens, by_all=True))
         counts = self.counts(tokens) if step.last else None
         if counts is None:
             return None
         anchors = [round(self.alpha * count / NEIGHBOURS) for count in counts]
         middle, wraps = tokens.notes["object_attention"], self.compat == "official"
         first = with_neighbours(middle, anchors, tokens.patch_index, tokens.grid, tokens.valid, wraps)
-        return Keep.top(paid(step.attention, tokens, by_all=True).masked_fill(first, float("inf")), counts)
+        return Keep.top(cls_attention(step.attention, tokens, by_all=True).masked_fill(first, float("inf")), counts)
 
 
 def with_neighbours(

@@ -56,18 +56,27 @@ class HoloV(AfterTower):
         chunk = chunk_of(tokens.known_lengths, self.chunks, attention)
         rank, quota = ranks_and_quotas(attention, chunk, self.chunks, counts, tokens.valid)
         score = attention.masked_fill(rank < quota, float("inf"))
-        order = chunk * attention.shape[1] + rank if self.compat == "official" else None
+        order = as_given(rank, quota, chunk) if self.compat == "official" else None
         return Keep.top(score, counts, order=order)
 
 
 def chunk_of(lengths: tuple[int, ...], chunks: int, like: Tensor) -> Tensor:
-    """The chunk of every token, int64 like `[rows, tokens]`: the first ones are longer by one where they cannot be equal.
-    """
+    """The chunk of every token, int64 like `[rows, tokens]`; the first ones are longer by one where they have to be."""
     length = torch.tensor(lengths, device=like.device)[:, None]
     column, size, longer = torch.arange(like.shape[1], device=like.device), length // chunks, length % chunks
     after = column - longer * (size + 1)
     chunk = torch.where(after < 0, column // (size + 1), longer + after // size.clamp(min=1))
     return chunk.clamp(max=chunks - 1)
+
+
+def as_given(rank: Tensor, quota: Tensor, chunk: Tensor) -> Tensor:
+    """Sort key of tokens by chunk, and in it by falling attention, int64 `[rows, tokens]`.
+
+    A chunk with more places than tokens is handed over as it is.
+    """
+    column = torch.arange(chunk.shape[1], device=chunk.device)
+    size = (chunk[:, None] == chunk[..., None]).sum(-1)
+    return chunk * chunk.shape[1] + torch.where(quota > size, column, rank)
 
 
 def ranks_and_quotas(

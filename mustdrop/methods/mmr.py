@@ -9,7 +9,8 @@ from torch import Tensor
 from mustdrop.checks import require
 from mustdrop.greedy import Nearest, cosines, in_turn
 from mustdrop.hooks import Keep, VisionStep
-from mustdrop.methods.salience import AfterTower, stretched
+from mustdrop.methods.salience import AfterTower
+from mustdrop.ops import stretched
 
 
 @dataclass

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from mustdrop.attention import cls_attention
 from mustdrop.checks import one_of, require
 from mustdrop.greedy import Coverage, cosines, in_turn
 from mustdrop.hooks import Keep, VisionStep
-from mustdrop.methods.salience import InTower, paid
+from mustdrop.methods.salience import InTower
 
 
 @dataclass
@@ -53,7 +54,7 @@ class SCOPE(InTower):
         counts = self.counts(tokens) if step.last else None
         if counts is None:
             return None
-        saliency = paid(step.attention, tokens) ** self.alpha
+        saliency = cls_attention(step.attention, tokens) ** self.alpha
         return Keep.top(most_covering(tokens.patches, saliency, max(counts), tokens.valid), counts)
 
 

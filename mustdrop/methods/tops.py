@@ -1,4 +1,4 @@
-"""TOPS (arXiv 2606.27161): relevant, different and covering tokens, by one greedy rule before and inside the decoder."""
+"""TOPS (arXiv 2606.27161): relevant, different and covering tokens, by one rule before and inside the decoder."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ MEAN = (12 * ENTER + 12 * 1.0 + 8 * 0.25) / 32  # tokens per layer, in these uni
 class TOPS(Compose):
     """TOPS.
 
-    Tokens are chosen one after the other: first the most relevant, then the largest sum of relevance, of difference from
-    the chosen ones (`alpha` times) and of what is added to the coverage of the image (`weights` times), each in units of
-    its mean over the tokens left. After the projector relevance is what CLS paid a token in the last vision block (all
-    tokens, where there is no CLS), and twice the paper's number enter; from layers 12 and 24 of 32 on, once and a
-    quarter of it stay, relevance being the mean attention of the text after the first image.
+    Tokens are chosen one after the other: first the most relevant, then the largest sum of relevance, of difference
+    from the chosen ones (`alpha` times) and of what is added to the coverage of the image (`weights` times), each in
+    units of its mean over the tokens left. After the projector relevance is what CLS paid a token in the last vision
+    block (all tokens, where there is no CLS), and twice the paper's number enter; from layers 12 and 24 of 32 on, once
+    and a quarter of it stay, relevance being the mean attention of the text after the first image.
 
     Parameters
     ----------
@@ -90,8 +90,11 @@ class _ByText(Inside):
         columns, own = by_image(step.tokens)
         rows = torch.arange(len(columns), device=columns.device) // step.tokens.images
         stage = self.asks_after(step.layers).index(step.layer)
-        retain = [max(self.schedule(step.layers, image.tokens_in, image.patches).get(step.layer, 0), image.keys)
-                  for prompt in step.tokens.facts() for image in prompt.images]
+        retain = [
+            max(self.schedule(step.layers, image.tokens_in, image.patches).get(step.layer, 0), image.keys)
+            for prompt in step.tokens.facts()
+            for image in prompt.images
+        ]
         states = gather(step.hidden[rows], columns)
         relevance = paid[rows].gather(1, columns)
         turn = by_three(relevance, states, max(retain), self.alpha, self.weights[stage], own)

@@ -24,12 +24,12 @@ EPSILON = 1e-8
 class TReVS(Compose):
     """TReVS.
 
-    Twice `retain` tokens of every image enter the decoder: three quarters by a score of what CLS paid a token in the last
-    vision block (all tokens, where there is no CLS) and how similar its projection is to the text after the first image,
-    each measured in deviations from its median; the others one after the other, the least similar to those chosen.
-    From a quarter of the depth on, two thirds of `retain` stay: by the most that a text token would pay them in the layer
-    to come, mean over the half of the heads that differ most between the image's tokens. The mean over the layers is
-    `retain`.
+    Twice `retain` tokens of every image enter the decoder: three quarters by a score of what CLS paid a token in the
+    last vision block (all tokens, where there is no CLS) and how similar its projection is to the text after the first
+    image, each measured in deviations from its median; the others one after the other, the least similar to those
+    chosen. From a quarter of the depth on, two thirds of `retain` stay: by the most that a text token would pay them in
+    the layer to come, mean over the half of the heads that differ most between the image's tokens. The mean over the
+    layers is `retain`.
 
     Parameters
     ----------
@@ -77,7 +77,8 @@ class _ByText(Inside):
 def similarity_to_text(features: Tensor, text: Tensor, real: Tensor) -> Tensor:
     """Root mean square over a text's tokens of their positive cosine similarity, float32 `[rows, tokens]`.
 
-    `features` `[rows, tokens, width]`, `text` `[rows, length, width]`, padded where `real` bool `[rows, length]` is False.
+    `features` `[rows, tokens, width]`, `text` `[rows, length, width]`, padded where `real` bool `[rows, length]` is
+    False.
     """
     units = F.normalize(features.float(), dim=-1)
     similarity = (units @ F.normalize(text.float(), dim=-1).transpose(1, 2)).clamp(min=0)

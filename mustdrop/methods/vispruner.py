@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mustdrop.attention import cls_attention
 from mustdrop.checks import one_of, require
 from mustdrop.hooks import Keep, VisionStep
-from mustdrop.methods.salience import InTower, paid
+from mustdrop.methods.salience import InTower
 
 AT_ONCE = 8  # dropped in a round
 
@@ -19,9 +20,9 @@ AT_ONCE = 8  # dropped in a round
 class VisPruner(InTower):
     """VisPruner.
 
-    On the output of the vision encoder, a part of the places goes to the tokens that CLS pays most attention (last block
-    that is run; without CLS: that all tokens pay). The others are thinned out in rounds: of every second one, the few
-    that are most similar to one of the tokens between them go, by cosine. The rest is put in order by these
+    On the output of the vision encoder, a part of the places goes to the tokens that CLS pays most attention (last
+    block that is run; without CLS: that all tokens pay). The others are thinned out in rounds: of every second one, the
+    few that are most similar to one of the tokens between them go, by cosine. The rest is put in order by these
     similarities for the next round, so that rounding may change all that follows.
 
     Parameters
@@ -57,7 +58,7 @@ class VisPruner(InTower):
         counts = self.counts(tokens) if step.last else None
         if counts is None:
             return None
-        attention, features = paid(step.attention, tokens), tokens.patches
+        attention, features = cls_attention(step.attention, tokens), tokens.patches
         if tokens.valid is not None:
             attention = attention.masked_fill(~tokens.valid, float("-inf"))
         stays = torch.zeros_like(attention, dtype=torch.bool)

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mustdrop import ops
+from mustdrop.attention import cls_attention
 from mustdrop.checks import check_layers, one_of
 from mustdrop.compose import Compose
 from mustdrop.hooks import DecoderStep, Keep, VisionStep
-from mustdrop.methods.salience import paid
 from mustdrop.methods.two_stages import Entrance, Inside, step_attention
 from mustdrop.reach import Touch, Tower
 
@@ -24,11 +24,11 @@ SIDE = 4  # windows along each side of a view
 class VScan(Compose):
     """VScan.
 
-    One and a half times `retain` tokens of every image enter the decoder: half of them are, in each of 4 x 4 windows, the
-    ones that CLS pays most attention in an early block of the vision encoder, the others those that it pays most in the
-    last one that is run (without CLS: that all tokens pay). After the projector every other token is averaged into the
-    one most similar to it. From the middle of the decoder on, half of `retain` stay, by the attention that the prompt's
-    last token would pay them in the layer to come. The mean over the layers is `retain`.
+    One and a half times `retain` tokens of every image enter the decoder: half of them are, in each of 4 x 4 windows,
+    the ones that CLS pays most attention in an early block of the vision encoder, the others those that it pays most in
+    the last one that is run (without CLS: that all tokens pay). After the projector every other token is averaged into
+    the one most similar to it. From the middle of the decoder on, half of `retain` stay, by the attention that the
+    prompt's last token would pay them in the layer to come. The mean over the layers is `retain`.
 
     Parameters
     ----------
@@ -64,8 +64,11 @@ class _LocalAndGlobal(Entrance):
 
     def kept(self, patches: int, tokens: int) -> int:
         count = super().kept(patches, tokens)
-        local = count // 2
-        return count - local % SIDE**2 if self.official and count < tokens else count
+        return count if count == tokens else self._local(count) + count - count // 2
+
+    def _local(self, count: int) -> int:
+        """How many of the tokens that enter are the best of windows."""
+        return count // 2 - count // 2 % SIDE**2 * self.official
 
     def check(self, layers: int, blocks: int) -> None:
         check_layers("local_block", [self.local_block], blocks)
@@ -76,17 +79,17 @@ class _LocalAndGlobal(Entrance):
     def after_vision_block(self, step: VisionStep) -> Keep | None:
         notes = {}
         if step.block == ops.layer_index(self.local_block, step.blocks):
-            notes["local_attention"] = paid(step.attention, step.tokens)
+            notes["local_attention"] = cls_attention(step.attention, step.tokens)
         if step.last:
-            notes["cls_attention"] = paid(step.attention, step.tokens)
+            notes["cls_attention"] = cls_attention(step.attention, step.tokens)
         return Keep.note(**notes) if notes else None
 
     def on_projected_features(self, step: VisionStep) -> Keep | None:
         tokens, counts = step.tokens, self.counts(step.tokens)
         if counts is None:
             return None
-        whole = [super(_LocalAndGlobal, self).kept(*size) for size in zip(tokens.known_patches, tokens.known_lengths)]
-        local = [count // 2 - (count // 2) % SIDE**2 * self.official for count in whole]
+        sizes = zip(tokens.known_patches, tokens.known_lengths, strict=True)
+        local = [self._local(Entrance.kept(self, *size)) for size in sizes]
         patches = tokens.grid[0] * tokens.grid[1]
         window = window_of(tokens.patch_index % patches, tokens.grid)
         first = best_of_windows(tokens.notes["local_attention"], window, local, tokens.valid)
@@ -121,14 +124,14 @@ def best_of_windows(score: Tensor, window: Tensor, counts: Sequence[int], valid:
 
 
 def best_with(score: Tensor, first: Tensor, counts: Sequence[int], valid: Tensor | None = None) -> Tensor:
-    """Mark so many tokens of every row: those of `first`, and the best of the others by `score`; all `[rows, tokens]`."""
+    """Mark so many of every row, those of `first` and the best of the others by `score`: bool `[rows, tokens]`."""
     score = score.masked_fill(first, float("inf"))
     score = score if valid is None else score.masked_fill(~valid, float("-inf"))
     return ops.top_count(score, ops.for_rows(list(counts), score.device)[1])
 
 
 def nearest_of(features: Tensor, stays: Tensor, valid: Tensor | None = None) -> Tensor:
-    """For every token the one of `stays` bool `[rows, tokens]` most similar to it by cosine, int64; its own if it stays.
+    """For every token the one of `stays` bool `[rows, tokens]` most similar to it by cosine, itself if it stays: int64.
 
     `features` `[rows, tokens, width]`.
     """
