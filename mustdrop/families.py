@@ -147,8 +147,8 @@ def _sized(shape: ModelShape, pixels: tuple[int, int] | None) -> ModelShape:
         return shape
     if shape.vision_cls:
         raise ValueError(
-            f"image_size: {shape.name} takes images of {shape.image_size} x {shape.image_size} pixels only, it cuts none "
-            "into tiles"
+            f"image_size: {shape.name} takes images of {shape.image_size} x {shape.image_size} pixels only, it "
+            "cuts none into tiles"
         )
     unit = shape.patch_size * shape.merge
     if any(side < unit or side % unit for side in pixels):
