@@ -169,7 +169,9 @@ class Reducer(Fitting):
 
     def overrides(self, hook: str) -> bool:
         """Whether a hook is overridden; models skip idle ones altogether."""
-        names = (hook, "on_views") if hook == "on_pixels" else (hook,)  # the same hook, told what belongs together
+        names = (
+            (hook, "pixels_of_views") if hook == "on_pixels" else (hook,)
+        )  # the same hook, told what belongs together
         return any(getattr(type(self), name) is not getattr(Reducer, name) for name in names)
 
     def asks_after(self, layers: int) -> Collection[int]:

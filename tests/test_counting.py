@@ -66,7 +66,7 @@ def test_who_chooses_nothing_costs_nothing_counted_or_not():
 
 def test_every_hook_is_known_where_idle_reducers_are_told():
     of_reducer = {name for name in vars(Reducer) if name.startswith(("on_", "after_", "before_", "inside_"))}
-    assert of_reducer - {"on_views"} == set(HOOKS)  # a form of on_pixels
+    assert of_reducer == set(HOOKS)
 
 
 def test_parts_of_a_composition_add_up():

@@ -12,7 +12,7 @@ from mustdrop.methods.mmr import most_relevant
 from mustdrop.methods.scope import most_covering
 from mustdrop.methods.trevs import both, similarity_to_text, strongest_by_variable_heads, with_farthest
 from mustdrop.methods.vispruner import least_repeated
-from mustdrop.methods.vscan import best_of_windows, best_with, nearest_of, window_of
+from mustdrop.methods.vscan import best_with, by_rank, nearest_of, window_of
 
 PATCHES, GRID = 576, (24, 24)
 PATCH = torch.arange(PATCHES)[None]
@@ -54,7 +54,7 @@ def vispruner(stored, count):
 
 def vscan(stored, count):
     local = count // 2 - count // 2 % 16
-    first = best_of_windows(cls(stored, 5), window_of(PATCH, GRID), [local])
+    first = ops.top_count(by_rank(cls(stored, 5), window_of(PATCH, GRID)), local)
     return best_with(cls(stored), first, [local + count - count // 2])
 
 

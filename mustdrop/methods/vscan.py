@@ -79,7 +79,8 @@ class _LocalAndGlobal(Entrance):
     def after_vision_block(self, step: VisionStep) -> Keep | None:
         notes = {}
         if step.block == ops.layer_index(self.local_block, step.blocks):
-            notes["local_attention"] = cls_attention(step.attention, step.tokens)
+            window = window_of(step.tokens.patch_index, step.tokens.grid)
+            notes["window_order"] = by_rank(cls_attention(step.attention, step.tokens), window, step.tokens.valid)
         if step.last:
             notes["cls_attention"] = cls_attention(step.attention, step.tokens)
         return Keep.note(**notes) if notes else None
@@ -90,9 +91,9 @@ class _LocalAndGlobal(Entrance):
             return None
         sizes = zip(tokens.known_patches, tokens.known_lengths, strict=True)
         local = [self._local(Entrance.kept(self, *size)) for size in sizes]
-        patches = tokens.grid[0] * tokens.grid[1]
-        window = window_of(tokens.patch_index % patches, tokens.grid)
-        first = best_of_windows(tokens.notes["local_attention"], window, local, tokens.valid)
+        order = tokens.notes["window_order"]
+        order = order if tokens.valid is None else order.masked_fill(~tokens.valid, float("-inf"))
+        first = ops.top_count(order, ops.for_rows(local, order.device)[1])
         stays = best_with(tokens.notes["cls_attention"], first, counts, tokens.valid)
         return Keep.merge(nearest_of(tokens.patches, stays, tokens.valid), counts)
 
@@ -107,20 +108,15 @@ def window_of(patch: Tensor, grid: tuple[int, int]) -> Tensor:
     return patch // grid[1] * SIDE // grid[0] * SIDE + patch % grid[1] * SIDE // grid[1]
 
 
-def best_of_windows(score: Tensor, window: Tensor, counts: Sequence[int], valid: Tensor | None = None) -> Tensor:
-    """Mark so many tokens of every row, the windows' best, equally many of each window; bool `[rows, tokens]`.
+def by_rank(attention: Tensor, window: Tensor, valid: Tensor | None = None) -> Tensor:
+    """A score by which the best of every window come first, then the second best, ...; all `[rows, tokens]`.
 
-    What windows cannot share evenly goes to the best of their next ones.
+    Attention is below 1: of equal ranks in their windows the better token is in front.
     """
     own = window[:, None] == torch.arange(SIDE**2, device=window.device)[:, None]
     own = own if valid is None else own & valid[:, None]
-    rank = score[:, None].masked_fill(~own, float("-inf")).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    rank = (rank * own).sum(1)
-    most, wanted = ops.for_rows(list(counts), score.device)
-    # A token of a smaller rank in its window comes first, of equal ranks the better one.
-    key = score - rank * (score.amax(-1, keepdim=True) - score.amin(-1, keepdim=True) + 1)
-    key = key if valid is None else key.masked_fill(~valid, float("-inf"))
-    return ops.top_count(key, wanted) if most else torch.zeros_like(own[:, 0])
+    rank = attention[:, None].masked_fill(~own, float("-inf")).argsort(dim=-1, descending=True, stable=True)
+    return attention - (rank.argsort(dim=-1) * own).sum(1)
 
 
 def best_with(score: Tensor, first: Tensor, counts: Sequence[int], valid: Tensor | None = None) -> Tensor:
