@@ -215,6 +215,11 @@ def test_figures_that_a_language_model_judged_are_not_subtracted(tmp_path, capsy
     assert "58.3" in text and "difference" not in text and "not to be compared" in text
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "tables").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_tables_are_valid(file):
+    assert read_layout(file).title
+
+
 # The command line
 
 
