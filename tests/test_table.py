@@ -215,11 +215,6 @@ def test_figures_that_a_language_model_judged_are_not_subtracted(tmp_path, capsy
     assert "58.3" in text and "difference" not in text and "not to be compared" in text
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "tables").glob("*.yaml")), ids=lambda file: file.stem)
-def test_shipped_tables_are_valid(file):
-    assert read_layout(file).title
-
-
 # The command line
 
 
@@ -267,7 +262,9 @@ def test_results_of_something_else_are_named(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "tables").glob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_tables_are_valid(file):
-    usual = {"next": (640, 320, 160), "next_mini": (160, 80, 40)}.get(file.stem, (192, 128, 64))
+    usual = {
+        "next": (640, 320, 160), "next_mini": (160, 80, 40), "video": (256, 194, 136), "video_mini": (194, 136),
+    }.get(file.stem, (192, 128, 64))  # fmt: skip
     assert read_layout(file).budgets[:3] == usual
 
 
