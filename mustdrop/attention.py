@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mustdrop.vision_tokens import VisionTokens
+
 
 @dataclass
 class Attention:
@@ -56,3 +58,17 @@ class Attention:
     def mean_over_heads(self, rows: Tensor) -> Tensor:
         """`probabilities` averaged over the heads, float32 `[batch, rows, tokens]`."""
         return self.probabilities(rows).mean(1)
+
+
+def cls_attention(attention: Attention, tokens: VisionTokens, by_all: bool = False) -> Tensor:
+    """Attention that CLS pays each token of a vision block, mean over heads, float32 `[rows, tokens]`.
+
+    Of an encoder without CLS, or with `by_all`, what all its tokens pay it on average, CLS among them.
+    """
+    prefix = tokens.prefix
+    rows = torch.arange(tokens.hidden.shape[1] if by_all or not prefix else 1, device=tokens.device)
+    paid = attention.mean_over_heads(rows.expand(len(tokens.patch_index), -1))
+    if tokens.valid is None or len(rows) == 1:
+        return paid.mean(1)[:, prefix:]
+    real = tokens.valid_with_prefix.to(paid.dtype)
+    return (real[:, None] @ paid)[:, 0, prefix:] / real.sum(-1, keepdim=True)

@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 from mustdrop.command import Parser, command, path, share_of, text
 from mustdrop.config import load_reducer
+from mustdrop.families import known, read_shape
 from mustdrop.hooks import LayerPlan
 from mustdrop.macs import (
     Workload,
@@ -33,7 +34,7 @@ from mustdrop.macs import (
     mean_tokens_official,
 )
 from mustdrop.methods import YOPO
-from mustdrop.shape import DTYPE_BYTES, NAMED, ImageShape, ModelShape
+from mustdrop.shape import DTYPE_BYTES, ImageShape, ModelShape
 
 
 @dataclass(frozen=True)
@@ -276,10 +277,14 @@ def _parser() -> argparse.ArgumentParser:
     python -m mustdrop.cost --model llava-next-7b-2880 --retain 320
     python -m mustdrop.cost --model llava-next-7b --image-size 800x300 --retain 320
   Video-LLaVA: 8 frames of 256 tokens, reduced to 194
-    python -m mustdrop.cost --model video-llava-7b --frames 8 --retain 194""",
+    python -m mustdrop.cost --model video-llava-7b --frames 8 --retain 194
+  Qwen2.5-VL on a photograph of 1288 x 952 pixels, a quarter of its tokens kept
+    python -m mustdrop.cost --model qwen2.5-vl-7b --image-size 1288x952 --retain 0.25
+  InternVL2 on twelve tiles and their thumbnail
+    python -m mustdrop.cost --model internvl2-8b --images 13 --retain 0.25""",
     )
     add = parser.add_argument
-    meaning = f"{', '.join(NAMED)}, a config.json or its folder (%(default)s)"
+    meaning = f"{', '.join(known())}, a config.json or its folder (%(default)s)"
     add("--model", type=text, default="llava-1.5-7b", help=meaning)
     drop = parser.add_mutually_exclusive_group()
     drop.add_argument(
@@ -309,7 +314,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--output-aware-cache", action="store_true", help=meaning)
     add("--images", type=whole, default=1, metavar="N", help="images per prompt (%(default)s)")
     views = parser.add_mutually_exclusive_group()
-    meaning = "of images that are cut into tiles (default: one that fills the largest canvas); newlines are text"
+    meaning = (
+        "of images that are cut into tiles (default: one that fills the largest canvas; newlines are text), or as "
+    )
+    meaning += "the processor hands them over to models that take any size (default: 672x672)"
     size = _argument(_size, "WIDTHxHEIGHT in pixels")
     views.add_argument("--image-size", type=size, metavar="WIDTHxHEIGHT", help=meaning)
     views.add_argument("--frames", type=whole, metavar="N", help="each image is a video of so many frames")
@@ -330,12 +338,9 @@ def _workload(shape: ModelShape, args: argparse.Namespace) -> Workload:
     check("batch", [args.batch], least=1)
     if args.output_aware_cache and args.schedule is None and args.retain is None and args.tokens_per_layer is None:
         raise ValueError("output_aware_cache: cuts the cache to what filters leave; give --schedule")
-    if args.image_size is not None and shape.tiles is None:
-        raise ValueError(
-            f"image_size: {shape.name} has {shape.patches} tokens for every image, it cuts none into tiles"
-        )
-    video = args.frames and ImageShape(args.frames, args.frames * shape.patches)
-    whole = [video or shape.image(args.image_size)] * args.images
+    video = args.frames and ImageShape(args.frames, args.frames * shape.view_tokens)
+    size = args.image_size if shape.tiles is not None else None
+    whole = [video or shape.image(size)] * args.images
     left = None if args.merged is None else args.merged * (args.frames or 1)
     images = [whole[0].tokens if left is None else left] * args.images
     tokens = args.retain if args.tokens_per_layer is None else args.tokens_per_layer
@@ -368,7 +373,7 @@ def _plans(shape: ModelShape, file: Path) -> dict[int, LayerPlan]:
     reducer = load_reducer(file)
     if not isinstance(reducer, YOPO):
         raise ValueError(f"yopo: {file} is a file of another method, it must have method: yopo")
-    reducer.check_sizes(shape.layers, shape.vision_layers, patches=shape.patches, heads=shape.heads)
+    reducer.check_sizes(shape.layers, shape.vision_layers, patches=shape.vision_tokens, heads=shape.heads)
     plans = {layer: reducer.plan(layer, shape.layers) for layer in range(shape.layers)}
     return {layer: plan for layer, plan in plans.items() if plan is not None}
 
@@ -378,8 +383,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
-    known = args.model in NAMED or not os.path.exists(args.model)
-    shape = (ModelShape.named if known else ModelShape.from_config)(args.model, dtype=args.dtype)
+    is_path = args.model not in known() and os.path.exists(args.model)
+    shape = read_shape(args.model, args.dtype, args.image_size, is_path)
     facts = {"command": list(argv), **report(shape, _workload(shape, args), args.batch)}
     written = json.dumps(facts, indent=2) + "\n"
     if args.json and str(args.json) != "-":

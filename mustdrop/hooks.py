@@ -169,7 +169,10 @@ class Reducer(Fitting):
 
     def overrides(self, hook: str) -> bool:
         """Whether a hook is overridden; models skip idle ones altogether."""
-        return getattr(type(self), hook) is not getattr(Reducer, hook)
+        names = (
+            (hook, "pixels_of_views") if hook == "on_pixels" else (hook,)
+        )  # the same hook, told what belongs together
+        return any(getattr(type(self), name) is not getattr(Reducer, name) for name in names)
 
     def asks_after(self, layers: int) -> Collection[int]:
         """Decoder layers, of so many, after which `after_decoder_layer` may have something to say; by default all."""
@@ -182,7 +185,7 @@ class Reducer(Fitting):
     def on_pixels(self, images: Tensor, patch_size: int) -> Tensor | None:
         """Change the preprocessed images `[images, 3, height, width]`, their sizes too, or None."""
 
-    def on_views(self, images: Tensor, patch_size: int, views: Sequence[int]) -> Tensor | None:
+    def pixels_of_views(self, images: Tensor, patch_size: int, views: Sequence[int]) -> Tensor | None:
         """As `on_pixels`, where so many neighbouring rows each are the tiles or frames of one image."""
         return self.on_pixels(images, patch_size)
 

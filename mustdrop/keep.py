@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -49,6 +49,8 @@ class Keep:
         Sort key of the tokens that go on; by default they keep their order.
     with_prefix : bool
         The encoder's leading tokens (CLS) go on, too, as tokens that stand for no patch.
+    notes : mapping of str to `[rows, tokens]`, or None
+        Numbers that later hooks find with the tokens (`VisionTokens.notes`), whatever is dropped until then.
     """
 
     score: Tensor | None = None
@@ -61,6 +63,7 @@ class Keep:
     weights: Tensor | None = None
     order: Tensor | None = None
     with_prefix: bool = False
+    notes: Mapping[str, Tensor] | None = None
 
     @classmethod
     def top(cls, score: Tensor, counts: Counts, **more: Tensor | bool | None) -> Keep:
@@ -103,6 +106,11 @@ class Keep:
         return cls(score=score, counts=counts, protects=True)
 
     @classmethod
+    def note(cls, **notes: Tensor) -> Keep:
+        """All tokens; what is noted of each `[rows, tokens]` goes with them to later hooks."""
+        return cls(notes=notes)
+
+    @classmethod
     def all_of(cls, answers: Sequence[Keep], tokens: Tokens) -> Keep | None:
         """What all answers about the same tokens keep; one that stands alone is passed on as it is.
 
@@ -123,7 +131,7 @@ class Keep:
     def changes(self) -> bool:
         """Whether the answer does more than choose: it merges, orders, protects, or gives new states."""
         given = self.states is not None or self.merge_into is not None or self.order is not None
-        return given or self.protects or self.with_prefix
+        return given or self.protects or self.with_prefix or self.notes is not None
 
     def apply(self, tokens: VisionTokens) -> VisionTokens:
         """The tokens of a vision encoder that go on, one row per image.
@@ -136,6 +144,8 @@ class Keep:
         self._check(tokens.patch_index.shape)
         if self.later is not None:
             raise ValueError("Keep: Keep.like names a later record of prompts, there is none in the vision encoder")
+        if self.notes is not None:
+            tokens = replace(tokens, notes={**(tokens.notes or {}), **self.notes})
         if self.states is not None:
             tokens = tokens.with_patches(self.states)
         if self.score is None and self.mask is None:
@@ -163,9 +173,9 @@ class Keep:
             If the answer does not fit the tokens.
         """
         self._check(tokens.image.shape)
-        if self.protects or self.with_prefix:
+        if self.protects or self.with_prefix or self.notes is not None:
             raise ValueError(
-                "Keep: protect and with_prefix are for the vision encoder, inside the decoder it is too late"
+                "Keep: protect, note and with_prefix are for the vision encoder, inside the decoder it is too late"
             )
         prompts = tokens.facts()
         if self.score is None and self.mask is None and self.later is None:
@@ -219,11 +229,11 @@ class Keep:
     def _check(self, shape: torch.Size) -> None:
         """Raise ValueError unless the answer is one, and for tokens of this shape."""
         given = [self.mask is not None, self.score is not None, self.later is not None]
-        only_states = not any(given) and self.states is not None and self.merge_into is None
-        if not only_states and (sum(given) != 1 or (self.score is None) != (self.counts is None)):
+        stays = not any(given) and (self.states is not None or self.notes is not None) and self.merge_into is None
+        if not stays and (sum(given) != 1 or (self.score is None) != (self.counts is None)):
             raise ValueError("Keep: give a mask, or a score and counts: Keep.where(mask) or Keep.top(score, counts)")
-        for name in ("score", "mask", "merge_into", "weights", "order"):
-            value = getattr(self, name)
+        names = "score", "mask", "merge_into", "weights", "order"
+        for name, value in [*((name, getattr(self, name)) for name in names), *(self.notes or {}).items()]:
             if value is not None and value.shape != shape:
                 raise ValueError(f"Keep: {name} has shape {list(value.shape)}, the tokens have {list(shape)}")
         if self.states is not None and self.states.shape[:2] != shape:

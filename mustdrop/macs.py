@@ -134,8 +134,8 @@ class Workload:
         check("cache_lengths", cache_lengths, count=shape.layers)
         if tower_tokens is None:
             shares = [(image.views, tokens / image.tokens) for image, tokens in zip(images, image_tokens, strict=True)]
-            tower_tokens = [{0: round(shape.patches * share)} for count, share in shares for _ in range(count)]
-        check("tower_tokens", [count for left in tower_tokens for count in left.values()], most=shape.patches)
+            tower_tokens = [{0: round(shape.view_tokens * share)} for count, share in shares for _ in range(count)]
+        check("tower_tokens", [count for left in tower_tokens for count in left.values()], most=shape.view_tokens)
         sequences = (tuple(values) for values in (image_tokens, cache_lengths, filter_layers))
         tower = tuple(_through_tower(shape, left) for left in tower_tokens)
         layerwise = tuple(planned.get(layer) for layer in range(shape.layers))
@@ -184,7 +184,7 @@ class Workload:
 
 def _whole(shape: ModelShape, image: Mapping, view: Sequence[Sequence[int]]) -> ImageShape:
     """An image of a trace as it was before it was made smaller; `view` is the record of its first view in the tower."""
-    return ImageShape(image.get("views", 1), round(image["patches"] * shape.patches / view[0][1]))
+    return ImageShape(image.get("views", 1), round(image["patches"] * shape.view_tokens / view[0][1]))
 
 
 def _planned(
@@ -197,24 +197,24 @@ def _planned(
         return PlannedLayer(LayerPlan(**settings), plan["pairs"])
     keys: float = vision_tokens
     if plan.window is not None:
-        full = _grid_pairs(math.isqrt(shape.patches), images, plan.window) / (shape.patches * images)
-        keys = full * min(1, vision_tokens / (shape.patches * images))
+        whole = shape.view_tokens * images
+        keys = _grid_pairs(*shape.token_grid, images, plan.window) / whole * min(1, vision_tokens / whole)
     return PlannedLayer(plan, round(vision_tokens * (keys + text_tokens)))
 
 
 @cache
-def _grid_pairs(side: int, images: int, window: int) -> int:
+def _grid_pairs(rows: int, columns: int, images: int, window: int) -> int:
     """Pairs that the blocks of whole images hold."""
-    number = torch.arange(images * side * side)[None]
-    image, patch = number // side**2, number % side**2
+    number = torch.arange(images * rows * columns)[None]
+    image, patch = number // (rows * columns), number % (rows * columns)
     none = torch.zeros_like(image, dtype=torch.bool)
-    tokens = Tokens(number, number, image, number, none, none, row=patch // side, column=patch % side)
+    tokens = Tokens(number, number, image, number, none, none, row=patch // columns, column=patch % columns)
     return SplitRows.of(tokens, window).pairs()
 
 
 def _through_tower(shape: ModelShape, left: Mapping[int, int]) -> tuple[int, ...]:
     """Patch tokens entering each vision block and leaving the last, from those left after some blocks (-1: before)."""
-    counts = [left.get(-1, shape.patches)]
+    counts = [left.get(-1, shape.view_tokens)]
     for block in range(shape.vision_layers):
         counts.append(left.get(block, counts[-1]))
     return tuple(counts)
@@ -234,18 +234,35 @@ def check(
 def vision_macs(shape: ModelShape, tokens: Sequence[int], mlp_tokens: Sequence[int] | None = None) -> int:
     """Patch embedding and blocks of the tower for one image.
 
-    `tokens` are the patch tokens entering each block that is run, `mlp_tokens` those entering its MLP if these are not
-    the same; CLS is added here.
+    `tokens` are those entering each block that is run, `mlp_tokens` those entering its MLP if these are not the same,
+    `merge^2` patches each; CLS is added here.
     """
-    d, m = shape.vision_hidden, shape.vision_mlp
-    embedding = tokens[0] * 3 * shape.patch_size**2 * d
-    lengths, inner = ([n + shape.vision_cls for n in counts] for counts in (tokens, mlp_tokens or tokens))
-    return embedding + sum(n * d * 4 * d + 2 * n * n * d for n in lengths) + sum(n * d * 2 * m for n in inner)
+    d, patch, cls = shape.vision_hidden, shape.merge**2, shape.vision_cls
+    embedding = tokens[0] * patch * 3 * shape.frames * shape.patch_size**2 * d
+    attention = sum(
+        (n * patch + cls) * d * 4 * d + 2 * tower_pairs(shape, block, n) * d for block, n in enumerate(tokens)
+    )
+    mlp = sum((n * patch + cls) * d * shape.vision_products * shape.vision_mlp for n in mlp_tokens or tokens)
+    return embedding + attention + mlp
+
+
+def tower_pairs(shape: ModelShape, block: int, tokens: int) -> int:
+    """Pairs of rows and keys in a head of a vision block; dropped tokens are taken to come evenly from all windows."""
+    if not shape.vision_window or block in shape.vision_full_blocks:
+        return (tokens * shape.merge**2 + shape.vision_cls) ** 2
+    high, wide = (_cut(side, shape.vision_window) for side in shape.token_grid)
+    whole = sum((a * b * shape.merge**2) ** 2 for a in high for b in wide)
+    return round(whole * (tokens / shape.view_tokens) ** 2)
+
+
+def _cut(side: int, window: int) -> list[int]:
+    """A side in windows, the last of which may be smaller."""
+    return [min(window, side - start) for start in range(0, side, window)]
 
 
 def projector_macs(shape: ModelShape, tokens: int) -> int:
-    """The projector on `tokens` features."""
-    return tokens * sum(width * after for width, after in pairwise(shape.projector_widths))
+    """The projector on `tokens` features, and the mergers that feed decoder layers."""
+    return tokens * (1 + shape.deepstack) * sum(width * after for width, after in pairwise(shape.projector_widths))
 
 
 def layer_macs(shape: ModelShape, rows: int, keys: int, causal: bool = False) -> int:
@@ -307,8 +324,13 @@ def decode_macs(shape: ModelShape, cache_lengths: Sequence[int], steps: int) -> 
 
 
 def key_probe_macs(shape: ModelShape, tokens: int) -> int:
-    """Attention of the CLS row in the first block that is not run: all keys, one query, one row of scores."""
-    return (tokens + 2) * shape.vision_hidden**2 + (tokens + 1) * shape.vision_hidden
+    """Attention of the CLS row in the first block that is not run: all keys, one query, one row of scores.
+
+    Without CLS every patch asks, in the last block that is run.
+    """
+    d, keys = shape.vision_hidden, tokens * shape.merge**2 + shape.vision_cls
+    rows = 1 if shape.vision_cls else keys
+    return (keys + rows) * d**2 + rows * keys * d
 
 
 def filter_macs(shape: ModelShape, rows: int, keys: int) -> int:

@@ -189,6 +189,14 @@ def for_rows(count: int | Sequence[int], device: torch.device) -> tuple[int, int
     return max(count), count[0] if len(set(count)) == 1 else torch.tensor(count, device=device)[:, None]
 
 
+def stretched(score: Tensor, valid: Tensor | None = None) -> Tensor:
+    """A score `[rows, tokens]` stretched from 0 to 1 in every row (CDPruner, section 3.2); 1 if all are equal."""
+    infinite = torch.full_like(score, float("inf"))
+    low = (score if valid is None else torch.where(valid, score, infinite)).amin(-1, keepdim=True)
+    high = (score if valid is None else torch.where(valid, score, -infinite)).amax(-1, keepdim=True)
+    return torch.where(high > low, (score - low + 1e-6) / (high - low), 1.0)
+
+
 def grid_cells(grid: tuple[int, int], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cut a patch grid into exactly `count` cells of nearly the same size and shape.
 

@@ -92,7 +92,7 @@ class ForwardState(PassRecord):
         """
         with self.timed("selector", images.device) if self.overrides("on_pixels") else nullcontext():
             for part, _ in self._asked_at("on_pixels"):
-                changed = part.on_views(images, patch_size, views or (1,) * len(images))
+                changed = part.pixels_of_views(images, patch_size, views or (1,) * len(images))
                 images = images if changed is None else changed
         return images
 

@@ -24,6 +24,7 @@ _LLAVA_15 = {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_project
 _CANVASES = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 _TILED_15 = {**_LLAVA_15, "image_aspect_ratio": "anyres", "image_grid_pinpoints": _CANVASES}
 _SIZE_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+_MAY_BE_NONE = ("vision_layers", "vision_window", "deepstack")
 NAMED: dict[str, Mapping | Path] = {
     "llava-1.5-7b": _LLAVA_15,
     "llava-1.5-13b": {**_LLAVA_15, **_SIZE_13B},
@@ -115,6 +116,20 @@ class ModelShape:
         Bytes of one cached number.
     tiles : Tiles or None
         How images are cut into tiles, None where they are not.
+    grid : tuple of int, optional
+        Rows and columns of an image's patches where images are not squares of `image_size`.
+    merge : int
+        Patches along a side of what becomes one token: a merger's or a pixel shuffle's unit.
+    frames : int
+        Frames that a patch spans; a still image is so many equal ones.
+    vision_products : int
+        Matrices of a vision block's MLP: 3 if it is gated.
+    vision_window : int
+        Tokens along a side of the windows that blocks attend within, 0 for none.
+    vision_full_blocks : tuple of int
+        Blocks that attend everywhere although there are windows.
+    deepstack : int
+        Mergers besides the projector, each of its widths, that feed decoder layers.
     """
 
     name: str
@@ -137,19 +152,37 @@ class ModelShape:
     vocab: int
     dtype_bytes: int = 2
     tiles: Tiles | None = None
+    grid: tuple[int, int] | None = None
+    merge: int = 1
+    frames: int = 1
+    vision_products: int = 2
+    vision_window: int = 0
+    vision_full_blocks: tuple[int, ...] = ()
+    deepstack: int = 0
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and value < (field.name != "vision_layers"):
+            if field.type == "int" and value < (field.name not in _MAY_BE_NONE):
                 raise ValueError(f"{self.name}: {field.name} is {value}, it must be positive")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.name}: kv_heads is {self.kv_heads}, it must divide the {self.heads} heads")
 
     @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's tokens."""
+        rows, columns = self.grid or (self.image_size // self.patch_size,) * 2
+        return rows // self.merge, columns // self.merge
+
+    @property
     def patches(self) -> int:
         """Patches of one view: an image, or a tile of it."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.view_tokens * self.merge**2
+
+    @property
+    def view_tokens(self) -> int:
+        """Vision tokens of one view."""
+        return math.prod(self.token_grid)
 
     @property
     def vision_tokens(self) -> int:
@@ -162,7 +195,7 @@ class ModelShape:
     def image(self, size: tuple[int, int] | None = None) -> ImageShape:
         """An image of a size (width, height) in pixels, by default one that fills the largest canvas."""
         if self.tiles is None:
-            return ImageShape(1, self.patches)
+            return ImageShape(1, self.view_tokens)
         return self.tiles.image(size, self.image_size, self.image_size // self.patch_size)
 
     @property
@@ -248,7 +281,7 @@ def _read_original(config: Mapping, folder: Path) -> tuple:
         vision = _read_json(found[0] / "config.json")
     kind = MistralConfig if config.get("model_type") == "llava_mistral" else LlamaConfig
     names = {field.name for field in fields(kind)} - {"model_type"}
-    text = _filled(kind, {key: value for key, value in config.items() if key in names})
+    text = filled(kind, {key: value for key, value in config.items() if key in names})
     layer, feature = config.get("mm_vision_select_layer", -2), config.get("mm_vision_select_feature", "patch")
     projector = config.get("mm_projector_type", "linear")
 
@@ -293,7 +326,7 @@ def _read_hugging_face(config: Mapping, folder: Path) -> tuple:
         "llava_onevision": "LlavaOnevisionConfig",
         "video_llava": "VideoLlavaConfig",
     }
-    theirs = _filled(getattr(transformers, classes[kind]), config)
+    theirs = filled(getattr(transformers, classes[kind]), config)
     vision = _vision_config(theirs.vision_config.to_dict(), kind == "llava_onevision")
     most = getattr(theirs, "vision_aspect_ratio", "").removeprefix("anyres_max_")
 
@@ -316,10 +349,10 @@ def _vision_config(values: Mapping, siglip: bool = False):
     kind = values.get("model_type", known.model_type)
     if kind != known.model_type:
         raise ValueError(f"the vision tower's model_type is {kind!r}: only {known.model_type!r} is supported")
-    return _filled(known, values)
+    return filled(known, values)
 
 
-def _filled(config_class: type, values: Mapping):
+def filled(config_class: type, values: Mapping):
     """A configuration of transformers with its defaults; whatever it refuses becomes one line."""
     from huggingface_hub.errors import StrictDataclassError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
@@ -30,8 +31,8 @@ class PassRecord:
         Per prompt and image: the rows of its views (tiles, frames) in what the vision encoder computed.
     encoded : dict of int to Tensor
         `vision` as the vision encoder numbers patches, where a prompt shows them otherwise; empty where it does not.
-    view_patches : int
-        Patches of a view, 0 where no view was encoded.
+    view_patches : sequence of int
+        Patches of each view that was encoded, by row.
     text : list of int
         Text tokens of each prompt before anything was dropped, and those that come with images; empty if not known.
     pruned_layers : list of int
@@ -57,7 +58,7 @@ class PassRecord:
     images: list[list[tuple[int, Tensor]]] = field(default_factory=list)
     views: list[list[list[int]]] = field(default_factory=list)
     encoded: dict[int, Tensor] = field(default_factory=dict)
-    view_patches: int = 0
+    view_patches: Sequence[int] = ()
     text: list[int] = field(default_factory=list)
     pruned_layers: list[int] = field(default_factory=list)
     plans: list[LayerPlan | None] = field(default_factory=list)
@@ -278,8 +279,7 @@ def _blocks(changed: dict[int, Tensor], views: list[int]) -> list[list[int]]:
 def _tower(record: PassRecord, views: list[int]) -> list[list[list[int]]]:
     """For each of these rows of the vision encoder: blocks that changed the tokens, and how many left them."""
     changed = record.encoded or record.vision
-    patches = record.view_patches or next((len(own[0]) for own in changed.values()), 0)
-    return [[[-1, patches], *_blocks(changed, [view])] for view in views]
+    return [[[-1, record.view_patches[view]], *_blocks(changed, [view])] for view in views]
 
 
 def _per_view(layers: list[Tokens], row: int, image: int, views: int) -> list[float]:

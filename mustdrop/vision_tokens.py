@@ -49,6 +49,8 @@ class VisionTokens:
         Patch grid of each image's views, where images have grids of their own.
     extras : `[images, views, prefix, width]` or None
         After the vision encoder, the prefix of every view: neither scored nor counted, it goes on in any case.
+    notes : dict of str to `[images, tokens]`, or None
+        What hooks have noted of the tokens for later ones, see `Keep.note`; of merged tokens that of the one they join.
     """
 
     hidden: Tensor
@@ -66,6 +68,7 @@ class VisionTokens:
     shown: tuple[int, ...] | None = None
     grids: tuple[tuple[int, int], ...] | None = None
     extras: Tensor | None = None
+    notes: dict[str, Tensor] | None = None
 
     @classmethod
     def from_patches(
@@ -142,6 +145,7 @@ class VisionTokens:
             protected=None if self.protected is None else self.protected[index].flatten(1),
             keys=None if keys is None else tuple(sum(keys[row] for row in own) for own in rows),
             extras=None if prefix is None else prefix[index],
+            notes=self._noted(lambda values: values[index].flatten(1)),
         )
         if self.valid is None and min(views) == most:
             return wide
@@ -215,9 +219,13 @@ class VisionTokens:
             name: None if fields[name] is None else tuple(fields[name][number] for number in numbers)
             for name in ("lengths", "keys", "views", "tiles", "shown", "grids")
         }
+        known["notes"] = self._noted(lambda values: values[index])
         return dataclasses.replace(
             self, **{name: value[index] for name, value in fields.items() if isinstance(value, Tensor)}, **known
         )
+
+    def _noted(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor] | None:
+        return None if self.notes is None else {name: change(values) for name, values in self.notes.items()}
 
     def with_protected(self, protected: Tensor, keys: Sequence[int]) -> VisionTokens:
         """The same tokens, some of them protected, bool `[images, tokens]`: so many of each image."""
@@ -274,6 +282,7 @@ class VisionTokens:
             valid=valid,
             protected=None if self.protected is None else self.protected.gather(1, indices),
             lengths=tuple(lengths),
+            notes=self._noted(lambda values: values.gather(1, indices)),
         )
 
     def with_prefix_as_tokens(self) -> VisionTokens:
@@ -287,4 +296,5 @@ class VisionTokens:
             protected=None if self.protected is None else F.pad(self.protected, (shift, 0)),
             lengths=tuple(length + shift for length in self.known_lengths),
             prefix=0,
+            notes=self._noted(lambda values: F.pad(values, (shift, 0))),
         )

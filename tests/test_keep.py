@@ -64,7 +64,7 @@ def test_what_the_host_does_not_know_is_read(keep):
         (Keep.where(KEY, merge_into=IMAGE[:, :2]), r"merge_into has shape \[2, 2\]"),
         (Keep.top(SCORE, 1, order=IMAGE[0]), r"order has shape \[8\]"),
         (Keep.top(SCORE, 1, weights=SCORE), "weights are given without merge_into"),
-        (Keep.protect(SCORE, 1), "protect and with_prefix are for the vision encoder"),
+        (Keep.protect(SCORE, 1), "protect, note and with_prefix are for the vision encoder"),
         (Keep.top(SCORE, [[1, 1]]), r"counts are \[\[1, 1\]\], there are 2 prompts"),
         (Keep.top(SCORE, [[1, 1], [1, 1]]), r"counts are \[1, 1\], there are 1 images in a prompt"),
     ],

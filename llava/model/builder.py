@@ -83,7 +83,8 @@ def load_pretrained_model(
     if stock := stock_config(model_path, **settings.hub):
         check_stock(stock[1], model_base, compile, protocol)
         model, processor = load_stock(model_path, *stock, settings)
-        early.drop_early(model, drop_early)
+        if drop_early:
+            early.drop_early(model)
         return processor.tokenizer, model, processor, stock[1].text_config.max_position_embeddings
     checkpoint = describe_checkpoint(model_path, LlavaConfig, model_base, **settings.hub)
     set_protocol(checkpoint, protocol)

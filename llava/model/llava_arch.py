@@ -145,7 +145,8 @@ class LlavaMetaForCausalLM:
         with state.timed("vision", images.device):
             apart = state.overrides("on_pixels") and views is not None and len(set(views)) > 1
             tokens = _apart(encode, images, views, state) if apart else encode(images, views)
-            state.view_patches = tokens.grid[0] * tokens.grid[1]
+            sizes = zip(tokens.known_grids, tokens.known_views, strict=True)
+            state.view_patches = [rows * columns for (rows, columns), count in sizes for _ in range(count)]
             tokens = tokens if tiles is None else replace(tokens, tiles=tuple(tiles))
             tokens = state.choose("on_projected_features", VisionStep(tokens))
         return tokens if asked is not None else tokens.hidden

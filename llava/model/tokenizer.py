@@ -151,12 +151,16 @@ def load_tokenizer(path: str | os.PathLike, **kwargs) -> PreTrainedTokenizerBase
     where = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
         config = get_tokenizer_config(path)
-        is_llama = config.get("tokenizer_class", "LlamaTokenizer") in ("LlamaTokenizer", "LlamaTokenizerFast")
+        kind = config.get("tokenizer_class", "LlamaTokenizer").removesuffix("Fast")
+        is_llama = kind in ("LlamaTokenizer", "InternLM2Tokenizer")
         if is_llama and cached_file(path, VOCABULARY_FILE, **where) is not None:
             # A configuration that leaves `legacy` out meant True in transformers 4.37.2. Of a bare tokenizer.model,
             # without any configuration, nothing is known: take the setting of LLaVA-1.5.
-            legacy = config.get("legacy")
+            # InternLM2's own class, which comes with its checkpoints, computes what LLaMA's legacy one does.
+            legacy = True if kind == "InternLM2Tokenizer" else config.get("legacy")
             kwargs.setdefault("legacy", bool(config) if legacy is None else legacy)
+            if kind == "InternLM2Tokenizer":
+                kwargs.setdefault("pad_token", config.get("pad_token", "</s>"))
             return LlamaTokenizer.from_pretrained(path, **kwargs)
         return AutoTokenizer.from_pretrained(path, use_fast=False, **kwargs)
     except Exception as error:  # the tokenizers library raises bare ones for damaged files

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mustdrop.hooks import Keep, VisionStep
 from mustdrop.methods.retaining import Retaining
-from mustdrop.ops import for_rows
+from mustdrop.ops import for_rows, stretched
 
 RIDGE = 1e-3  # once features span no further direction, relevance decides, not rounding
 
@@ -60,14 +60,6 @@ def mean_similarity(units: Tensor, instruction: Tensor, real: Tensor) -> Tensor:
     """
     text = F.normalize(instruction.float(), dim=-1) * real[..., None]
     return (units @ text.transpose(1, 2)).sum(-1) / real.sum(-1, keepdim=True).clamp(min=1)
-
-
-def stretched(score: Tensor, valid: Tensor | None = None) -> Tensor:
-    """A score `[rows, tokens]` stretched from 0 to 1 in every row (CDPruner, section 3.2); 1 if all are equal."""
-    infinite = torch.full_like(score, float("inf"))
-    low = (score if valid is None else torch.where(valid, score, infinite)).amin(-1, keepdim=True)
-    high = (score if valid is None else torch.where(valid, score, -infinite)).amax(-1, keepdim=True)
-    return torch.where(high > low, (score - low + 1e-6) / (high - low), 1.0)
 
 
 def most_probable(

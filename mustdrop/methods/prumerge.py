@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mustdrop import ops
+from mustdrop.attention import cls_attention
 from mustdrop.checks import require
 from mustdrop.hooks import Attention, Keep, VisionStep, VisionTokens, compact, gather
 from mustdrop.methods.retaining import Retaining
@@ -71,6 +72,7 @@ class PruMerge(Retaining):
             return None
         attention = step.next_attention or step.attention
         score = cls_attention(attention, tokens)
+        score = score if tokens.valid is None else score.masked_fill(~tokens.valid, -1)
         stays = (self._outliers(score, tokens) if left is None else self._best(score, left)) & (score >= 0)
         rest = score.masked_fill(stays, -1)
         best = rest.argmax(-1, keepdim=True)
@@ -123,13 +125,3 @@ class PruMerge(Retaining):
         share = score.clamp(min=0)[:, None]  # padding, whose score is -1, adds nothing
         rest = share * ~stays[:, None]
         return torch.where(stays.gather(1, rows)[..., None], own + nearest * share, rest)
-
-
-def cls_attention(attention: Attention, tokens: VisionTokens) -> Tensor:
-    """Attention that CLS (without one: every token) pays each patch token, mean over heads, `[images, tokens]`.
-
-    Padding gets -1.
-    """
-    rows = torch.arange(tokens.prefix or tokens.patch_index.shape[1], device=tokens.hidden.device)
-    score = attention.mean_over_heads(rows.expand(len(tokens.patch_index), -1)).mean(1)[:, tokens.prefix :]
-    return score if tokens.valid is None else score.masked_fill(~tokens.valid, -1)

@@ -59,9 +59,9 @@ class SmallImage(Retaining):
         return grid[0] * grid[1]
 
     def on_pixels(self, images: Tensor, patch_size: int) -> Tensor | None:
-        return self.on_views(images, patch_size, (1,) * len(images))
+        return self.pixels_of_views(images, patch_size, (1,) * len(images))
 
-    def on_views(self, images: Tensor, patch_size: int, views: Sequence[int]) -> Tensor | None:
+    def pixels_of_views(self, images: Tensor, patch_size: int, views: Sequence[int]) -> Tensor | None:
         grid = tuple(side // patch_size for side in images.shape[-2:])
         grids = {self._smaller(grid, number if self.per == "image" else 1) for number in views}
         if len(grids) > 1:

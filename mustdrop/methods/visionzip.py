@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mustdrop import ops
+from mustdrop.attention import cls_attention
 from mustdrop.checks import one_of, require
 from mustdrop.hooks import Keep, VisionStep, VisionTokens, compact, gather
 from mustdrop.methods.retaining import Retaining
@@ -23,7 +24,7 @@ CONTEXTUAL_SHARE = 10 / 64  # of the published 54 + 10, 108 + 20 and 162 + 30
 class VisionZip(Retaining):
     """VisionZip.
 
-    In the last vision-encoder block that is run, the patch tokens to which CLS attends most (sum over heads) are
+    In the last vision-encoder block that is run, the patch tokens to which CLS attends most are
     dominant and stay. Of the others, evenly strided ones are targets; each remaining token joins the target whose key
     (mean over heads) is most similar to its own by cosine, and target and joiners become one contextual token. An
     encoder without CLS takes the attention that all tokens pay a token.
@@ -113,7 +114,9 @@ class VisionZip(Retaining):
         official = self.compat == "official" and tokens.prefix == 1
         contextual = self._contextual(tokens, counts)
         dominant = [max(0, count - number - official) for count, number in zip(counts, contextual, strict=True)]
-        stays = ops.top_count(self._score(step), ops.for_rows(dominant, tokens.device)[1])
+        score = cls_attention(step.attention, tokens)
+        score = score if tokens.valid is None else score.masked_fill(~tokens.valid, float("-inf"))
+        stays = ops.top_count(score, ops.for_rows(dominant, tokens.device)[1])
         real = torch.ones_like(stays) if tokens.valid is None else tokens.valid
         rest = [max(0, length - number) for length, number in zip(tokens.known_lengths, dominant, strict=True)]
         others, _ = compact(~stays & real, pad="right", length=rest)
@@ -156,14 +159,6 @@ class VisionZip(Retaining):
             return None
         order = stitched_order(tokens, contextual)
         return Keep.top(torch.ones_like(order, dtype=torch.float), order.shape[1], order=order)
-
-    def _score(self, step: VisionStep) -> Tensor:
-        """Attention that CLS (without one: every token) pays each patch token, `[images, tokens]`."""
-        tokens = step.tokens
-        rows = torch.arange(tokens.prefix or tokens.patch_index.shape[1], device=tokens.hidden.device)
-        probabilities = step.attention.probabilities(rows.expand(len(tokens.patch_index), -1))
-        score = probabilities.sum((1, 2))[:, tokens.prefix :]
-        return score if tokens.valid is None else score.masked_fill(~tokens.valid, float("-inf"))
 
     def _official(self, merge_into: Tensor, is_target: Tensor) -> dict[str, Tensor | bool]:
         """What the authors' code does: a target plus the mean of those that join it, at the end, and CLS in front."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mustdrop import ops
+from mustdrop.attention import cls_attention
 from mustdrop.checks import one_of, require
 from mustdrop.hooks import Keep, Reducer, VisionStep, VisionTokens
 from mustdrop.reach import Touch, Tower, square
@@ -219,10 +220,7 @@ class KeyTokens(Reducer):
         tokens, counts = step.tokens, step.tokens.divided(self._keys, self.per)
         if not any(counts):
             return None
-        rows = torch.arange(tokens.prefix or tokens.patches.shape[1], device=tokens.hidden.device)
-        rows = rows[: 1 if tokens.prefix else None].expand(len(tokens.hidden), -1)
-        score = attention.mean_over_heads(rows).mean(1)[:, tokens.prefix :]
-        return Keep.protect(score, counts)
+        return Keep.protect(cls_attention(attention, tokens), counts)
 
     def _keys(self, patches: int, tokens: int) -> int:
         return self.target.solve(patches, tokens=tokens).keys

@@ -145,7 +145,7 @@ def _note_views(state: ForwardState, places: Places) -> None:
     """Say which rows of the towers' output show an image, and number what they did by slots."""
     ends = [0, *accumulate(places.views)]
     state.views.extend([list(range(*ends[image : image + 2])) for image in images] for images in places.prompts)
-    state.view_patches = places.slot.shape[1]
+    state.view_patches = [places.slot.shape[1]] * len(places.slot)
     if not places.plain:
         state.encoded.update(state.vision)
         state.vision.update({block: _by_slot(stands, places, ends) for block, stands in state.vision.items()})
@@ -185,20 +185,25 @@ def _shown(places: Places, columns: Tensor, embeds: Tensor, states: bool) -> Vis
 
 def _after_towers(shown: VisionTokens, places: Places, towers: list[VisionTokens]) -> VisionTokens:
     """The same without what the towers dropped, in slots: a token takes the one that shows the patch it sits on."""
-    if not towers or (all(map(untouched, towers)) and all(tower.protected is None for tower in towers)):
+    idle = all(map(untouched, towers)) and all(tower.protected is None for tower in towers)
+    if idle and not any(tower.notes for tower in towers):
         return shown
     images, most = shown.patch_index.shape
     device = shown.patch_index.device
     slot, image = places.slot.to(device), places.image_of_view.to(device)
-    first, marks, stands = 0, [], []
+    first, marks, stands, notes = 0, [], [], []
     for tower in towers:  # one for images, one for videos
         rows = slice(first, first + len(tower.patch_index))
         first = rows.stop
         own = slot[rows].gather(1, tower.patch_index)
         own = own if tower.valid is None else own.masked_fill(~tower.valid, -1)
         to = torch.where(own < 0, images * most, image[rows, None] * most + own)
+        notes.append((to, tower.notes or {}))
         marks.append((to, torch.zeros_like(to, dtype=torch.bool) if tower.protected is None else tower.protected))
         stands.append(own.gather(1, tower.patch_to_token.clamp(min=0)).masked_fill(tower.patch_to_token < 0, -1))
+    shown = replace(shown, notes=_in_slots(notes, images, most))
+    if idle:
+        return shown
     alive, keys = torch.zeros(2, images * most + 1, dtype=torch.bool, device=device)
     for to, protected in marks:
         alive.scatter_(0, to.flatten(), True)
@@ -223,6 +228,16 @@ def _per_image(numbers: Sequence[int], places: Places) -> list[int]:
     """The sums of the views' numbers, for every image."""
     ends = [0, *accumulate(places.views)]
     return [sum(numbers[first:end]) for first, end in zip(ends, ends[1:], strict=False)]
+
+
+def _in_slots(notes: list[tuple[Tensor, dict[str, Tensor]]], images: int, most: int) -> dict[str, Tensor] | None:
+    """What was noted of the tokens of towers, by slot `[images, most]`: the mean of those that a slot shows."""
+    by_slot = {}
+    for to, noted in notes:
+        for name, values in noted.items():
+            total = by_slot.get(name, values.new_zeros(images * most + 1))
+            by_slot[name] = total.scatter_reduce(0, to.flatten(), values.flatten(), "mean", include_self=False)
+    return {name: values[:-1].view(images, most) for name, values in by_slot.items()} or None
 
 
 def _order(towers: list[VisionTokens], places: Places, alive: Tensor) -> Tensor | None:

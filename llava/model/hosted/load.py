@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from llava.model.checkpoint.files import first_line, read_complete, read_json
 from llava.model.checkpoint.names import listed
 from llava.model.checkpoint.places import locate
 from llava.model.checkpoint.settings import LoadSettings
+from llava.model.convert.internvl import load_internvl, original_facts
+from llava.model.convert.internvl_config import ORIGINAL, translated
+from llava.model.convert.internvl_processor import processor_parts
 from llava.model.hosted import HOSTS
 from llava.model.hosted.base import TEXTS, TOWERS
 from llava.video import FrameProcessor
@@ -43,6 +47,8 @@ def stock_config(path: object, **hub: Any) -> tuple[Path, PreTrainedConfig] | No
     if not (folder / "config.json").is_file():
         return None
     facts = read_json(folder / "config.json")
+    if facts.get("model_type") == ORIGINAL:
+        return _with_weights(path, folder), _said_of(path, translated, facts)
     parts = [facts.get(name) for name in ("text_config", "vision_config")]
     if facts.get("model_type") not in HOSTS or not all(isinstance(part, dict) for part in parts):
         return None
@@ -56,9 +62,22 @@ def stock_config(path: object, **hub: Any) -> tuple[Path, PreTrainedConfig] | No
         config = AutoConfig.from_pretrained(folder)
     except _SAID as error:
         raise ValueError(f"{path}: config.json: {first_line(error)}") from None
+    return _with_weights(path, folder), config
+
+
+def _with_weights(path: object, folder: Path) -> Path:
+    """The folder, if all of its files of weights are there."""
     if not read_complete(folder):
         raise ValueError(f"{path}: holds no weights, expected *.safetensors or pytorch_model*.bin")
-    return folder, config
+    return folder
+
+
+def _said_of(path: object, translate: Callable, *given: Any) -> Any:
+    """What a translation gives; what it refuses is said of the checkpoint."""
+    try:
+        return translate(*given)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _refused_by_our_own(text: str, tower: str) -> list[tuple[str, str]]:
@@ -81,6 +100,8 @@ def load_stock(
     quantise = arguments.get("quantization_config")
     if quantise is not None and not quantise.llm_int8_skip_modules:
         quantise.llm_int8_skip_modules = UNPACKED
+    if facts := original_facts(folder):
+        return load_internvl(folder, config, facts, processor.tokenizer, arguments).eval(), processor
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
@@ -98,9 +119,11 @@ def load_stock(
 def load_stock_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMixin:
     """A stock model's processor; its part for videos is our own, which gives the same pixels on every machine."""
     kind = PROCESSOR_MAPPING[type(config)]
+    if facts := original_facts(folder):
+        return _images_only(kind)(**_said_of(folder, processor_parts, folder, config, facts))
     videos = any("video" in name for name in kind.get_attributes())
     if not is_torchvision_available() and videos:
-        kind = type(kind.__name__, (_ImagesOnly, kind), {"__module__": kind.__module__})
+        kind = _images_only(kind)
     try:
         processor = kind.from_pretrained(folder)
         if videos:
@@ -120,6 +143,11 @@ def _video_settings(folder: Path) -> dict | None:
     if whole.is_file() and isinstance(nested := read_json(whole).get("video_processor"), dict):
         return nested
     return read_json(own) if own.is_file() else None
+
+
+def _images_only(kind: type) -> type:
+    """A processor's class under its own name that does without its part for videos."""
+    return type(kind.__name__, (_ImagesOnly, kind), {"__module__": kind.__module__})
 
 
 class _ImagesOnly:
