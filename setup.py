@@ -29,6 +29,7 @@ LMMS_EVAL = "lmms-eval==0.7.3"
 TABLES = ["scipy>=1.14.1", "matplotlib>=3.9.2", "jinja2>=3.1.3"]
 SWEEPS = ["submitit>=1.5.2", "rich>=13.7"]
 TRAIN = ["deepspeed>=0.18; sys_platform == 'linux'", "datasets>=4.0", "peft>=0.18"]
+VIDEO = ["av>=14.0,<16"]
 QUANTISED = ["bitsandbytes>=0.48.2"]
 EVAL_LIGHT = [
     "datasets>=4.0",
@@ -40,7 +41,7 @@ EVAL_LIGHT = [
     "tenacity>=8.3",
     "openpyxl>=3.1.3",
     "requests>=2.32.2",
-    "av>=14.0,<16",
+    *VIDEO,
     *TABLES,
     *SWEEPS,
 ]
@@ -49,6 +50,7 @@ EXTRAS = {
     "eval-light": EVAL_LIGHT,
     "train": TRAIN,
     "quantised": QUANTISED,
+    "video": VIDEO,
     "flash": ["flash-attn"],
     "lock": ["uv"],
     "cluster": SWEEPS,

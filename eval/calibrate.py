@@ -221,10 +221,11 @@ def batch_of(args) -> int:
 
 def check_data(args, model: str) -> None:
     """See that the samples can be read, and fit the model."""
-    from eval.tasks import GROUP, LOCAL
+    from eval.tasks import GROUP, LOCAL, TASKS
 
-    if args.task is not None and args.task not in (*LOCAL, GROUP):
-        raise ValueError(f"task: got {shown(args.task)}, expected one of {', '.join([*LOCAL, GROUP])}, or --data")
+    known = [*(task for task in LOCAL if not TASKS[task].videos), GROUP]
+    if args.task is not None and args.task not in known:
+        raise ValueError(f"task: got {shown(args.task)}, expected one of {', '.join(known)}, or --data")
     if args.task is not None and args.data is not None:
         raise ValueError("task: got both --task and --data, expected one of them")
     if args.data is None:

@@ -14,6 +14,7 @@ from eval.checkpoints import is_embedded
 from eval.collect import VANILLA, Result, merge_seeds, prompt_ms
 from eval.methods import CONFIGS
 from eval.published import AVERAGE
+from eval.tasks.registry import TASKS
 from mustdrop.checks import LONGEST, hint, shown
 from mustdrop.command import LARGEST
 from mustdrop.read import read_yaml
@@ -66,8 +67,10 @@ class Line:
     printed: list[published.Row]
 
     def difference(self, column: str, row: published.Row) -> float | None:
-        """Ours minus published, None where either is missing."""
+        """Ours minus published, None where either is missing or they were scored in different ways."""
         if column not in self.ours or column not in row.values or self.ours[column]["synthetic"]:
+            return None
+        if row.judged and not TASKS[self.ours[column]["task"]].judge:
             return None
         return self.ours[column]["score"] - row.values[column]
 

@@ -30,12 +30,16 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """What one source prints for one method at one average number of vision tokens; ``values`` by column."""
+    """What one source prints for one method at one average number of vision tokens; ``values`` by column.
+
+    ``judged`` says that a language model scored the answers.
+    """
 
     method: str
     retain: int
     source: str
     values: dict[str, float]
+    judged: bool = False
 
 
 @dataclass(frozen=True)

@@ -226,6 +226,8 @@ def legend(layout: Layout, found: Sequence[Line]) -> list[str]:
         remarks.append(f"only the first questions were asked: {', '.join(sorted(limits))}")
     remarks.append("average: mean share of vanilla in %, over (columns with a result / all columns)")
     remarks.extend(f"{letter}: {source}" for source, letter in _letters(layout, found).items())
+    if any(row.judged for line in found for row in line.printed) and {"published", "difference"} & set(layout.show):
+        remarks.append("published: scored by a language model, ours by the words of the answers: not to be compared")
     if any(line.beyond_noise(column, row) for line in found for row in line.printed for column in layout.columns):
         remarks.append("*: the published figure lies outside our 95 % interval, widened by the printed rounding")
     return remarks

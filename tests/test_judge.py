@@ -110,7 +110,7 @@ def file(tmp_path):
     """Six predictions, the even ones right."""
     file = tmp_path / "out" / "predictions" / "msvd_qa" / "vanilla-1.jsonl"
     file.parent.mkdir(parents=True)
-    write(file, ["dog", "cat", "dog", "{answer}", "dog", "ein Hund\n\"}"])
+    write(file, ["dog", "cat", "dog", "{answer}", "dog", 'ein Hund\n"}'])
     return file
 
 

@@ -171,6 +171,15 @@ def test_shipped_sweeps_are_valid(name, monkeypatch):
     assert {"vanilla", "mustdrop"} <= {cell.method for cell in read.cells}
 
 
+def test_shipped_sweep_of_videos_is_valid_and_names_what_is_out_of_reach():
+    read = plan.read(ROOT / "configs" / "sweeps" / "video_mini.yaml")
+    found = {(cell.method, cell.retain) for cell in read.cells}
+    both = {(name, n) for name in ("mustdrop_plus", "fastv", "visionzip", "divprune", "vidcom2") for n in (194, 136)}
+    assert found == both | {("vanilla", None), ("mustdrop", 194), ("evs", 256)}
+    assert {cell.task for cell in read.cells} == {"mini_video"}
+    assert [(left.method, left.retain) for left in read.left_out] == [("mustdrop", 136)]
+
+
 def test_comparison_has_every_method_and_names_what_is_out_of_reach():
     read = plan.read(ROOT / "configs" / "sweeps" / "compare.yaml")
     named = {cell.method for cell in read.cells}

@@ -198,6 +198,23 @@ def test_two_checkpoints_of_one_model_are_not_mixed(real_folder):
     assert row["model"] == "llava-1.5-7b-hf"
 
 
+def test_figures_that_a_language_model_judged_are_not_subtracted(tmp_path, capsys):
+    for method, retain, score in (("vanilla", 2048, 50.0), ("fastv", 194, 40.0)):
+        write_cell(
+            tmp_path, "msvd_qa", method, retain, benchmark="msvd", model="Video-LLaVA-7B-hf", synthetic=False,
+            score=score, score_ci95=[score - 1, score + 1], n=1000, metric="containment",
+        )  # fmt: skip
+    shown = Layout("A table", "video-llava-7b", ("msvd",), (194,), ("fastv",))
+    for line in lines(shown, collect([tmp_path])[0]):
+        (printed,) = line.printed
+        assert line.ours["msvd"]["score"] and printed.judged
+        assert line.difference("msvd", printed) is None and line.beyond_noise("msvd", printed) is None
+    layout = write_layout(tmp_path / "video.yaml", model="video-llava-7b", columns=["msvd"], budgets=[194])
+    assert table.main([str(layout), "--results", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "58.3" in text and "difference" not in text and "not to be compared" in text
+
+
 # The command line
 
 
@@ -245,7 +262,9 @@ def test_results_of_something_else_are_named(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "tables").glob("*.yaml")), ids=lambda file: file.stem)
 def test_shipped_tables_are_valid(file):
-    usual = {"next": (640, 320, 160), "next_mini": (160, 80, 40)}.get(file.stem, (192, 128, 64))
+    usual = {
+        "next": (640, 320, 160), "next_mini": (160, 80, 40), "video": (256, 194, 136), "video_mini": (194, 136),
+    }.get(file.stem, (192, 128, 64))  # fmt: skip
     assert read_layout(file).budgets[:3] == usual
 
 

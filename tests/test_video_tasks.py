@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import clips
 import pytest
 import stock
 
-from eval import predictions, run, tasks
+from eval import calibrate, predictions, run, tasks
 from eval.collect import collect
 from eval.report import task_tables
-from eval.tasks import SUITE, TASKS, mini_video, video_qa
+from eval.tasks import BENCHMARKS, SUITE, TASKS, mini_video, video_qa
 from eval.tasks.registry import FRAMES
 from eval.tasks.video_qa import scoring
 from llava import video
+from mustdrop.read import read_yaml
 
 ASKED = ["--method", "divprune", "--retain", "40"]
 
@@ -238,6 +240,20 @@ def test_the_embedded_model_gets_the_synthetic_task_once(small, checkpoint, tmp_
 def test_image_tasks_know_nothing_of_videos(small, checkpoint, tmp_path):
     assert "mini_video" not in SUITE and TASKS["mini_video"].synthetic and FRAMES == video.FRAMES
     assert not any(TASKS[task].videos for task in SUITE)
+
+
+def test_calibration_refuses_videos(checkpoint, capsys):
+    assert calibrate.main(["--model", str(checkpoint), "--task", "mini_video", "--retain", "20"]) == 2
+    assert "task: got 'mini_video', expected one of mini_gqa" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name, one in BENCHMARKS.items() if TASKS[one.stock].videos])
+def test_a_video_benchmark_is_read_from_files_and_runs_by_one_script(name):
+    stock_task, mini = BENCHMARKS[name].stock, BENCHMARKS[name].mini
+    assert mini == "mini_video" and stock_task in video_qa.SOURCES and tasks.is_local(stock_task)
+    assert not TASKS[stock_task].synthetic and not TASKS[stock_task].gated and TASKS[mini].synthetic
+    root = Path(__file__).resolve().parents[1] / "configs" / "sweeps"
+    assert name in read_yaml(root / "video.yaml")["tasks"] and mini in read_yaml(root / "video_mini.yaml")["tasks"]
 
 
 def test_out_of_reach_counts_all_frames(small, checkpoint, capsys):

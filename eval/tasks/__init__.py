@@ -43,8 +43,8 @@ __all__ = [
 ROOT = Path(__file__).parent
 GENERATOR = ROOT.parents[1] / "llava" / "train" / "mini"
 LOCAL = tuple(name for name, task in TASKS.items() if task.synthetic)
-SUITE = tuple(name for name in LOCAL if mirrored(name) != name)
-"""The synthetic tasks that stand in for benchmarks; the others are for models of a special kind."""
+SUITE = tuple(name for name in LOCAL if mirrored(name) != name and not TASKS[name].videos)
+"""The synthetic tasks that stand in for benchmarks of images; the others are for models of a special kind."""
 GROUP = "mini"
 """lmms-eval's name for all of `SUITE` at once."""
 
