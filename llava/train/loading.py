@@ -88,7 +88,7 @@ def _refuse_stitched_tiles(path: str, facts: dict) -> None:
     """Raise ValueError for a LLaVA-NeXT: batches of training do not carry the sizes that its tiles are stitched by."""
     merge = facts.get("mm_patch_merge_type") or "flat"
     if merge != "flat":
-        raise ValueError(f"mm_patch_merge_type: {path} has {merge!r}, expected 'flat': stitched tiles are not trained here")
+        raise ValueError(f"mm_patch_merge_type: {path} has {merge!r}, expected 'flat': stitched tiles are not trained")
 
 
 @contextmanager
