@@ -14,7 +14,8 @@ from PIL import Image
 
 from eval.collect import Result, label, ordered
 from eval.records import is_number
-from eval.samples import patches
+from eval.samples import pack, patches
+from eval.tiled import count, is_tiling, on_image, places
 from llava.mm_utils import load_image
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,9 @@ def viewers(results: Iterable[Result]) -> list[dict]:
     -------
     list of dict
         ``model``, ``task``, ``labels`` (methods with budgets), ``pictures`` (data URIs, each once), and ``samples``:
-        per document its ``picture``, ``question``, ``target``, ``type``, ``side`` of the grid in patches and
-        ``methods``: label -> ``answer``, ``score``, ``tokens`` and ``stages``, pairs of a title and the kept patches,
-        hexadecimal as `eval.samples.pack` makes them.
+        per document its ``picture``, ``question``, ``target``, ``type``, ``side`` and ``rows`` of the grid in patches,
+        and ``methods``: label -> ``answer``, ``score``, ``tokens`` and ``stages``, pairs of a title and the kept
+        patches, hexadecimal as `eval.samples.pack` makes them.
     """
     groups: dict[tuple, dict[str, Result]] = {}
     for result in sorted(results, key=lambda one: one.row["seed"]):
@@ -113,30 +114,37 @@ def _lines(result: Result, files: Mapping[str, Path]) -> Iterable[dict]:
 
 
 def _is_drawable(line: Mapping) -> bool:
-    """Whether a line tells, of one image with as many columns as rows, which patches were kept."""
+    """Whether a line tells, of one image in tiles or with as many columns as rows, which patches were kept."""
     images, kept = line.get("images"), line.get("kept")
     if not (isinstance(images, list) and len(images) == 1 and isinstance(images[0], dict) and isinstance(kept, dict)):
         return False
-    count, tokens = images[0].get("patches"), images[0].get("tokens")
-    whole = isinstance(count, int) and 0 < count <= MOST_PATCHES and isqrt(count) ** 2 == count and is_number(tokens)
+    number, tokens = images[0].get("patches"), images[0].get("tokens")
+    whole = isinstance(number, int) and 0 < number <= MOST_PATCHES and is_number(tokens) and _has_grid(line, number)
     texts = all(isinstance(line.get(name), str) for name in ("question", "answer"))
     return (
-        whole and texts and is_number(line.get("mean_tokens")) and all(_is_packed(one, count) for one in kept.values())
+        whole and texts and is_number(line.get("mean_tokens")) and all(_is_packed(one, number) for one in kept.values())
     )
 
 
-def _is_packed(layers: object, count: int) -> bool:
+def _has_grid(line: Mapping, number: int) -> bool:
+    tiles = line.get("tiles")
+    return isqrt(number) ** 2 == number if tiles is None else is_tiling(tiles) and count(tiles) == number
+
+
+def _is_packed(layers: object, number: int) -> bool:
     """Whether the sets of patches of a stage's layers are as `eval.samples.pack` writes them."""
-    digits = f"(?:[0-9a-f]{{2}}){{{-(-count // 8)}}}"
+    digits = f"(?:[0-9a-f]{{2}}){{{-(-number // 8)}}}"
     return isinstance(layers, dict) and all(
         isinstance(packed, str) and re.fullmatch(digits, packed) for packed in layers.values()
     )
 
 
 def _sample(line: Mapping) -> dict:
+    side = isqrt(line["images"][0]["patches"])
+    rows, columns = places(line["tiles"]).shape if "tiles" in line else (side, side)
     return {
         "question": line["question"], "target": line.get("target", ""), "type": line.get("type", ""),
-        "side": isqrt(line["images"][0]["patches"]), "methods": {},
+        "side": columns, "rows": rows, "methods": {},
     }  # fmt: skip
 
 
@@ -149,12 +157,14 @@ def _outcome(line: Mapping) -> dict:
     stages = []
     masks = ((stage, *mask) for stage in STAGES for mask in line["kept"].get(stage, {}).items())
     for stage, layer, packed in masks:
-        count = int(patches(packed, image["patches"]).sum())
+        alive = patches(packed, image["patches"])
+        standing = int(alive.sum())
         title = STAGES[stage].format(layer)
-        if stage == "vision" and image["tokens"] < count:
+        if stage == "vision" and image["tokens"] < standing:
             title += f", in the end merged into {image['tokens']} tokens"
-        if stage == "vision" or count < image["patches"]:
-            stages.append([title, packed])
+        if stage == "vision" or standing < image["patches"]:
+            drawn = on_image(alive, line["tiles"]) if "tiles" in line else None
+            stages.append([title, packed if drawn is None else pack(drawn.ravel().nonzero()[0], drawn.size)])
     return {
         "answer": line["answer"], "score": line.get("score"), "tokens": round(line["mean_tokens"], 1), "stages": stages,
     }  # fmt: skip

@@ -270,12 +270,12 @@ class LoadedModel(AskedModel):
         }
 
     def seen(self, picture: Visual) -> Image.Image | None:
-        """An image as the vision tower sees it, padded or cropped and resized; None for tiles and for videos."""
+        """An image as the vision tower sees it, padded or cropped and resized; whole for tiles; None for videos."""
         if isinstance(picture, Video):
             return None
         pixels = process_images([picture], self.image_processor, self.model.config)[0]
         if pixels.dim() != 3:
-            return None
+            return picture.convert("RGB")
         mean, std = (
             torch.tensor(values)[:, None, None]
             for values in (self.image_processor.image_mean, self.image_processor.image_std)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
+from PIL import Image
 from transformers import LogitsProcessorList
 
 from eval.checkpoints import flag
@@ -28,6 +29,7 @@ from eval.questions import Question, naming, place
 from eval.records import read_answers
 from eval.rows import flops, shape_of
 from eval.samples import names, pack_stages, write_lines
+from eval.tiled import tiling
 from eval.visuals import Visual, open_visual
 from mustdrop import Trace, load_reducer
 from mustdrop.command import needed_number
@@ -195,7 +197,7 @@ class LlavaMustDrop(lmms):
             self._count_selector([one.context for one in asked], [one.images for one in asked])
             texts, traces = self._generate(prepared, settings)
         for one, text, trace in zip(asked, texts, traces, strict=True):
-            self._record(one.where, one.document, one.context, text, trace)
+            self._record(one.where, one.document, one.context, text, trace, **self._tiles(one.images))
             if one.index in shown:
                 self._show(one.where[:2], one.images)
         return texts
@@ -368,6 +370,13 @@ class LlavaMustDrop(lmms):
             record["kept"] = pack_stages(trace.kept, sum(image["patches"] for image in trace.images))
         self._write(record)
 
+    def _tiles(self, pictures: Sequence[Visual]) -> dict:
+        """How a question's one image was cut up, where it was and what was kept is recorded."""
+        if not self.kept_patches or len(pictures) != 1 or not isinstance(pictures[0], Image.Image):
+            return {}
+        tiles = tiling(self.loaded.model.config, pictures[0].size, self.reducer.tile_order)
+        return {} if tiles is None else {"tiles": tiles}
+
     def _write(self, record: dict) -> None:
         self.records.append(record)
         if self.samples is not None:
@@ -375,7 +384,7 @@ class LlavaMustDrop(lmms):
                 file.write(json.dumps(record) + "\n")
 
     def _show(self, where: Sequence, pictures: Sequence[Visual]) -> None:
-        """Keep a document's picture; several, or pictures cut into tiles, have no one grid to draw on."""
+        """Keep a document's picture; several have no one grid to draw on."""
         if self.pictures is None or len(pictures) != 1 or (seen := self.loaded.seen(pictures[0])) is None:
             return
         doc_id, task = where

@@ -111,7 +111,8 @@ MEASURED: dict[str, Check] = {
 """What the line of an answered question has."""
 
 MAYBE_ANSWERED: dict[str, Check] = {
-    "flops": COSTS, "kept": MAPPING, "skipped": TEXT, "selector_macs": _whole(0), "selector_prompt": BY_NAME,
+    "flops": COSTS, "kept": MAPPING, "tiles": MAPPING, "skipped": TEXT, "selector_macs": _whole(0),
+    "selector_prompt": BY_NAME,
 }  # fmt: skip
 
 

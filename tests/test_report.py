@@ -9,12 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiles
+import torch
 from fabricated import PATCHES, PICTURES, kept, results_folder, write_cell
 from PIL import Image
 
 from eval import drawing, report
 from eval.collect import collect
 from eval.samples import pack, patches
+from eval.tiled import count, on_image, places, tiling
+from llava.model.stitched import layout_of
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -129,6 +133,51 @@ def test_merging_is_shown_though_no_patch_is_dropped(tmp_path):
     (sample,) = drawing.viewers(collect([tmp_path])[0])[0]["samples"]
     ((title, _),) = sample["methods"]["mustdrop_9"]["stages"]
     assert title == "vision encoder, after block 0, in the end merged into 20 tokens"
+
+
+@pytest.mark.parametrize("merge", ["flat", "spatial", "spatial_unpad"])
+@pytest.mark.parametrize("size", list(tiles.SIZES.values()), ids=list(tiles.SIZES))
+def test_places_of_tiles_are_those_of_the_models_layout(merge, size):
+    config = tiles.native(mm_patch_merge_type=merge).config
+    cut, side = tiling(config, size, "model"), tiles.SIDE
+    assert cut["order"] == merge
+    rows, columns = cut["grid"]
+    order = torch.arange(count(cut))  # tile after tile
+    if merge != "flat":
+        layout = layout_of(merge, size, (rows, columns), side)
+        order = (layout.view * side**2 + layout.patch)[layout.shows]
+        assert len(order) == count(cut)
+    own = places(cut)
+    view, patch = np.divmod(order.numpy()[own], side**2)
+    y, x = (view - 1) // columns * side + patch // side, (view - 1) % columns * side + patch % side
+    assert (np.diff(y, axis=0) == 1).all() and (np.diff(x, axis=1) == 1).all()  # neighbours on the canvas
+    top, left = y[0, 0], x[0, 0]
+    assert abs(2 * top + len(y) - rows * side) <= 1 and abs(2 * left + x.shape[1] - columns * side) <= 1  # its middle
+    kept = np.zeros(count(cut), dtype=bool)
+    kept[[0, own[-1, -1]]] = True
+    drawn = on_image(kept, cut)
+    corner = [-(-length // side) for length in own.shape]  # what the overview's first patch covers at most
+    assert drawn[0, 0] and drawn[-1, -1] and drawn.sum() == drawn[: corner[0], : corner[1]].sum() + 1
+    kept[:] = False
+    assert not on_image(kept, cut).any()
+
+
+def test_kept_patches_of_tiles_are_drawn_on_the_image(tmp_path):
+    cut = tiling(tiles.native().config, tiles.SIZES["wide"], "model")
+    number, (rows, columns) = count(cut), places(cut).shape
+    file = write_cell(tmp_path, "mini_gqa", "mustdrop", 9).with_suffix(".jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    image = {**lines[0]["images"][0], "patches": number}
+    tiled = {"images": [image], "tiles": cut, "kept": {"prefill": {"1": pack([0, number - 1], number)}}}
+    file.write_text("".join(json.dumps({**line, **tiled}) + "\n" for line in lines))
+    (tmp_path / "pictures" / "mini_gqa").mkdir(parents=True)
+    Image.new("RGB", tiles.SIZES["wide"]).save(tmp_path / "pictures" / "mini_gqa" / "0.jpg")
+    (sample,) = drawing.viewers(collect([tmp_path])[0])[0]["samples"]
+    assert (sample["side"], sample["rows"]) == (columns, rows) and columns > rows
+    ((_, mask),) = sample["methods"]["mustdrop_9"]["stages"]
+    drawn = patches(mask, rows * columns).reshape(rows, columns)
+    assert drawn[0, 0] and drawn[-1, -1] and drawn.sum() < rows * columns / 2
+    assert "a patch is kept if the overview" in report.report(tmp_path)
 
 
 def test_equal_pictures_are_stored_once(tmp_path):

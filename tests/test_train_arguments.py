@@ -1,5 +1,6 @@
 """LLaVA's own command lines are understood; what cannot be done is refused in one line before anything is loaded."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -144,6 +145,14 @@ def test_abbreviations_are_not_guessed(tmp_path, capsys):
 def test_partial_folders_are_no_base(tmp_path, capsys):
     (tmp_path / "mm_projector.bin").touch()
     assert "holds only a projector" in refused(capsys, tmp_path / "out", model_name_or_path=tmp_path)
+
+
+@pytest.mark.parametrize("merge", ["spatial", "spatial_unpad"])
+def test_stitched_tiles_are_refused_before_anything_is_loaded(merge, tmp_path, capsys):
+    facts = {"model_type": "llava", "mm_vision_tower": "nowhere", "mm_patch_merge_type": merge}
+    (tmp_path / "config.json").write_text(json.dumps(facts))  # no weights: loading would say so
+    line = refused(capsys, tmp_path / "out", model_name_or_path=tmp_path)
+    assert "mm_patch_merge_type" in line and repr(merge) in line
 
 
 @pytest.mark.parametrize(

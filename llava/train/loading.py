@@ -48,6 +48,7 @@ def load_model(args: ModelArguments, training: TrainingArguments) -> Loaded:
         With one line, if what is named is no complete model or does not fit the other arguments.
     """
     facts = _read_config(args.model_name_or_path)
+    _refuse_stitched_tiles(args.model_name_or_path, facts)
     with _whole_weights():
         if "vision_config" in facts or facts.get("mm_vision_tower") or facts.get("mm_vision_config"):
             tokenizer, model, processor = _load_llava(args, training, facts)
@@ -81,6 +82,13 @@ def _read_config(path: str) -> dict:
     if not facts:
         raise ValueError(f"model_name_or_path: got {path!r}, expected a folder with config.json or a hub id")
     return facts
+
+
+def _refuse_stitched_tiles(path: str, facts: dict) -> None:
+    """Raise ValueError for a LLaVA-NeXT: batches of training do not carry the sizes that its tiles are stitched by."""
+    merge = facts.get("mm_patch_merge_type") or "flat"
+    if merge != "flat":
+        raise ValueError(f"mm_patch_merge_type: {path} has {merge!r}, expected 'flat': stitched tiles are not trained")
 
 
 @contextmanager
