@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava.model.hosted.base import TowerRun
 from llava.model.hosted.layout import Layout
 from llava.model.hosted.places import Places
-from llava.model.hosted.towers.vit import untouched
+from llava.model.hosted.tokens import untouched
 from mustdrop.hooks import ForwardState, ImageFacts, PromptFacts, Tokens, VisionStep, VisionTokens, compact, gather
 
 
@@ -29,15 +30,15 @@ class Arrival:
         The id of an image's placeholder, and of a video's.
     layouts : list of (str, Layout)
         Every image and video, in the order in which the towers were given them.
-    towers : list of VisionTokens
-        What the towers left, without prefix; empty where they ran as stock.
+    towers : list of TowerRun
+        What the towers did; empty where they ran as stock.
     """
 
     state: ForwardState
     ids: Tensor | None
     placeholders: dict[str, int]
     layouts: list[tuple[str, Layout]]
-    towers: list[VisionTokens]
+    towers: list[TowerRun]
 
 
 def enter(arrival: Arrival, embeds: Tensor, mask: Tensor | None, position: Tensor | None) -> tuple[Tensor, Tokens]:
@@ -51,8 +52,8 @@ def enter(arrival: Arrival, embeds: Tensor, mask: Tensor | None, position: Tenso
         Embeddings as the stock model has spliced them; a prompt's copies for beams lie side by side.
     mask : `[rows, length]`, optional
         Zero for padding.
-    position : int64 `[rows or 1, length]`, optional
-        Rotary positions.
+    position : int64 `[..., rows or 1, length]`, optional
+        Rotary positions, with a leading axis where a model counts along several.
     """
     rows, length = embeds.shape[:2]
     if arrival.ids is None and arrival.layouts:
@@ -66,7 +67,7 @@ def enter(arrival: Arrival, embeds: Tensor, mask: Tensor | None, position: Tenso
     places = Places.of(ids, valid, arrival.layouts, arrival.placeholders)
     if position is None:
         position = torch.arange(length, device=embeds.device)[None]
-    position = position.expand(rows, -1)[::copies]
+    position = position.expand(*position.shape[:-2], rows, -1)[..., ::copies, :]
     tokens = _record(places, position, valid)
     state = arrival.state
     if not places.counts:
@@ -90,7 +91,7 @@ def _record(places: Places, position: Tensor, valid: Tensor | None) -> Tokens:
     facts = _facts(places, places.counts, places.counts, None, (~vision & places.valid).sum(-1).tolist())
     return Tokens(
         position=position,
-        original_column=torch.arange(position.shape[1], device=device).repeat(len(position), 1),
+        original_column=torch.arange(position.shape[-1], device=device).repeat(position.shape[-2], 1),
         image=image,
         vision_index=vision_index,
         protected=torch.zeros_like(image, dtype=torch.bool),
@@ -123,11 +124,11 @@ def _images(arrival: Arrival, places: Places, embeds: Tensor, tokens: Tokens) ->
     hooks = [hook for hook in ("on_projected_features", "on_instruction") if state.overrides(hook)]
     columns = places.columns.to(embeds.device, non_blocking=True)
     shown = _shown(places, columns, embeds, bool(hooks))
-    left = _after_towers(shown, places, arrival.towers)
+    left = _after_towers(shown, places, [run.tokens for run in arrival.towers])
     with state.timed("vision", embeds.device):
         for hook in hooks:
             left = state.choose(hook, _step(hook, left, places, embeds))
-    _note_views(state, places)
+    _note_views(state, places, arrival.towers)
     lengths = left.known_lengths
     state.images.extend(
         [(lengths[image], left.patch_to_token[image, : places.counts[image]]) for image in images]
@@ -139,12 +140,20 @@ def _images(arrival: Arrival, places: Places, embeds: Tensor, tokens: Tokens) ->
     return _compacted(places, columns, left, embeds, tokens, hooks)
 
 
-def _note_views(state: ForwardState, places: Places) -> None:
+def _note_views(state: ForwardState, places: Places, towers: list[TowerRun]) -> None:
     """Say which rows of the towers' output show an image, and number what they did by slots."""
     ends = [0, *accumulate(places.views)]
     state.views.extend([list(range(*ends[image : image + 2])) for image in images] for images in places.prompts)
-    if not places.plain:
-        state.vision.update({block: _by_slot(stands, places, ends) for block, stands in state.vision.items()})
+    present = [run.start for run in towers]
+    for block in sorted({block for run in towers for block in run.maps}):
+        present = [run.maps.get(block, before) for run, before in zip(towers, present, strict=True)]
+        stands = torch.cat([_widened(stands, places) for stands in present])
+        state.vision[block] = stands if places.plain and places.even else _by_slot(stands, places, ends)
+
+
+def _widened(of_patches: Tensor, places: Places) -> Tensor:
+    """Something of the patches of views `[views, patches]`, with -1 up to the number of the largest view."""
+    return F.pad(of_patches, (0, places.slot.shape[1] - of_patches.shape[1]), value=-1)
 
 
 def _by_slot(stands: Tensor, places: Places, ends: list[int]) -> Tensor:
@@ -194,7 +203,8 @@ def _after_towers(shown: VisionTokens, places: Places, towers: list[VisionTokens
         own = own if tower.valid is None else own.masked_fill(~tower.valid, -1)
         to = torch.where(own < 0, images * most, image[rows, None] * most + own)
         marks.append((to, torch.zeros_like(to, dtype=torch.bool) if tower.protected is None else tower.protected))
-        stands.append(own.gather(1, tower.patch_to_token.clamp(min=0)).masked_fill(tower.patch_to_token < 0, -1))
+        stand = own.gather(1, tower.patch_to_token.clamp(min=0)).masked_fill(tower.patch_to_token < 0, -1)
+        stands.append(_widened(stand, places))
     alive, keys = torch.zeros(2, images * most + 1, dtype=torch.bool, device=device)
     for to, protected in marks:
         alive.scatter_(0, to.flatten(), True)
@@ -202,17 +212,23 @@ def _after_towers(shown: VisionTokens, places: Places, towers: list[VisionTokens
     alive, keys = alive[:-1].view(images, most), keys[:-1].view(images, most)
     stand = torch.cat([of.flatten() for of in stands])[places.middle.to(device)]
     stand = torch.where(alive | (stand < 0), shown.patch_index, stand)
-    whole = places.plain and len(towers) == 1 and len(towers[0].patch_index) == images
     left = shown
     if not all(map(untouched, towers)):
-        lengths = towers[0].known_lengths if whole else alive.sum(-1).tolist()
+        # Where every patch has a slot of its own the host knows how many tokens are left, and nothing is read.
+        lengths = places.of_images(_known(towers)) if places.plain else alive.sum(-1).tolist()
         left = shown.select(alive, lengths, stand, order=_order(towers, places, alive))
         keys = keys.gather(1, left.patch_index)
         keys = keys if left.valid is None else keys & left.valid
     if all(tower.protected is None for tower in towers):
         return left
-    known = towers[0].keys if whole else None
+    numbers = [tower.keys or (0,) * len(tower.patch_index) for tower in towers]
+    known = places.of_images([number for own in numbers for number in own]) if places.plain else None
     return left.with_protected(keys, keys.sum(-1).tolist() if known is None else known)
+
+
+def _known(towers: list[VisionTokens]) -> list[int]:
+    """How many tokens are left of every view."""
+    return [length for tower in towers for length in tower.known_lengths]
 
 
 def _order(towers: list[VisionTokens], places: Places, alive: Tensor) -> Tensor | None:
