@@ -101,6 +101,8 @@ def _prefill(
         )
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
         raise ValueError("attention_mask: with a reducer on it must be [batch, length], zero for padding")
+    if position_ids is not None and position_ids.dim() == 3 and len(position_ids) == 4:
+        position_ids = position_ids[1:]  # in front of M-RoPE's three axes `generate` counts the text along a fourth
     arrival = Arrival(current.state, current.ids, host.placeholder_ids, host.layouts(current.inputs), current.towers)
     hidden, tokens = enter(arrival, inputs_embeds, attention_mask, position_ids)
     model = host.text

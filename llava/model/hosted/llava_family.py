@@ -66,7 +66,9 @@ class LlavaLike(Host):
     def plain(self, inputs: dict[str, Any]) -> list[tuple[str, Layout]]:
         """Images of one view each."""
         pixels = _first(inputs, "pixel_values", "pixel_values_images")
-        return [] if pixels is None else [("image", frames(1, (self.side, self.side), self.with_cls(inputs)))] * len(pixels)
+        if pixels is None:
+            return []
+        return [("image", frames(1, (self.side, self.side), self.with_cls(inputs)))] * len(pixels)
 
 
 class Llava(LlavaLike):
