@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mustdrop.vision_tokens import VisionTokens
+
 
 @dataclass
 class Attention:
@@ -56,3 +58,17 @@ class Attention:
     def mean_over_heads(self, rows: Tensor) -> Tensor:
         """`probabilities` averaged over the heads, float32 `[batch, rows, tokens]`."""
         return self.probabilities(rows).mean(1)
+
+
+def cls_attention(attention: Attention, tokens: VisionTokens) -> Tensor:
+    """Attention that CLS pays each token of a vision encoder, mean over heads, float32 `[images, tokens]`.
+
+    Without a CLS it is what all tokens pay on average, those that are padding left out. Padding gets -1.
+    """
+    rows = torch.arange(1 if tokens.prefix else tokens.patch_index.shape[1], device=tokens.device)
+    paid = attention.mean_over_heads(rows.expand(len(tokens.patch_index), -1))
+    if tokens.valid is None:
+        return paid.mean(1)[:, tokens.prefix :]
+    if not tokens.prefix:
+        paid = paid * (tokens.valid / tokens.valid.sum(-1, keepdim=True))[..., None]
+    return paid.sum(1)[:, tokens.prefix :].masked_fill(~tokens.valid, -1)

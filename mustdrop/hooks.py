@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from mustdrop.active import activated, active, carrying
-from mustdrop.attention import Attention
+from mustdrop.attention import Attention, cls_attention
 from mustdrop.compute_plan import LayerPlan
 from mustdrop.hosts import host_of, hosting_modules
 from mustdrop.keep import Keep
@@ -58,6 +58,7 @@ __all__ = [
     "VisionTokens",
     "active",
     "carrying",
+    "cls_attention",
     "compact",
     "gather",
     "hooked_model",

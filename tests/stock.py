@@ -225,7 +225,7 @@ def qwen_inputs(texts: list[tuple[int, int]], grids: list[list[int]], family: st
     runs = [_runs(token, grid, family) for grid in grids]
     ids = ids_of([(before, run, after) for (before, after), run in zip(texts, runs, strict=True)])
     return {
-        **typed(ids),
+        **typed(family, ids),
         f"pixel_values{'_' * bool(videos)}{videos}": patches(grids),
         f"{'video' if videos else 'image'}_grid_thw": torch.tensor(grids),
     }
@@ -238,10 +238,20 @@ def _runs(token: int, grid: list[int], family: str) -> list[tuple[int, int]]:
     return [(token, each)] * frames if family == "qwen3 clips" else [(token, frames * each)]
 
 
-def typed(ids: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def typed(family: str, ids: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Ids with what the Qwens want to be told: where images stand, and where videos."""
+    if not family.startswith("qwen"):
+        return ids
     found = ids["input_ids"]
     return {**ids, "mm_token_type_ids": (found == IMAGE).int() + 2 * (found == VIDEO).int()}
+
+
+def positions(model, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Rotary positions as the stock model gives them to prompts without padding."""
+    if not hasattr(model.model, "get_rope_index"):
+        return torch.arange(given["input_ids"].shape[1])[None]
+    wanted = "input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw"
+    return model.model.get_rope_index(**{name: given[name] for name in wanted if name in given})[0]
 
 
 def alone(given: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mustdrop import ops
 from mustdrop.checks import require
-from mustdrop.hooks import Attention, Keep, Reducer, VisionStep, VisionTokens, compact, gather
+from mustdrop.hooks import Attention, Keep, Reducer, VisionStep, VisionTokens, cls_attention, compact, gather
 from mustdrop.reach import Touch, Tower
 
 
@@ -112,13 +112,3 @@ class PruMerge(Reducer):
         share = score.clamp(min=0)[:, None]  # padding, whose score is -1, adds nothing
         rest = share * ~stays[:, None]
         return torch.where(stays.gather(1, rows)[..., None], own + nearest * share, rest)
-
-
-def cls_attention(attention: Attention, tokens: VisionTokens) -> Tensor:
-    """Attention that CLS (without one: every token) pays each patch token, mean over heads, `[images, tokens]`.
-
-    Padding gets -1.
-    """
-    rows = torch.arange(tokens.prefix or tokens.patch_index.shape[1], device=tokens.hidden.device)
-    score = attention.mean_over_heads(rows.expand(len(tokens.patch_index), -1)).mean(1)[:, tokens.prefix :]
-    return score if tokens.valid is None else score.masked_fill(~tokens.valid, -1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mustdrop import ops
 from mustdrop.checks import one_of, require
-from mustdrop.hooks import Keep, Reducer, VisionStep, compact, gather
+from mustdrop.hooks import Keep, Reducer, VisionStep, cls_attention, compact, gather
 from mustdrop.reach import Touch, Tower
 
 CONTEXTUAL_SHARE = 10 / 64  # of the published 54 + 10, 108 + 20 and 162 + 30
@@ -90,7 +90,7 @@ class VisionZip(Reducer):
         if not step.last or dominant + contextual >= tokens.patch_index.shape[1]:
             return None
         official = self.compat == "official" and tokens.prefix == 1
-        stays = ops.top_count(self._score(step), dominant - official)
+        stays = ops.top_count(cls_attention(step.attention, tokens), dominant - official)
         real = torch.ones_like(stays) if tokens.valid is None else tokens.valid
         rest = [max(0, length - dominant + official) for length in tokens.known_lengths]
         others, _ = compact(~stays & real, pad="right", length=rest)
@@ -108,14 +108,6 @@ class VisionZip(Reducer):
         if not official:
             return Keep.merge(merge_into, left)
         return Keep.merge(merge_into, left, **self._official(merge_into, is_target))
-
-    def _score(self, step: VisionStep) -> Tensor:
-        """Attention that CLS (without one: every token) pays each patch token, `[images, tokens]`."""
-        tokens = step.tokens
-        rows = torch.arange(tokens.prefix or tokens.patch_index.shape[1], device=tokens.hidden.device)
-        probabilities = step.attention.probabilities(rows.expand(len(tokens.patch_index), -1))
-        score = probabilities.sum((1, 2))[:, tokens.prefix :]
-        return score if tokens.valid is None else score.masked_fill(~tokens.valid, float("-inf"))
 
     def _official(self, merge_into: Tensor, is_target: Tensor) -> dict[str, Tensor | bool]:
         """What the authors' code does: a target plus the mean of those that join it, at the end, and CLS in front."""

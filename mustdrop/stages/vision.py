@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mustdrop import ops
 from mustdrop.checks import one_of, require
-from mustdrop.hooks import Keep, Reducer, VisionStep, VisionTokens
+from mustdrop.hooks import Keep, Reducer, VisionStep, VisionTokens, cls_attention
 from mustdrop.reach import Touch, Tower, square
 from mustdrop.stages.budget import key_count, windows_to_merge
 
@@ -207,11 +207,8 @@ class KeyTokens(Reducer):
             attention = step.next_attention
         else:
             return None
-        tokens = step.tokens
-        rows = torch.arange(tokens.prefix or tokens.patches.shape[1], device=tokens.hidden.device)
-        rows = rows[: 1 if tokens.prefix else None].expand(len(tokens.hidden), -1)
-        score = attention.mean_over_heads(rows).mean(1)[:, tokens.prefix :]
-        return Keep.protect(score, [key_count(self.rate, length) for length in tokens.known_lengths])
+        counts = [key_count(self.rate, length) for length in step.tokens.known_lengths]
+        return Keep.protect(cls_attention(attention, step.tokens), counts)
 
     def _keeps_all(self, patches: int) -> bool:
         return self.retain is not None and self.retain >= patches
