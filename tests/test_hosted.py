@@ -86,7 +86,7 @@ def _every_other(model, given) -> torch.Tensor:
     return found[0]
 
 
-@pytest.mark.parametrize(("family", "text"), FAMILIES)
+@pytest.mark.parametrize(("family", "text"), [*FAMILIES, ("qwen3 clips", "qwen3")])
 def test_windows_of_yopo_equal_the_stock_model_with_all_else_masked(family, text):
     model = stock.stock(family, text)
     given = alone(inputs(family, model), 0)
@@ -105,9 +105,10 @@ def test_windows_of_yopo_equal_the_stock_model_with_all_else_masked(family, text
     near = (row[:, None] - row).abs().maximum((column[:, None] - column).abs()) <= 1
     seen[vision] = (seen[vision] & ~vision) | (near[vision] & vision)
     grids = len(row[vision].div(1024, rounding_mode="floor").unique())
-    assert grids == {"llava": 1, "next": 2, "onevision": 2, "video": 4}[family]
+    assert grids == {"next": 2, "onevision": 2, "video": 4, "qwen3 clips": 3}.get(family, 1)
     mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
-    expected = model(**{**given, "attention_mask": mask, "position_ids": torch.arange(length)[None]}).logits
+    position = stock.positions(model, given)
+    expected = model(**{**given, "attention_mask": mask, "position_ids": position}).logits
     with load_reducer({"method": "yopo", "window": 3}).on(model):
         logits = model(**given).logits
     torch.testing.assert_close(logits, expected, atol=5e-6, rtol=0)
@@ -166,8 +167,7 @@ def test_text_alone_and_beside_an_image(family, text):
     token = stock.VIDEO if family == "video" else stock.IMAGE
     words = ids_of([(3, [], 4)])
     count = int((given["input_ids"][0] == token).sum())
-    mixed = {**given, **ids_of([(4, [], 9), (3, [(token, count)], 6)])}
-    mixed = {name: value[:1] if name not in ("input_ids", "attention_mask") else value for name, value in mixed.items()}
+    mixed = {**alone(given, 0), **stock.typed(family, ids_of([(4, [], 9), (3, [(token, count)], 6)]))}
     plain, both = generate(model, words), generate(model, mixed)
     with reducer_of("mustdrop").on(model) as run:
         assert torch.equal(generate(model, words)[1], plain[1])
