@@ -103,6 +103,8 @@ def _moved(record: Any, device: torch.device) -> Any:
             return _moved(value, device)
         if isinstance(value, Windows):
             return value.to(device)
+        if isinstance(value, dict):  # notes
+            return {name: moved(own) for name, own in value.items()}
         return tuple(map(moved, value)) if isinstance(value, tuple) else value
 
     return replace(record, **{f.name: moved(getattr(record, f.name)) for f in fields(record)})
