@@ -11,6 +11,8 @@ import llava  # noqa: F401  (it hosts stock models)
 from mustdrop import Reducer, load_reducer
 from mustdrop.hooks import Keep
 
+IN_VIEWS = [*FAMILIES[1:4], ("qwen2.5 clips", "qwen2"), ("qwen3 clips", "qwen3")]
+
 
 @pytest.fixture(autouse=True)
 def _no_gradients():
@@ -239,7 +241,7 @@ def test_methods_for_videos_choose_among_frames(family, text):
 
 
 @pytest.mark.parametrize("name", ["visionzip", "prumerge", "random", "uniform", "avgpool"])
-@pytest.mark.parametrize(("family", "text"), FAMILIES[1:])
+@pytest.mark.parametrize(("family", "text"), IN_VIEWS)
 def test_what_chooses_in_the_tower_counts_an_image_with_all_its_views(family, text, name):
     model = stock.stock(family, text)
     with load_reducer({"method": name, "retain": 15}).on(model) as run:

@@ -13,8 +13,7 @@ from llava.model.hosted.base import Host
 from llava.model.hosted.decoder import Deepstack, DeepstackDecoder, HostedDecoder
 from llava.model.hosted.layout import Layout, frames
 from llava.model.hosted.towers import qwen
-from mustdrop.hooks import Reducer
-from mustdrop.reach import Tower
+from mustdrop.hooks import Reducer, Tower
 
 logger = logging.get_logger(__name__)
 
