@@ -129,14 +129,17 @@ def load_stock_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMix
     videos = any("video" in name for name in kind.get_attributes())
     if not is_torchvision_available() and videos:
         kind = _images_only(kind)
+    framed = videos and hasattr(config.vision_config, "image_size")  # Qwen takes frames of any size, as its own makes
     try:
         processor = kind.from_pretrained(folder)
-        if videos:
+        if framed:
             processor.video_processor = FrameProcessor(_video_settings(folder) or processor.image_processor.to_dict())
     except _SAID as error:
         raise ValueError(f"{folder}: no processor can be read ({first_line(error)})") from None
+    if not framed:
+        return processor
     side = config.vision_config.image_size
-    if videos and processor.video_processor.size != (side, side):
+    if processor.video_processor.size != (side, side):
         found = " x ".join(map(str, processor.video_processor.size))
         raise ValueError(f"{folder}: the processor makes frames of {found}, the vision tower takes {side} x {side}")
     return processor
