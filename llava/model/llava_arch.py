@@ -16,7 +16,7 @@ from llava.constants import IGNORE_INDEX
 from llava.model.inputs import assign_images, distinct_stacks, image_stacks, split_at_images, text_ids
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.stitched import TiledImages, has_newline, sizes_of, splice_stitched, stitches, tile_grids
+from llava.model.stitched import TiledImages, check_sizes, has_newline, sizes_of, splice_stitched, stitches, tile_grids
 from mustdrop.hooks import (
     APART,
     ForwardState,
@@ -214,7 +214,10 @@ class LlavaMetaForCausalLM:
         encoded, shown = None, distinct or dummies
         if shown:
             views, known = [len(stack) for stack in shown], {place: sizes[i] for i, place in which.items()}
-            tiles = tile_grids(self.config, [(count, known.get(place)) for place, count in enumerate(views)])
+            sized = [(count, known.get(place)) for place, count in enumerate(views)]
+            if has_newline(self.config) and state.overrides("on_projected_features"):
+                check_sizes(sized)
+            tiles = tile_grids(self.config, sized)
             encoded = self.encode_images(torch.cat(shown), state, views, tiles)
         embedding = self.get_input_embeddings()
         text = embedding(text_ids(chunks, embedding.num_embeddings).to(embedding.weight.device))
