@@ -31,11 +31,14 @@ class Entrance(AfterTower):
 class Inside(LayerwiseDrop):
     """The second stage: from some decoder layers on, shares of `retain` stay of every image.
 
-    `shares` are by first layer, a fraction of the depth. Where `retain` is all of an image's patches, nothing is done.
+    `shares` are by first layer, a fraction of the depth; `enter` is the first stage's. Where an image has too few
+    tokens for that one, more of them stay, so that the mean is met all the same; where `retain` is all its patches nothing
+    is done.
     """
 
     retain: int | float = 64
     shares: Mapping[float, float] = field(default_factory=dict)
+    enter: float = 2.0
 
     compat: ClassVar[str] = "default"
 
@@ -50,8 +53,25 @@ class Inside(LayerwiseDrop):
         retain = tokens_of(self.retain, patches)
         if retain >= patches:
             return {}
-        numbers = (min(tokens, max(1, int(share * retain))) for share in self.shares.values())
-        return dict(zip(self.asks_after(layers), numbers, strict=True))
+
+        def stages(number: float) -> dict[int, int]:
+            numbers = (min(tokens, max(1, int(share * number))) for share in self.shares.values())
+            return dict(zip(self.asks_after(layers), numbers, strict=True))
+
+        if self.enter * retain <= tokens:
+            return stages(retain)
+        mean = min(tokens, round(retain * self.mean))
+        most = tokens / min(self.shares.values())
+        return self.solve(mean, layers, tokens, patches, lambda share: stages(share * most))
+
+    @property
+    def mean(self) -> float:
+        """Tokens per layer for one of `retain`."""
+        first = [0.0, *self.shares, 1.0]
+        return sum(
+            (end - begin) * share
+            for begin, end, share in zip(first, first[1:], [self.enter, *self.shares.values()], strict=False)
+        )
 
 
 def of_text(attention: Attention, tokens: Tokens) -> tuple[Tensor, Tensor]:
