@@ -32,8 +32,8 @@ class Inside(LayerwiseDrop):
     """The second stage: from some decoder layers on, shares of `retain` stay of every image.
 
     `shares` are by first layer, a fraction of the depth; `enter` is the first stage's. Where an image has too few
-    tokens for that one, more of them stay, so that the mean is met all the same; where `retain` is all its patches nothing
-    is done.
+    tokens for that one, more of them stay, so that the mean is met all the same; where `retain` is all its patches,
+    nothing is done.
     """
 
     retain: int | float = 64
