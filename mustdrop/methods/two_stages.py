@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
+from operator import mul
 from typing import ClassVar
 
 import torch
@@ -58,7 +60,7 @@ class Inside(LayerwiseDrop):
             numbers = (min(tokens, max(1, int(share * number))) for share in self.shares.values())
             return dict(zip(self.asks_after(layers), numbers, strict=True))
 
-        if self.enter * retain <= tokens:
+        if int(self.enter * retain) <= patches:
             return stages(retain)
         mean = min(tokens, round(retain * self.mean))
         most = tokens / min(self.shares.values())
@@ -67,11 +69,8 @@ class Inside(LayerwiseDrop):
     @property
     def mean(self) -> float:
         """Tokens per layer for one of `retain`."""
-        first = [0.0, *self.shares, 1.0]
-        return sum(
-            (end - begin) * share
-            for begin, end, share in zip(first, first[1:], [self.enter, *self.shares.values()], strict=False)
-        )
+        spans = (end - first for first, end in pairwise([0.0, *self.shares, 1.0]))
+        return sum(map(mul, spans, (self.enter, *self.shares.values())))
 
 
 def of_text(attention: Attention, tokens: Tokens) -> tuple[Tensor, Tensor]:
