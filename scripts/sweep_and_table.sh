@@ -1,3 +1,4 @@
+#!/usr/bin/env bash
 # Sourced by scripts after setup.sh: runs the sweep called $name with the script's arguments, then renders the table of the
 # same name. From the environment: OUT, PROCESSES. Ends the script.
 configs="$(cd "$(dirname "${BASH_SOURCE[0]}")/../configs" && pwd)"
