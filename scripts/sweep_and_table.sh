@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Sourced by scripts after setup.sh: runs the sweep called $name with the script's arguments, then renders the table of the
-# same name. From the environment: OUT, PROCESSES. Ends the script.
-configs="$(cd "$(dirname "${BASH_SOURCE[0]}")/../configs" && pwd)"
+# The sweep of configs/sweeps called $name, then the table of the same name. Sourced by scripts that set it; ends them.
+#
+# From the environment: OUT, PROCESSES. Arguments go to `python -m eval.sweep`.
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+configs="$(dirname "${BASH_SOURCE[0]}")/../configs"
+
 OUT="${OUT:-results/$name}"
 python -m eval.sweep "$configs/sweeps/$name.yaml" --out "$OUT" ${PROCESSES:+--parallel "$PROCESSES"} "$@" &&
     failed=0 || failed=$?
