@@ -17,7 +17,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from eval.asking import AskedModel, UnfitQuestion
 from eval.stock_model import StockModel
-from eval.visuals import Visual, placed
+from eval.visuals import Visual, placed, read
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates
 from llava.mm_utils import get_model_name_from_path, load_image, process_images, tokenizer_image_token
@@ -234,6 +234,7 @@ class LoadedModel(AskedModel):
         """One tensor per visual; those that look the same are prepared once and are one tensor, encoded once."""
         if not visuals:
             return None
+        visuals = [read(visual) for visual in visuals]
         keys = [(visual.size, _digest(visual)) for visual in visuals]  # what they look like is their RGB pixels alone
         different = dict(zip(keys, visuals, strict=True))
         videos = {key: visual for key, visual in different.items() if isinstance(visual, Video)}

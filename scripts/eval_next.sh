@@ -11,15 +11,7 @@
 # same command again goes on where it stopped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-configs="$(cd "$(dirname "${BASH_SOURCE[0]}")/../configs" && pwd)"
 
 name=next
 case "$(basename "${MODEL:-llava-mini-next}")" in llava-mini*) name=next_mini ;; esac
-OUT="${OUT:-results/$name}"
-python -m eval.sweep "$configs/sweeps/$name.yaml" --out "$OUT" ${PROCESSES:+--parallel "$PROCESSES"} "$@" &&
-    failed=0 || failed=$?
-case " $* " in *" --dry-run "* | *" --detach "*) exit "$failed" ;; esac
-[ "$failed" -le 1 ] || exit "$failed" # 1: some cells failed, the others make a table all the same
-
-python -m eval.table "$configs/tables/$name.yaml" --results "$OUT"
-exit "$failed"
+source "$(dirname "${BASH_SOURCE[0]}")/sweep_and_table.sh"

@@ -11,15 +11,7 @@
 # go to `python -m eval.sweep`; the same command again goes on where it stopped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-configs="$(cd "$(dirname "${BASH_SOURCE[0]}")/../configs" && pwd)"
 
 name=video
 case "$(basename "${MODEL:-llava-mini-video}")" in llava-mini*) name=video_mini ;; esac
-OUT="${OUT:-results/$name}"
-python -m eval.sweep "$configs/sweeps/$name.yaml" --out "$OUT" ${PROCESSES:+--parallel "$PROCESSES"} "$@" &&
-    failed=0 || failed=$?
-case " $* " in *" --dry-run "* | *" --detach "*) exit "$failed" ;; esac
-[ "$failed" -le 1 ] || exit "$failed" # 1: some cells failed, the others make a table all the same
-
-python -m eval.table "$configs/tables/$name.yaml" --results "$OUT"
-exit "$failed"
+source "$(dirname "${BASH_SOURCE[0]}")/sweep_and_table.sh"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mustdrop import Reducer, load_reducer
+from mustdrop import Reducer, available_methods, load_reducer
 
 ROWS = [
     ("llava", "llama"),
@@ -32,14 +32,14 @@ METHODS = {
     "mustdrop retain": {"method": "mustdrop", "retain": 24, "filter_layers": [1, 3]},
     "mustdrop diverse": {"method": "mustdrop", "retain": 24, "filter_layers": [1, 3], "diverse": 30},
     "mustdrop_plus": {"retain": 24, "filter_layers": [1, 3]},
-    "visionzip": {"retain": 12},
     "prumerge": {},
     "prumerge+": {"method": "prumerge", "retain": 12, "plus": True},
     "tome": {"retain": 12, "per": "view"},
-    "divprune": {"retain": 12},
-    "cdpruner": {"retain": 12},
-    "vidcom2": {"retain": 12},
-    "random": {"retain": 12},
+    "hiprune": {"retain": 12, "alpha": 0.5, "object_block": 0},
+    "holov": {"retain": 12, "chunks": 5},
+    "vscan": {"retain": 12, "local_block": 0},
+    "trevs": {"retain": 8},
+    "tops": {"retain": 8},
     "uniform": {"retain": 9},
     "avgpool": {"retain": 9},
     "fastv": {"layer": 2, "drop_ratio": 0.5},
@@ -60,6 +60,8 @@ METHODS = {
         "parts": [{"method": "divprune", "retain": 20}, {"method": "fastv", "layer": 2, "drop_ratio": 0.5}],
     },
 }
+LEFT_OUT = "evs", "smallimage"  # drops nothing of an image; changes the images' size, which stock classes fix
+METHODS |= {name: {"retain": 12} for name in available_methods() if name not in (*METHODS, *LEFT_OUT)}
 ON_DEMAND = ["mustdrop", "visionzip", "prumerge", "divprune", "cdpruner", "fastv", "pyramiddrop", "yopo"]
 
 

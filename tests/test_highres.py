@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import torch
 from safetensors import safe_open
 from test_scenes import named, solve
 
-from eval import tasks
+from eval import checkpoints, run, tasks
+from eval.cell import Cell
+from eval.sweep import __main__ as sweep
 from eval.tasks import LOCAL, SUITE, mini_highres
 from llava.anyres import get_anyres_image_grid_shape, process_anyres_image
 from llava.mm_utils import tokenizer_image_token
@@ -189,3 +192,23 @@ def test_the_script_lists_vanilla_and_every_method_at_the_budgets_in_reach(tmp_p
     methods, budgets = ("mustdrop", "mustdrop_plus", "fastv", "visionzip"), ("160", "80", "40")
     wanted = {("vanilla", "-"), *((method, budget) for method in methods for budget in budgets)}
     assert cells == wanted - {("mustdrop", "40")} and "left out: no settings of mustdrop for 40 tokens" in done.stdout
+
+
+def test_protocol_flat_by_command_and_environment(monkeypatch):
+    folder = str(NEXT)
+    given = run.parser().parse_args(["--model", folder, "--protocol", "flat"])
+    assert checkpoints.loading(given)["protocol"] == "flat"
+    monkeypatch.setenv("PROTOCOL", "flat")
+    assert checkpoints.loading(run.parser().parse_args(["--model", folder]))["protocol"] == "flat"
+    plain = Cell(folder, "mini_highres", "mini_highres")
+    flat = replace(plain, protocol="flat")
+    assert flat.key != plain.key and "protocol" not in plain.identity()
+    with pytest.raises(ValueError, match="^protocol: got 'flatter'"):
+        checkpoints.check_checkpoint(folder, protocol="flatter")
+
+
+def test_protocol_flat_in_a_sweep(tmp_path, capsys):
+    lines = f"models: [{{model: {NEXT}, protocol: flat}}]\ntasks: [mini_highres]\n"
+    (tmp_path / "flat.yaml").write_text(lines + "methods: [fastv]\nretain: [160]\n")
+    assert sweep.main([str(tmp_path / "flat.yaml"), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert "llava-mini-next-flat" in capsys.readouterr().out

@@ -148,3 +148,21 @@ def test_new_states_after_a_layer_go_on_without_a_drop():
         torch.testing.assert_close(logits, ours()(**given).logits)
     finally:
         hook.remove()
+
+
+def test_what_is_noted_of_tokens_goes_with_them():
+    """The note is the patch a token sits on, numbered through the views of its image once these are joined."""
+    hidden = torch.randn(3, 1 + 6, 4)
+    tokens = VisionTokens.from_patches(hidden, (2, 3))
+    tokens = Keep.note(patch=tokens.patch_index.float()).apply(tokens)
+    tokens = Keep.top(torch.rand(3, 6), [2, 3, 5]).apply(tokens)
+    real = tokens.valid_with_prefix[:, 1:]
+    assert torch.equal(tokens.notes["patch"][real].long(), tokens.patch_index[real])
+    joined = tokens.joined([2, 1])
+    assert torch.equal(joined.notes["patch"][joined.valid].long(), joined.patch_index[joined.valid] % 6)
+    swapped = joined.rows([1, 0, 1])
+    assert torch.equal(swapped.notes["patch"][swapped.valid].long(), swapped.patch_index[swapped.valid] % 6)
+    more = Keep.note(other=torch.zeros(2, joined.patch_index.shape[1])).apply(joined)
+    assert set(more.notes) == {"patch", "other"}
+    with_cls = tokens.with_prefix_as_tokens()
+    assert torch.equal(with_cls.notes["patch"][:, 1:], tokens.notes["patch"])

@@ -80,7 +80,7 @@ METHODS = {
     "scope": (SCOPE(30), SCOPE(PATCHES)),
     "mmr": (MMR(30), MMR(PATCHES)),
     "hiprune": (HiPrune(30, 0.5, 1), HiPrune(PATCHES)),
-    "hiprune, official": (HiPrune(30, 0.5, 1, "official"), HiPrune(PATCHES, compat="official")),
+    "hiprune, official": (HiPrune(30, 0.5, 1, compat="official"), HiPrune(PATCHES, compat="official")),
     "holov": (HoloV(30, 5), HoloV(PATCHES)),
     "vispruner": (VisPruner(30), VisPruner(PATCHES)),
     "vscan": (VScan(30, 1), VScan(PATCHES)),

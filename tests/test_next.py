@@ -15,7 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llava.mm_utils import process_images
 from llava.model import LlavaLlamaForCausalLM
-from mustdrop import Reducer
+from mustdrop import Reducer, load_reducer
 from mustdrop.macs import Workload, costs
 from mustdrop.shape import ModelShape
 
@@ -152,3 +152,13 @@ def test_sizes_that_do_not_fit_the_tiles_are_named():
         with pytest.raises(ValueError, match=line) as error:
             model.splice(given, images=pixels, image_sizes=sizes)
         assert "\n" not in str(error.value)
+
+
+def test_a_method_that_orders_tiles_needs_their_sizes():
+    """VisionZip as published lays tiles out by the image's shape; without it, it would leave them as they come."""
+    model, given = native(), prompts([(3, 1, 4)])["input_ids"]
+    official = load_reducer({"method": "visionzip", "dominant": 4, "contextual": 2, "compat": "official"})
+    with official.on(model), pytest.raises(ValueError, match="image_sizes: left out"):
+        model(given, images=stacks([SIZES["wide"]]))
+    with official.on(model):
+        model(given, images=stacks([SIZES["wide"]]), image_sizes=[SIZES["wide"]])

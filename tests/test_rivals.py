@@ -316,7 +316,7 @@ def test_cdpruner_asks_every_prompt_about_a_shared_picture():
 
 def test_smallimage_sees_the_whole_picture_in_fewer_patches():
     trace = trace_of({"method": "smallimage", "retain": 50})
-    assert trace.images == [{"patches": 49, "views": 1, "tokens": 49, "blocks": []}]
+    assert trace.images == [{"patches": 49, "views": 1, "tokens": 49, "tokens_per_view": [49.0], "blocks": []}]
     assert trace.vision_tokens == [49] * LAYERS
     ramp = torch.arange(168.0).expand(1, 3, 168, 168) - 3 * torch.arange(168.0)[:, None]
     smaller = load_reducer({"method": "smallimage", "retain": 36}).on_pixels(ramp, 14)

@@ -61,6 +61,12 @@ def sizes_of(image_sizes: Sequence | Tensor | None, stacks: list[Tensor]) -> lis
     return [tuple(map(int, size)) for size in sizes]
 
 
+def check_sizes(images: Sequence[tuple[int, tuple[int, int] | None]]) -> None:
+    """Raise ValueError if an image of several views, given as their number and its size, has no size."""
+    if any(views > 1 and size is None for views, size in images):
+        raise ValueError("image_sizes: left out, this method orders tiles by the (width, height) of each image")
+
+
 def tile_grid(config, views: int, size: tuple[int, int] | None) -> tuple[int, int]:
     """Rows and columns of the tiles of an image of so many views and a size (width, height); (0, 0) of a single view.
 

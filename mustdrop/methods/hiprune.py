@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mustdrop import ops
 from mustdrop.attention import cls_attention
-from mustdrop.checks import check_layers, one_of, require
+from mustdrop.checks import check_layers, require
 from mustdrop.hooks import Keep, VisionStep
 from mustdrop.methods.salience import InTower
 from mustdrop.reach import Touch, Tower
@@ -26,10 +26,10 @@ class HiPrune(InTower):
     block of the vision encoder are anchors and stay with their four neighbours; the other places go to the best of the
     last block that is run. It needs no CLS and no question.
 
+    `retain`, `compat` and `per` as in `InTower`.
+
     Parameters
     ----------
-    retain : int or float
-        Tokens that every image keeps with all its views; a float is a share of its patches.
     alpha : float
         Share of them that are anchors and neighbours.
     object_block : int or float
@@ -37,26 +37,14 @@ class HiPrune(InTower):
     compat : {"default", "official"}
         "official": positions are consecutive, and the left neighbour of a row's first patch is the last one of the row
         above.
-    per : {"image", "view"}
-        "view": so many of every tile or frame.
-
-    Raises
-    ------
-    ValueError
-        If a setting is out of range.
     """
 
-    retain: int | float = 64
     alpha: float = 0.1
     object_block: int | float = 8 / 24
-    compat: str = "default"
-    per: str = field(default="image", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("compat", self.compat, ("default", "official"))
         require(0 <= self.alpha <= 1, "alpha", self.alpha, "between 0 and 1")
-        self.positions = "renumber" if self.compat == "official" else "original"
 
     def check(self, layers: int, blocks: int) -> None:
         check_layers("object_block", [self.object_block], blocks)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from mustdrop.attention import cls_attention
-from mustdrop.checks import one_of, require
+from mustdrop.checks import require
 from mustdrop.greedy import Coverage, cosines, in_turn
 from mustdrop.hooks import Keep, VisionStep
 from mustdrop.methods.salience import InTower
@@ -21,33 +21,19 @@ class SCOPE(InTower):
     block that is run) times what it adds to the coverage of the image is largest. A token is covered as well as it is
     similar, by cosine, to the chosen one most similar to it. An encoder without CLS takes what all tokens pay.
 
+    `retain`, `compat` and `per` as in `InTower`.
+
     Parameters
     ----------
-    retain : int or float
-        Tokens that every image keeps with all its views; a float is a share of its patches.
     alpha : float
         Exponent of the attention; 0 leaves coverage alone.
-    compat : {"default", "official"}
-        "official": positions are consecutive.
-    per : {"image", "view"}
-        "view": so many of every tile or frame.
-
-    Raises
-    ------
-    ValueError
-        If a setting is out of range.
     """
 
-    retain: int | float = 64
     alpha: float = 1.0
-    compat: str = "default"
-    per: str = field(default="image", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("compat", self.compat, ("default", "official"))
         require(self.alpha >= 0, "alpha", self.alpha, "0 or more")
-        self.positions = "renumber" if self.compat == "official" else "original"
 
     def after_vision_block(self, step: VisionStep) -> Keep | None:
         tokens = step.tokens

@@ -61,7 +61,10 @@ class TOPS(Compose):
         unit, number = (1 / MEAN, self.retain) if self.retain is not None else (1.0, self.tokens or 64)
         shares = {first: share * unit for first, share in STAGES.items()}
         first, *later = self.weights
-        parts = [_ByImage(number, ENTER * unit, self.alpha, first), _ByText(number, shares, self.alpha, tuple(later))]
+        parts = [
+            _ByImage(number, ENTER * unit, self.alpha, first),
+            _ByText(number, shares, ENTER * unit, self.alpha, tuple(later)),
+        ]
         super().__init__(parts)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
+from operator import mul
 from typing import ClassVar
 
 import torch
@@ -31,11 +33,14 @@ class Entrance(AfterTower):
 class Inside(LayerwiseDrop):
     """The second stage: from some decoder layers on, shares of `retain` stay of every image.
 
-    `shares` are by first layer, a fraction of the depth. Where `retain` is all of an image's patches, nothing is done.
+    `shares` are by first layer, a fraction of the depth; `enter` is the first stage's. Where an image has too few
+    tokens for that one, more of them stay, so that the mean is met all the same; where `retain` is all its patches,
+    nothing is done.
     """
 
     retain: int | float = 64
     shares: Mapping[float, float] = field(default_factory=dict)
+    enter: float = 2.0
 
     compat: ClassVar[str] = "default"
 
@@ -50,8 +55,22 @@ class Inside(LayerwiseDrop):
         retain = tokens_of(self.retain, patches)
         if retain >= patches:
             return {}
-        numbers = (min(tokens, max(1, int(share * retain))) for share in self.shares.values())
-        return dict(zip(self.asks_after(layers), numbers, strict=True))
+
+        def stages(number: float) -> dict[int, int]:
+            numbers = (min(tokens, max(1, int(share * number))) for share in self.shares.values())
+            return dict(zip(self.asks_after(layers), numbers, strict=True))
+
+        if int(self.enter * retain) <= patches:
+            return stages(retain)
+        mean = min(tokens, round(retain * self.mean))
+        most = tokens / min(self.shares.values())
+        return self.solve(mean, layers, tokens, patches, lambda share: stages(share * most))
+
+    @property
+    def mean(self) -> float:
+        """Tokens per layer for one of `retain`."""
+        spans = (end - first for first, end in pairwise([0.0, *self.shares, 1.0]))
+        return sum(map(mul, spans, (self.enter, *self.shares.values())))
 
 
 def of_text(attention: Attention, tokens: Tokens) -> tuple[Tensor, Tensor]:

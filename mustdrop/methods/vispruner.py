@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mustdrop.attention import cls_attention
-from mustdrop.checks import one_of, require
+from mustdrop.checks import require
 from mustdrop.hooks import Keep, VisionStep
 from mustdrop.methods.salience import InTower
 
@@ -25,33 +25,19 @@ class VisPruner(InTower):
     few that are most similar to one of the tokens between them go, by cosine. The rest is put in order by these
     similarities for the next round, so that rounding may change all that follows.
 
+    `retain`, `compat` and `per` as in `InTower`.
+
     Parameters
     ----------
-    retain : int or float
-        Tokens that every image keeps with all its views; a float is a share of its patches.
     important_ratio : float
         Share of them that goes by attention.
-    compat : {"default", "official"}
-        "official": positions are consecutive.
-    per : {"image", "view"}
-        "view": so many of every tile or frame.
-
-    Raises
-    ------
-    ValueError
-        If a setting is out of range.
     """
 
-    retain: int | float = 64
     important_ratio: float = 0.5
-    compat: str = "default"
-    per: str = field(default="image", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("compat", self.compat, ("default", "official"))
         require(0 <= self.important_ratio <= 1, "important_ratio", self.important_ratio, "between 0 and 1")
-        self.positions = "renumber" if self.compat == "official" else "original"
 
     def after_vision_block(self, step: VisionStep) -> Keep | None:
         tokens = step.tokens

@@ -53,7 +53,10 @@ class VScan(Compose):
     def __post_init__(self) -> None:
         one_of("compat", self.compat, ("default", "official"))
         official = self.compat == "official"
-        parts = [_LocalAndGlobal(self.retain, 1.5, self.local_block, official), _ByLastToken(self.retain, {0.5: 0.5})]
+        parts = [
+            _LocalAndGlobal(self.retain, 1.5, self.local_block, official),
+            _ByLastToken(self.retain, {0.5: 0.5}, 1.5),
+        ]
         super().__init__(parts, *(("renumber", "cache_length") if official else ("original", "continue")))
 
 

@@ -16,8 +16,9 @@ from llava.model.language_model.arguments import check_generation, new_tokens, o
 from llava.model.language_model.cache import CACHE_NAME, VisionCache
 from llava.model.language_model.decoder import LlavaConfig, LlavaLlamaModel
 from llava.model.language_model.loop import Record
-from llava.model.llava_arch import LlavaMetaForCausalLM, Prompt, text_prompt
+from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.masks import labels_of
+from llava.model.prompts import Prompt, text_prompt
 from mustdrop.hooks import carrying
 
 __all__ = ["LlavaConfig", "LlavaLlamaForCausalLM", "LlavaLlamaModel"]
