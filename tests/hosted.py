@@ -21,9 +21,14 @@ ROWS = [
     ("qwen2.5 clips", "qwen2"),
     ("qwen3", "qwen3"),
     ("qwen3 clips", "qwen3"),
+    ("internvl", "qwen2"),
+    ("internvl", "qwen3"),
+    ("internvl", "llama"),
+    ("internvl", "phi3"),
 ]
 QWENS = [("qwen2", "qwen2"), ("qwen2.5", "qwen2"), ("qwen3", "qwen3")]
-FAMILIES = [("llava", "llama"), ("next", "llama"), ("onevision", "qwen2"), ("video", "llama"), *QWENS]
+LLAVAS = [("llava", "llama"), ("next", "llama"), ("onevision", "qwen2"), ("video", "llama")]
+FAMILIES = [*LLAVAS, *QWENS, ("internvl", "qwen2")]
 METHODS = {
     "vanilla": {"method": "vanilla"},
     "mustdrop": {"filter_layers": [1, 3], "similarity_threshold": 0.2, "global_threshold": 0.01},

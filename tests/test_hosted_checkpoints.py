@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import stock
+import stock_folders
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -14,17 +15,26 @@ from eval.checkpoints import check_checkpoint
 from llava.model.builder import load_pretrained_model
 from mustdrop import load_reducer
 
-KINDS = [("llava", "qwen2"), ("next", "mistral"), ("onevision", "qwen2"), ("video", "llama")]
+KINDS = [
+    ("llava", "qwen2"),
+    ("next", "mistral"),
+    ("onevision", "qwen2"),
+    ("video", "llama"),
+    ("qwen2", "qwen2"),
+    ("qwen2.5", "qwen2"),
+    ("qwen3", "qwen3"),
+    ("internvl", "qwen2"),
+]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(kind))
 def folder(request, tmp_path_factory, tokenizer_folder):
-    return stock.save(tmp_path_factory.mktemp("stock") / request.param[0], *request.param, tokenizer_folder)
+    return stock_folders.save(tmp_path_factory.mktemp("stock") / request.param[0], *request.param, tokenizer_folder)
 
 
 @pytest.fixture
 def other(tmp_path, tokenizer_folder):
-    return stock.save(tmp_path / "next", "next", "llama", tokenizer_folder)
+    return stock_folders.save(tmp_path / "next", "next", "llama", tokenizer_folder)
 
 
 def images() -> list[Image.Image]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import clips
 import pytest
 import stock
+import stock_folders
 
 from eval import calibrate, predictions, run, tasks
 from eval.collect import collect
@@ -48,7 +49,9 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="module")
 def video_llava(tmp_path_factory, tokenizer_folder):
-    return stock.save(tmp_path_factory.mktemp("stock") / "Video-LLaVA-tiny-hf", "video", "llama", tokenizer_folder)
+    return stock_folders.save(
+        tmp_path_factory.mktemp("stock") / "Video-LLaVA-tiny-hf", "video", "llama", tokenizer_folder
+    )
 
 
 # Files
