@@ -40,7 +40,7 @@ METHODS = {
     "prumerge": {},
     "prumerge+": {"method": "prumerge", "retain": 12, "plus": True},
     "tome": {"retain": 12, "per": "view"},
-    "hiprune": {"retain": 12, "alpha": 0.5, "object_block": 0},
+    "hiprune": {"retain": 12, "alpha": 0.5, "object_block": 1},
     "holov": {"retain": 12, "chunks": 5},
     "vscan": {"retain": 12, "local_block": 0},
     "trevs": {"retain": 8},

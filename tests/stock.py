@@ -107,8 +107,8 @@ def _qwen2(text: str, **more):
     return hf.Qwen2VLForConditionalGeneration(config)
 
 
-def _qwen25(text: str, **more):
-    vision = {**QWEN_VISION, **GATED, "window_size": 112, "fullatt_block_indexes": [1, 3]}
+def _qwen25(text: str, full: list[int] | None = None, **more):
+    vision = {**QWEN_VISION, **GATED, "window_size": 112, "fullatt_block_indexes": full or [1, 3]}
     config = hf.Qwen2_5_VLConfig(text_config=_mrope(2, 3, 3), vision_config=vision, **QWEN_IDS, **more)
     return hf.Qwen2_5_VLForConditionalGeneration(config)
 

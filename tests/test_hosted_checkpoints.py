@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from eval import run
 from eval.checkpoints import check_checkpoint
 from llava.model.builder import load_pretrained_model
+from llava.model.hosted.pixels import limited
 from mustdrop import load_reducer
 
 KINDS = [
@@ -101,3 +102,64 @@ def test_stock_folders_that_cannot_be_hosted_are_refused_in_one_line(other):
     (other / "config.json").write_text(json.dumps(facts))
     (other / "model.safetensors").unlink()
     refused(other, "weights")
+
+
+@pytest.fixture(scope="module", params=[("qwen2", "qwen2"), ("qwen2.5", "qwen2"), ("qwen3", "qwen3")], ids="-".join)
+def qwen(request, tmp_path_factory, tokenizer_folder):
+    return stock_folders.save(tmp_path_factory.mktemp("qwen") / "folder", *request.param, tokenizer_folder)
+
+
+@torch.no_grad()
+def test_smallimage_is_the_pixel_budget_of_the_processor(qwen):
+    tokenizer, model, processor, _ = load_pretrained_model(qwen, device="cpu")
+    shown = [Image.new("RGB", size, "blue") for size in ((300, 200), (150, 420), (60, 60), (1400, 30))]
+
+    def prepared(processor):
+        prompt = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
+        return processor(
+            images=shown, text=[prompt] * len(shown), padding=True, padding_side="left", return_tensors="pt"
+        )
+
+    def tokens(processor):
+        return (prepared(processor)["image_grid_thw"].prod(-1) // 4).tolist()
+
+    whole, side = tokens(processor), processor.image_processor.patch_size * 2
+    for settings in ({"method": "smallimage", "retain": 12}, {"method": "smallimage", "retain": 2}):
+        reducer = load_reducer(settings)
+        small = limited(processor, reducer)
+        found, retain = tokens(small), settings["retain"]
+        assert max(found[:3]) <= retain < max(whole) and small.image_processor.size["longest_edge"] == retain * side**2
+        with reducer.on(model) as run:
+            model.generate(**prepared(small), max_new_tokens=2, do_sample=False)
+        assert [trace.vision_tokens[0] for trace in run.traces] == found
+        with pytest.raises(ValueError, match=f"retain is {retain}: it must be"), reducer.on(model):
+            model.generate(**prepared(processor), max_new_tokens=2, do_sample=False)
+    assert tokens(processor) == whole  # the processor itself is what it was
+    assert limited(processor, load_reducer({"method": "fastv", "layer": 2, "drop_ratio": 0.5})) is processor
+
+
+@pytest.mark.parametrize("retain", [36, 108, 150, 10000])
+def test_smallimage_of_internvl_is_a_number_of_tiles(tmp_path, tokenizer_folder, retain):
+    folder = stock_folders.save(tmp_path / "internvl", "internvl", "qwen2", tokenizer_folder)
+    _, model, processor, _ = load_pretrained_model(folder, device="cpu")
+    small = limited(processor, load_reducer({"method": "smallimage", "retain": retain}))
+    pixels = small(images=[Image.new("RGB", (900, 600))], text=["<IMG_CONTEXT>"], return_tensors="pt")["pixel_values"]
+    tiles = {36: 1, 108: 3, 150: 4, 10000: 7}[retain]  # a thumbnail among them where there are several
+    assert len(pixels) <= tiles and 36 * tiles <= max(retain, 36)
+    assert len(pixels) == {36: 1, 108: 3, 150: 3, 10000: 7}[retain]
+    with pytest.raises(ValueError, match="retain is 35: it must be at least 36, the tokens of one tile"):
+        limited(processor, load_reducer({"method": "smallimage", "retain": 35}))
+
+
+@pytest.mark.parametrize(("family", "text"), [("qwen2.5", "qwen2"), ("internvl", "qwen2")])
+def test_the_plugin_asks_with_smaller_images(tmp_path, tokenizer_folder, family, text):
+    from eval.inference import LoadedModel
+    from eval.lmms import LlavaMustDrop
+
+    loaded = LoadedModel.load(str(stock_folders.save(tmp_path / family, family, text, tokenizer_folder)), device="cpu")
+    plugin = LlavaMustDrop(loaded=loaded, method="smallimage", retain=36)
+    prepared = plugin._prepare(["the dog"], [[Image.new("RGB", (900, 600))]])
+    texts, traces = plugin._generate(prepared, {"max_new_tokens": 2, "do_sample": False})
+    assert len(texts) == 1 and 0 < traces[0].vision_tokens[0] <= 36
+    whole = loaded.prepare([loaded.prompt("the dog", 1)], [[Image.new("RGB", (900, 600))]])
+    assert len(whole["input_ids"][0]) > len(prepared["input_ids"][0])

@@ -23,6 +23,7 @@ class InternVL(OneLayerHost):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("internvl_vision",)
+    any_size: ClassVar[bool] = True
     frames_are_tiles: ClassVar[bool] = True
 
     @property
@@ -39,11 +40,16 @@ class InternVL(OneLayerHost):
         pixels = inputs.get("pixel_values")
         if pixels is None or not len(pixels):
             return []
-        sides = zip(pixels.shape[-2:], self.vision_config.patch_size, strict=True)
-        grid = tuple(size // patch // self.merge for size, patch in sides)
+        grid = self.grid(pixels)
         tiles = self.tiles(inputs.get("input_ids"), len(pixels), grid[0] * grid[1])
         known = {count: frames(count, grid) for count in set(tiles)}
         return [("image", known[count]) for count in tiles]
+
+    def grid(self, pixels: Tensor) -> tuple[int, int]:
+        """Rows and columns of units of tiles `[tiles, 3, height, width]`."""
+        sides = zip(pixels.shape[-2:], self.vision_config.patch_size, strict=True)
+        rows, columns = (size // patch // self.merge for size, patch in sides)
+        return rows, columns
 
     def tiles(self, ids: Tensor | None, total: int, each: int) -> list[int]:
         """Tiles of each image, in their order, from prompts `[prompts, length]` with `each` placeholders for a tile.

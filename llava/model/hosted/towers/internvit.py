@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from llava.model.hosted.base import TOWER_HOOKS, OneLayerHost, current_of
+from llava.model.hosted.base import BLOCK_HOOKS, OneLayerHost, current_of
 from llava.model.hosted.towers.attention import Rotary
 from llava.model.hosted.towers.units import Group, UnitTower
 from mustdrop.hooks import VisionTokens
@@ -61,15 +61,13 @@ def forward(host: OneLayerHost, tower: nn.Module, stock: Callable, pixel_values:
     if current is None:
         return stock(pixel_values, **kwargs)
     with current.state.timed("vision", pixel_values.device):
-        if not any(map(current.state.overrides, TOWER_HOOKS)):
+        if not any(map(current.state.overrides, BLOCK_HOOKS)):
             return stock(pixel_values, **kwargs)
         layer = host.asked_layer(kwargs.get("output_hidden_states"), current.state.reducer)
         views = current.views(len(pixel_values))
-        pixels = current.state.pixels(pixel_values, tower.config.patch_size[0], views)
-        states = tower.embeddings(pixels)
+        states = tower.embeddings(pixel_values)
         blocks = tower.encoder.layer[: layer % (len(tower.encoder.layer) + 1)]
-        grid = tuple(size // patch for size, patch in zip(pixels.shape[-2:], tower.config.patch_size, strict=True))
-        group = group_of(grid, host.merge, views, states.device)
+        group = group_of(host.grid(pixel_values), host.merge, views, states.device)
         call = UnitTower(current.state, [InternBlock(block) for block in blocks], host.merge**2, [group])
         for block in blocks:
             states = block(states, units=call)
@@ -89,10 +87,10 @@ def block(index: int, module: nn.Module, stock: Callable, states: Tensor, units:
     )
 
 
-def group_of(patches: tuple[int, int], merge: int, views: list[int], device: torch.device) -> Group:
-    """The tiles of a call, of so many rows and columns of patches each; `views` are how many show one image each."""
-    rows, columns = patches[0] // merge, patches[1] // merge
-    tiles, length = sum(views), 1 + patches[0] * patches[1]
+def group_of(grid: tuple[int, int], merge: int, views: list[int], device: torch.device) -> Group:
+    """The tiles of a call, of so many rows and columns of units each; `views` are how many show one image each."""
+    rows, columns = grid
+    tiles, length = sum(views), 1 + rows * columns * merge**2
     raster = torch.arange(1, length, device=device).view(rows, merge, columns, merge)
     inside = torch.cat([raster.new_zeros(1), raster.transpose(1, 2).flatten()])  # CLS, then unit by unit
     place = torch.arange(tiles, device=device)[:, None] * length + inside
