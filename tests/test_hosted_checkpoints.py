@@ -26,16 +26,12 @@ KINDS = [
     ("qwen3", "qwen3"),
     ("internvl", "qwen2"),
 ]
+TEXTS = dict(KINDS)
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(kind))
 def folder(request, tmp_path_factory, tokenizer_folder):
     return stock_folders.save(tmp_path_factory.mktemp("stock") / request.param[0], *request.param, tokenizer_folder)
-
-
-@pytest.fixture
-def other(tmp_path, tokenizer_folder):
-    return stock_folders.save(tmp_path / "next", "next", "llama", tokenizer_folder)
 
 
 def images() -> list[Image.Image]:
@@ -75,33 +71,73 @@ def test_stock_folder_is_looked_over_and_evaluated(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change", ["missing", "foreign", "shape"])
-def test_weights_of_a_stock_folder_that_do_not_fit_are_named(other, change):
-    file = other / "model.safetensors"
-    weights = load_file(file)
-    name = next(name for name in weights if name.endswith("image_newline"))
+@pytest.mark.parametrize(
+    ("family", "weight"),
+    [
+        ("next", "image_newline"),
+        ("qwen2.5", "merger.mlp.0.bias"),
+        ("qwen3", "pos_embed.weight"),
+        ("internvl", "lambda_1"),
+    ],
+)
+def test_weights_of_a_stock_folder_that_do_not_fit_are_named(tmp_path, tokenizer_folder, family, weight, change):
+    folder = stock_folders.save(tmp_path / family, family, TEXTS[family], tokenizer_folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith(weight))
     if change == "missing":
         del weights[name]
     elif change == "foreign":
         weights["model.resampler.weight"] = torch.zeros(2, 2)
     else:
         weights[name] = torch.zeros(7)
-    save_file(weights, file, {"format": "pt"})
-    refused(other, "1 weights (are missing or of another shape|have no place)")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    named = "resampler" if change == "foreign" else weight.split(".")[0]
+    refused(folder, f"1 weights (are missing or of another shape|have no place).*{named}")
 
 
-def test_stock_folders_that_cannot_be_hosted_are_refused_in_one_line(other):
-    refused(other, "model_base is 'x': llava_next is a whole model", model_base="x")
-    refused(other, "compile: llava_next is transformers' own class", compile=True)
-    facts = json.loads((other / "config.json").read_text())
-    for part, kind in (("text_config", "gemma"), ("vision_config", "pixtral")):
-        changed = {**facts, part: {**facts[part], "model_type": kind}}
-        (other / "config.json").write_text(json.dumps(changed))
-        refused(other, rf"{part}.model_type is '{kind}': supported are")
-        with pytest.raises(ValueError, match="MODEL: .*model_type"):
-            check_checkpoint(str(other))
-    (other / "config.json").write_text(json.dumps(facts))
-    (other / "model.safetensors").unlink()
-    refused(other, "weights")
+@pytest.mark.parametrize("family", ["next", "qwen2", "qwen2.5", "qwen3", "internvl"])
+def test_stock_folders_that_cannot_be_hosted_are_refused_in_one_line(tmp_path, tokenizer_folder, family):
+    folder = stock_folders.save(tmp_path / "llava-v1.5-7b-lora", family, TEXTS[family], tokenizer_folder)
+    facts = json.loads((folder / "config.json").read_text())
+    kind = facts["model_type"]
+    refused(folder, f"model_base is 'x': {kind} is a whole model", model_base="x")
+    refused(folder, f"compile: {kind} is transformers' own class", compile=True)
+    refused(folder, f"protocol is 'flat': {kind} is transformers' own class", protocol="flat")
+    for part, other in (("text_config", "gemma"), ("vision_config", "pixtral")):
+        changed = {**facts, part: {**facts[part], "model_type": other}}
+        (folder / "config.json").write_text(json.dumps(changed))
+        refused(folder, rf"{part}.model_type is '{other}': supported are|config.json: ")
+        with pytest.raises(ValueError, match="MODEL: .*(model_type|config.json)"):
+            check_checkpoint(str(folder))
+    (folder / "config.json").write_text(json.dumps(facts))
+    (folder / "model.safetensors").rename(folder / "away")
+    refused(folder, "weights")
+    (folder / "away").rename(folder / "model.safetensors")
+    (folder / "preprocessor_config.json").unlink()
+    refused(folder, "no processor can be read")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen2", "qwen2.5"])
+def test_configurations_as_qwen_has_published_them(tmp_path, tokenizer_folder, family):
+    """The text model's fields beside the others, the kind of rotary embedding under its old name."""
+    folder = stock_folders.save(tmp_path / family, family, "qwen2", tokenizer_folder)
+    ids = torch.randint(3, 140, (1, 9))
+    logits = load_pretrained_model(folder, device="cpu")[1](input_ids=ids).logits
+    facts = json.loads((folder / "config.json").read_text())
+    text, rope = facts.pop("text_config"), {}
+    rope = text.pop("rope_parameters")
+    flat = {name: value for name, value in text.items() if name not in ("model_type", "layer_types", "dtype")}
+    facts |= flat | {"rope_theta": rope["rope_theta"], "sliding_window": 32768, "use_sliding_window": False}
+    facts["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    facts["vision_config"] = {
+        k: v for k, v in facts["vision_config"].items() if k not in ("model_type", "rope_parameters")
+    }
+    (folder / "config.json").write_text(json.dumps(facts))
+    tokenizer, model, _, context = load_pretrained_model(folder, model_name="llava-v1.5-7b", device="cpu")
+    assert torch.equal(model(input_ids=ids).logits, logits) and context == 32768
+    with load_reducer({"method": "fastv", "layer": 2, "drop_ratio": 0.5}).on(model):
+        torch.testing.assert_close(model(input_ids=ids).logits, logits, rtol=0, atol=2e-6)
 
 
 @pytest.fixture(scope="module", params=[("qwen2", "qwen2"), ("qwen2.5", "qwen2"), ("qwen3", "qwen3")], ids="-".join)
