@@ -1,6 +1,7 @@
 """Folders of stock models: loaded with their processor, evaluated, and refused in one line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -199,3 +200,11 @@ def test_the_plugin_asks_with_smaller_images(tmp_path, tokenizer_folder, family,
     assert len(texts) == 1 and 0 < traces[0].vision_tokens[0] <= 36
     whole = loaded.prepare([loaded.prompt("the dog", 1)], [[Image.new("RGB", (900, 600))]])
     assert len(whole["input_ids"][0]) > len(prepared["input_ids"][0])
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "internvl"])
+def test_a_llava_that_says_it_is_another_model_is_refused(checkpoint, tmp_path, kind):
+    folder = shutil.copytree(checkpoint, tmp_path / "folder")
+    facts = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**facts, "model_type": kind}))
+    refused(folder, "no processor can be read|weights are missing|model_type is|config.json: ")
