@@ -57,7 +57,7 @@ EXTRAS = {
     "lock": ["uv"],
     "cluster": SWEEPS,
     "demo": ["gradio>=5"],
-    "test": ["pytest>=8", "ruff>=0.9", *TRAIN, *QUANTISED],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", *TRAIN, *QUANTISED],
 }
 EXTRAS["dev"] = sorted({need for name in ("eval-light", "cluster", "demo", "test") for need in EXTRAS[name]})
 
