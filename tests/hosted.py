@@ -15,8 +15,15 @@ ROWS = [
     ("onevision", "qwen2"),
     ("video", "llama"),
     ("llava", "sliding"),
+    ("qwen2", "qwen2"),
+    ("qwen2 clips", "qwen2"),
+    ("qwen2.5", "qwen2"),
+    ("qwen2.5 clips", "qwen2"),
+    ("qwen3", "qwen3"),
+    ("qwen3 clips", "qwen3"),
 ]
-FAMILIES = [("llava", "llama"), ("next", "llama"), ("onevision", "qwen2"), ("video", "llama")]
+QWENS = [("qwen2", "qwen2"), ("qwen2.5", "qwen2"), ("qwen3", "qwen3")]
+FAMILIES = [("llava", "llama"), ("next", "llama"), ("onevision", "qwen2"), ("video", "llama"), *QWENS]
 METHODS = {
     "vanilla": {"method": "vanilla"},
     "mustdrop": {"filter_layers": [1, 3], "similarity_threshold": 0.2, "global_threshold": 0.01},

@@ -91,7 +91,51 @@ def _video(text: str, **more):
     return hf.VideoLlavaForConditionalGeneration(config)
 
 
-FAMILIES = {"llava": _llava, "next": _next, "onevision": _onevision, "video": _video}
+QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 152, "vision_end_token_id": 153}
+QWEN_VISION = {"depth": 4, "num_heads": 4, "patch_size": 14}
+GATED = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64}
+QWEN_GRIDS = [[1, 12, 16], [1, 20, 12]]  # frames, rows and columns of patches, four to a vision token
+CLIPS = [[3, 12, 12], [2, 8, 12]]
+
+
+def _mrope(*section: int, **more) -> dict:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(section), **more}
+    return {**TEXT, "rope_parameters": rope}
+
+
+def _qwen2(text: str, **more):
+    vision = {**QWEN_VISION, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+    config = hf.Qwen2VLConfig(text_config=_mrope(2, 3, 3), vision_config=vision, **QWEN_IDS, **more)
+    return hf.Qwen2VLForConditionalGeneration(config)
+
+
+def _qwen25(text: str, **more):
+    vision = {**QWEN_VISION, **GATED, "window_size": 112, "fullatt_block_indexes": [1, 3]}
+    config = hf.Qwen2_5_VLConfig(text_config=_mrope(2, 3, 3), vision_config=vision, **QWEN_IDS, **more)
+    return hf.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _qwen3(text: str, **more):
+    vision = {**QWEN_VISION, **GATED, "deepstack_visual_indexes": [1, 2], "num_position_embeddings": 64}
+    text_config = {**_mrope(3, 3, 2, mrope_interleaved=True), "head_dim": 16}
+    config = hf.Qwen3VLConfig(text_config=text_config, vision_config=vision, **QWEN_IDS, **more)
+    return hf.Qwen3VLForConditionalGeneration(config)
+
+
+FAMILIES = {
+    "llava": _llava,
+    "next": _next,
+    "onevision": _onevision,
+    "video": _video,
+    "qwen2": _qwen2,
+    "qwen2.5": _qwen25,
+    "qwen3": _qwen3,
+}
+
+
+def family_of(family: str) -> str:
+    """A family with what stands in its prompts instead of images: "qwen2 clips"."""
+    return family.split()[0]
 
 
 @cache
@@ -100,11 +144,12 @@ def stock(family: str, text: str = "llama", **more):
     """A random model in evaluation mode whose attention is far from uniform, so that choices have a margin."""
     torch.manual_seed(0)
     more = {name: list(value) if isinstance(value, tuple) else value for name, value in more.items()}
-    model = FAMILIES[family](text, **more).eval()
+    model = FAMILIES[family_of(family)](text, **more).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() >= 2:
-                weight.normal_(std=0.18 if "q_proj" in name or "k_proj" in name else 0.06)
+                sharp = any(part in name for part in ("q_proj", "k_proj", "qkv"))
+                weight.normal_(std=0.18 if sharp else 0.06)
     return model
 
 
@@ -115,6 +160,18 @@ def pixels(*shape: int, seed: int = 0) -> torch.Tensor:
     noise[..., : PIXELS * 2 // 3] *= 0.02
     noise[..., : PIXELS * 2 // 3] += 0.5
     return noise
+
+
+def patches(grids: list[list[int]], seed: int = 0) -> torch.Tensor:
+    """Pixels of the patches of images or videos for the Qwens, faint in two thirds of each."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for frames, rows, columns in grids:
+        noise = torch.randn(frames * rows * columns, 3 * 2 * 14 * 14, generator=generator)
+        noise[: len(noise) * 2 // 3] *= 0.02
+        noise[: len(noise) * 2 // 3] += 0.5
+        found.append(noise)
+    return torch.cat(found)
 
 
 def ids_of(prompts: list[tuple[int, list[tuple[int, int]], int]], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -146,6 +203,8 @@ def tokens_of(model, size: list[int] | None = None) -> int:
 def inputs(family: str, model, images: int = 2) -> dict[str, torch.Tensor]:
     """A batch of prompts with an image (or video) each, of different sizes where the family has such."""
     texts = [(3, 6), (5, 9), (2, 4)][:images]
+    if family.startswith("qwen"):
+        return qwen_inputs(texts, ((CLIPS if "clips" in family else QWEN_GRIDS) * 2)[:images], family)
     if family == "llava":
         counts, given = [tokens_of(model)] * images, {"pixel_values": pixels(images)}
     elif family == "video":
@@ -160,11 +219,51 @@ def inputs(family: str, model, images: int = 2) -> dict[str, torch.Tensor]:
     return {**ids_of(prompts), **given}
 
 
+def qwen_inputs(texts: list[tuple[int, int]], grids: list[list[int]], family: str) -> dict[str, torch.Tensor]:
+    """A batch of prompts with an image (or video) each for the Qwens."""
+    token, videos = (VIDEO, "videos") if "clips" in family else (IMAGE, "")
+    runs = [_runs(token, grid, family) for grid in grids]
+    ids = ids_of([(before, run, after) for (before, after), run in zip(texts, runs, strict=True)])
+    return {
+        **typed(family, ids),
+        f"pixel_values{'_' * bool(videos)}{videos}": patches(grids),
+        f"{'video' if videos else 'image'}_grid_thw": torch.tensor(grids),
+    }
+
+
+def _runs(token: int, grid: list[int], family: str) -> list[tuple[int, int]]:
+    """Placeholders of an image; the third Qwen says between the frames of a video what time it is."""
+    frames, rows, columns = grid
+    each = rows * columns // 4
+    return [(token, each)] * frames if family == "qwen3 clips" else [(token, frames * each)]
+
+
+def typed(family: str, ids: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Ids with what the Qwens want to be told: where images stand, and where videos."""
+    if not family.startswith("qwen"):
+        return ids
+    found = ids["input_ids"]
+    return {**ids, "mm_token_type_ids": (found == IMAGE).int() + 2 * (found == VIDEO).int()}
+
+
+def positions(model, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Rotary positions as the stock model gives them to prompts without padding."""
+    if not hasattr(model.model, "get_rope_index"):
+        return torch.arange(given["input_ids"].shape[1])[None]
+    wanted = "input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw"
+    return model.model.get_rope_index(**{name: given[name] for name in wanted if name in given})[0]
+
+
 def alone(given: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
     """One prompt of a batch with an image each, without padding."""
     mask = given["attention_mask"][row].bool()
     single = {name: value[row : row + 1] for name, value in given.items()}
-    return {**single, **{name: single[name][:, mask] for name in ("input_ids", "attention_mask")}}
+    for name, value in given.items():
+        if name.endswith("_grid_thw"):
+            pixels = "pixel_values" if name.startswith("image") else "pixel_values_videos"
+            single[pixels] = given[pixels].split(value.prod(-1).tolist())[row]
+    text = [name for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in given]
+    return {**single, **{name: single[name][:, mask] for name in text}}
 
 
 def generate(model, given: dict[str, torch.Tensor], new_tokens: int = 4, **how):

@@ -3,19 +3,60 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from llava.model.hosted.base import Host
+from llava.model.hosted.base import TOWER_HOOKS, Host
 from llava.model.hosted.layout import Layout, frames, pooled_frames, tiles
+from llava.model.hosted.towers import vit
+from mustdrop.hooks import Reducer
 
 _ALL = "anyres_max_1000000"  # so many tiles are never blended
 
 
 class LlavaLike(Host):
-    """A CLIP or SigLIP tower whose features come from one hidden state."""
+    """A CLIP or SigLIP tower whose features come from one hidden state.
+
+    Attributes
+    ----------
+    towers : tuple of str
+        Where the model's vision towers are.
+    fixed_size : bool
+        Whether every image has as many vision tokens as a tower has patches.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("clip_vision_model", "siglip_vision_model")
+    towers: ClassVar[tuple[str, ...]] = ("vision_tower",)
+    fixed_size: ClassVar[bool] = False
+
+    @property
+    def side(self) -> int:
+        """Patches along the side of a view."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def feature_layer(self) -> int | list[int]:
+        """The hidden states of a tower that give the features."""
+        return self.model.config.vision_feature_layer
+
+    def tower_parts(self) -> list[tuple[nn.Module, Callable, tuple]]:
+        towers = [getattr(self.inner, name) for name in self.towers]
+        return [(tower, vit.forward, (self, tower)) for tower in towers]
+
+    def check(self, reducer: Reducer) -> None:
+        super().check(reducer)
+        if not isinstance(self.feature_layer, int) and any(map(reducer.overrides, TOWER_HOOKS)):
+            raise ValueError(
+                f"vision_feature_layer: the features are those of {self.feature_layer} side by side, but "
+                f"{type(reducer).__name__} works in the vision tower, which has to have one last block"
+            )
+        heads, patches, blocks = self.config.num_attention_heads, self.side**2, self.num_vision_layers
+        run = self.feature_layer % (blocks + 1) if isinstance(self.feature_layer, int) else blocks
+        reducer.check_sizes(self.num_layers, blocks, run, patches, heads, one_view=self.fixed_size)
 
     def with_cls(self, inputs: dict[str, Any]) -> bool:
         """Whether the CLS of a view is among its placeholders."""
@@ -25,7 +66,9 @@ class LlavaLike(Host):
     def plain(self, inputs: dict[str, Any]) -> list[tuple[str, Layout]]:
         """Images of one view each."""
         pixels = _first(inputs, "pixel_values", "pixel_values_images")
-        return [] if pixels is None else [("image", frames(1, self.side, self.with_cls(inputs)))] * len(pixels)
+        if pixels is None:
+            return []
+        return [("image", frames(1, (self.side, self.side), self.with_cls(inputs)))] * len(pixels)
 
 
 class Llava(LlavaLike):
@@ -113,8 +156,9 @@ class VideoLlava(LlavaLike):
 
     def layouts(self, inputs: dict[str, Any]) -> list[tuple[str, Layout]]:
         videos = inputs.get("pixel_values_videos")
-        of_videos = [] if videos is None else [("video", frames(videos.shape[1], self.side, True))] * len(videos)
-        return self.plain(inputs) + of_videos
+        if videos is None:
+            return self.plain(inputs)
+        return self.plain(inputs) + [("video", frames(videos.shape[1], (self.side, self.side), True))] * len(videos)
 
 
 def _first(inputs: dict[str, Any], *names: str) -> Any:
