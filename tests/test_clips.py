@@ -6,11 +6,11 @@ import re
 import numpy as np
 import pytest
 
-from llava.train.mini import questions, scenes
-from llava.train.mini.clip_questions import TYPES, WORDS, ask, clip_questions
-from llava.train.mini.clip_scenes import CLIP_GRID, MOMENTS, MOVES, Actor, Clip, draw_clip, generate_clip, trails
-from llava.train.mini.clips import STRIDE, write_benchmark, write_video
-from llava.train.mini.data import build_tokenizer, prompt_parts
+from eval.mini import questions, scenes
+from eval.mini.clip_questions import TYPES, WORDS, ask, clip_questions
+from eval.mini.clip_scenes import CLIP_GRID, MOMENTS, MOVES, Actor, Clip, draw_clip, generate_clip, trails
+from eval.mini.clips import STRIDE, write_benchmark, write_video
+from eval.mini.data import build_tokenizer, prompt_parts
 
 SEEDS = range(40)
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from eval import run
 from eval.checkpoints import check_checkpoint
+from eval.run import command as run
 from llava.model.builder import load_pretrained_model
 from mustdrop import load_reducer
 

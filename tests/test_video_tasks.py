@@ -11,9 +11,12 @@ import clips
 import pytest
 import stock
 
-from eval import calibrate, predictions, run, tasks
-from eval.collect import collect
-from eval.report import task_tables
+from eval import tasks
+from eval.calibrate import thresholds as calibrate
+from eval.report.html import task_tables
+from eval.report.results import collect
+from eval.run import command as run
+from eval.run import predictions
 from eval.tasks import BENCHMARKS, SUITE, TASKS, mini_video, video_qa
 from eval.tasks.registry import FRAMES
 from eval.tasks.video_qa import scoring
@@ -140,7 +143,7 @@ KINDS = [no_root, no_folder, no_answers, no_answer, no_video, no_videos, a_name_
 
 @pytest.mark.parametrize("kind", [*KINDS, outside], ids=lambda kind: kind.__name__)
 def test_what_is_missing_is_one_line_before_any_model_is_loaded(kind, root, monkeypatch, checkpoint, capsys):
-    from eval.inference import LoadedModel
+    from eval.run.inference import LoadedModel
 
     monkeypatch.setattr(LoadedModel, "load", lambda *_, **__: pytest.fail("loaded"))
     match = kind(root, monkeypatch)
