@@ -226,11 +226,25 @@ def legend(layout: Layout, found: Sequence[Line]) -> list[str]:
         remarks.append(f"only the first questions were asked: {', '.join(sorted(limits))}")
     remarks.append("average: mean share of vanilla in %, over (columns with a result / all columns)")
     remarks.extend(f"{letter}: {source}" for source, letter in _letters(layout, found).items())
+    remarks.extend(_printed_shares(layout))
     if any(row.judged for line in found for row in line.printed) and {"published", "difference"} & set(layout.show):
         remarks.append("published: scored by a language model, ours by the words of the answers: not to be compared")
     if any(line.beyond_noise(column, row) for line in found for row in line.printed for column in layout.columns):
         remarks.append("*: the published figure lies outside our 95 % interval, widened by the printed rounding")
     return remarks
+
+
+def _printed_shares(layout: Layout) -> list[str]:
+    """Shares of vanilla that papers print over their own benchmarks: beside a table, never within one."""
+    if not {"published", "difference"} & set(layout.show):
+        return []
+    listed = []
+    for share in published.shares(layout.model):
+        if values := share.at(layout.budgets):
+            said = ", ".join(f"{value:.1f} at {budget}" for budget, value in values.items())
+            listed.append(f"  {share.method}: {said} ({share.source})")
+    about = "shares of vanilla in % that papers print, each over its own benchmarks, comparable with nothing here:"
+    return [about, *listed] if listed else []
 
 
 def _our_rows(layout: Layout, line: Line, vanilla: Line) -> list[list[str]]:
