@@ -24,6 +24,6 @@ run() {
     python -m eval.mini.run "$1" --work "$WORK" --init "$INIT" --seed "${SEED:-0}" "${@:2}"
 }
 
-run clips --phases "${PHASES:-0:300,1:260,2:60,4:60}"
+run clips --phases "${PHASES:-0:1000,1:500,2:80,4:80}"
 run export_clips --output "$OUTPUT"
 python -m eval.mini.clip_evaluate --model_path "$OUTPUT" --n_clips "${CLIPS:-150}" --output "$OUTPUT/accuracy.json"
