@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from eval import run
 from eval.checkpoints import check_checkpoint
+from eval.run import command as run
 from llava.model.builder import load_pretrained_model
 from llava.model.hosted.pixels import limited
 from mustdrop import load_reducer
