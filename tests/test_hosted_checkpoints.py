@@ -153,7 +153,7 @@ def test_smallimage_of_internvl_is_a_number_of_tiles(tmp_path, tokenizer_folder,
 
 @pytest.mark.parametrize(("family", "text"), [("qwen2.5", "qwen2"), ("internvl", "qwen2")])
 def test_the_plugin_asks_with_smaller_images(tmp_path, tokenizer_folder, family, text):
-    from eval.inference import LoadedModel
+    from eval.run.inference import LoadedModel
     from eval.run.lmms import LlavaMustDrop
 
     loaded = LoadedModel.load(str(stock_folders.save(tmp_path / family, family, text, tokenizer_folder)), device="cpu")
