@@ -12,16 +12,16 @@ from mustdrop.checks import hint, shown
 from mustdrop.command import command
 
 COMMANDS = {
-    "run": ("eval.run", "evaluate a method at several budgets on some benchmarks"),
-    "sweep": ("eval.sweep.__main__", "evaluate models x tasks x methods x budgets from a YAML file, here or on SLURM"),
-    "calibrate": ("eval.calibrate", "find the settings that keep a wanted number of tokens"),
-    "calibrate-heads": ("eval.calibrate_heads", "find the attention heads that YOPO keeps active for vision tokens"),
-    "judge": ("eval.judge", "have a language model score answers to video questions"),
-    "table": ("eval.table", "results beside published figures, as terminal, Markdown, LaTeX or CSV table"),
-    "plots": ("eval.plots", "accuracy against tokens, FLOPs and time, as PNG and SVG"),
-    "significance": ("eval.significance", "paired comparison of methods on the same questions"),
-    "report": ("eval.report", "one HTML file with tables, plots, settings and pictures of what was kept"),
-    "bench": ("eval.bench_speed", "time, memory and their floors, for any model's shape"),
+    "run": ("eval.run.command", "evaluate a method at several budgets on some benchmarks"),
+    "sweep": ("eval.sweep.command", "evaluate models x tasks x methods x budgets from a YAML file, here or on SLURM"),
+    "calibrate": ("eval.calibrate.thresholds", "find the settings that keep a wanted number of tokens"),
+    "calibrate-heads": ("eval.calibrate.heads", "find the attention heads that YOPO keeps active for vision tokens"),
+    "judge": ("eval.run.judge", "have a language model score answers to video questions"),
+    "table": ("eval.report.table", "results beside published figures, as terminal, Markdown, LaTeX or CSV table"),
+    "plots": ("eval.report.plots", "accuracy against tokens, FLOPs and time, as PNG and SVG"),
+    "significance": ("eval.report.significance", "paired comparison of methods on the same questions"),
+    "report": ("eval.report.html", "one HTML file with tables, plots, settings and pictures of what was kept"),
+    "bench": ("eval.bench.speed", "time, memory and their floors, for any model's shape"),
     "cost": ("mustdrop.cost", "FLOPs and cache of a model at given token counts"),
 }
 

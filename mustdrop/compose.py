@@ -28,6 +28,7 @@ class Compose(Reducer):
         self.positions = positions
         self.decode_positions = decode_positions
         self.tile_order = next((part.tile_order for part in self.parts if part.tile_order != "model"), "model")
+        self.needs_tiles = any(part.needs_tiles for part in self.parts)
 
     def flat(self) -> list[Reducer]:
         """The parts, and in place of compositions their parts."""

@@ -67,10 +67,10 @@ install() {
         "$uv" pip install --quiet --python "$python" --no-deps "$(sed -n 's/^LMMS_EVAL = "\(.*\)"/\1/p' "$root/setup.py")"
 }
 
-# fails NAMES WHAT LOG: the first test that failed, or the last line that was printed.
+# fails NAMES WHAT LOG: the first test that failed, the error, or the last line that was printed.
 fails() {
     local reason
-    reason="$(grep -m1 -E '^(FAILED|ERROR) ' "$3" || grep -v '^[[:space:]]*$' "$3" | tail -n 1)"
+    reason="$(grep -m1 -E '^(FAILED|ERROR) |^[A-Za-z_.]*(Error|Exception): ' "$3" || grep -v '^[[:space:]]*$' "$3" | tail -n 1)"
     [ -z "${KEEP:-}" ] || reason="$reason (${3})"
     echo "range: $end end ($1) fails: $2: $reason; narrow setup.py, or mend the code" >&2
     return 1

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from eval.rows import answered
-from eval.samples import pack, write_lines
+from eval.run.rows import answered
+from eval.run.samples import pack, write_lines
 
 PATCHES = 36
 QUESTIONS = 24

@@ -17,13 +17,16 @@ import torch
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
-from eval import cli, rows, run, samples, settings, summary, tasks
-from eval.cell import Cell
-from eval.inference import LoadedModel, ahead
-from eval.lmms import LlavaMustDrop
+from eval import cli, tasks
 from eval.methods import method_at, read_method
+from eval.mini import questions, scenes
+from eval.report import summary
+from eval.run import command as run
+from eval.run import rows, samples, settings
+from eval.run.cell import Cell
+from eval.run.inference import LoadedModel, ahead
+from eval.run.lmms import LlavaMustDrop
 from eval.tasks import mini_gqa
-from llava.train.mini import questions, scenes
 from mustdrop.cost import ModelShape
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from eval import run
 from eval.checkpoints import check_checkpoint
+from eval.run import command as run
 from llava.model.builder import load_pretrained_model
 from llava.model.hosted.pixels import limited
 from mustdrop import load_reducer
@@ -190,8 +190,8 @@ def test_smallimage_of_internvl_is_a_number_of_tiles(tmp_path, tokenizer_folder,
 
 @pytest.mark.parametrize(("family", "text"), [("qwen2.5", "qwen2"), ("internvl", "qwen2")])
 def test_the_plugin_asks_with_smaller_images(tmp_path, tokenizer_folder, family, text):
-    from eval.inference import LoadedModel
-    from eval.lmms import LlavaMustDrop
+    from eval.run.inference import LoadedModel
+    from eval.run.lmms import LlavaMustDrop
 
     loaded = LoadedModel.load(str(stock_folders.save(tmp_path / family, family, text, tokenizer_folder)), device="cpu")
     plugin = LlavaMustDrop(loaded=loaded, method="smallimage", retain=36)

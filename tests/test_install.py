@@ -330,7 +330,7 @@ class TestWhoseModules:
         code = "import mustdrop_command; print(mustdrop_command.manifest().simple_class_path); import eval, llava; "
         done = self.python(code + "print(eval.__file__, llava.__file__)", foreign, ROOT, safe=False)
         assert done.stdout.splitlines() == [
-            "eval.lmms.LlavaMustDrop",
+            "eval.run.lmms.LlavaMustDrop",
             f"{ROOT / 'eval' / '__init__.py'} {ROOT / 'llava' / '__init__.py'}",
         ], done.stderr[-2000:]
 

@@ -16,9 +16,9 @@ from lmms_eval.api.model import lmms
 from test_scenes import parse, solve
 
 from eval import tasks
+from eval.mini import questions, scenes
 from eval.tasks import BENCHMARKS, GROUP, SUITE, TASKS, headline, question_scores, statistic
 from eval.tasks.mini_mmbench import NONE
-from llava.train.mini import questions, scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = 6

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from tiny import SIDE, batch, ours, prompt, run
 
-from eval.asking import UnfitQuestion
-from eval.inference import LoadedModel
-from eval.visuals import open_visual, placed
+from eval.run.asking import UnfitQuestion
+from eval.run.inference import LoadedModel
+from eval.run.visuals import open_visual, placed
 from llava import video as videos
 from llava.video import FrameProcessor, Video, frame_indices, load_video, process_video
 from mustdrop import load_reducer

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from eval import checkpoints, settings
-from eval.cell import Cell
+from eval import checkpoints
 from eval.methods import VANILLA, check_shape, has_files, method_at, own_file, read_method
+from eval.run import settings
+from eval.run.cell import Cell
 from eval.sweep.launch import Launch
 from eval.tasks import BENCHMARKS, GROUP, LOCAL, TASKS
+from llava.constants import PROTOCOLS
 from mustdrop import available_methods, load_reducer
 from mustdrop.calibrate import OutOfReach
 from mustdrop.checks import hint, shown
@@ -25,7 +27,7 @@ from mustdrop.shape import ModelShape
 KEYS = ("models", "tasks", "methods", "retain", "seeds", "batch_size", "limit", "overrides", "launch", "unreachable")
 MODEL_KEYS = ("model", *checkpoints.LOADING)
 OPTIONS = {"MODEL": "models", "MODEL_BASE": "models: model_base", "LIMIT": "limit", "RETAIN": "retain", "task": "tasks"}
-"""How ``eval.settings`` and ``eval.methods`` call what keys are here."""
+"""How ``eval.run.settings`` and ``eval.methods`` call what keys are here."""
 
 OVERRIDES = ("device", "device_map", "dtype", "attn_implementation", "conv_template")
 
@@ -177,7 +179,7 @@ def _models(file: Path, given: object) -> list[dict]:
                 known = ", ".join(MODEL_KEYS)
                 raise ValueError(f"{file}: models: unknown key {shown(key)}{hint(key, MODEL_KEYS)}; it has {known}")
             kind, right = (bool, "true or false") if key.startswith("load_") else (str, "a folder or a hub id")
-            right = " or ".join(checkpoints.PROTOCOLS) if key == "protocol" else right
+            right = " or ".join(PROTOCOLS) if key == "protocol" else right
             if not isinstance(value, kind):
                 raise _wrong(file, f"models: {key}", value, right)
     if not found or not all(entry.get("model", "").strip() for entry in found):

@@ -66,6 +66,7 @@ class VisionZip(Retaining):
         one_of("compat", self.compat, ("default", "official"))
         official = self.compat == "official"
         self.positions, self.tile_order = ("renumber", "flat") if official else ("original", "model")
+        self.needs_tiles = official
         self.per = self.per or ("view" if official else "image")
         super().__post_init__()
         numbers, retain = (self.dominant, self.contextual), self.retain

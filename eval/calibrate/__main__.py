@@ -1,0 +1,8 @@
+"""``python -m eval.calibrate``: see ``mustdrop calibrate``."""
+
+import sys
+
+from eval.calibrate.thresholds import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""``python -m eval.run``: see ``mustdrop run``."""
+
+import sys
+
+from eval.run.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
