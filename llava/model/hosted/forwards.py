@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 
 from llava.model.hosted.base import Host, Pass, current_of, under_way
 from llava.model.hosted.door import Arrival, enter
-from llava.model.hosted.towers.vit import run_tower
+from llava.model.hosted.towers.vit import one_below_the_other, run_tower
 from llava.model.language_model.cache import CACHE_NAME, VisionCache
 from llava.model.language_model.layers import LlamaDecoderLayer
 from llava.model.language_model.loop import DecoderLoop, Record
@@ -88,7 +88,11 @@ def tower(host: Host, tower: nn.Module, stock: Callable, pixel_values: Tensor, *
     if current is None or not isinstance(layer, int):
         return stock(pixel_values, **kwargs)
     views = current.views(len(pixel_values))
+    before, current.state.vision = current.state.vision, {}
     tokens, states = run_tower(CLIPVisionTower.around(tower, layer), pixel_values, current.state, views)
+    if current.towers:
+        known = torch.cat([left.patch_to_token for left in current.towers])
+        current.state.vision = one_below_the_other(before, current.state.vision, (known, tokens.patch_to_token))
     current.towers.append(tokens.without_prefix())
     return BaseModelOutputWithPooling(hidden_states={layer: states})
 

@@ -24,6 +24,22 @@ def run_tower(
         return tokens, full_layout(tokens)
 
 
+def one_below_the_other(
+    first: dict[int, Tensor], second: dict[int, Tensor], both: Sequence[Tensor]
+) -> dict[int, Tensor]:
+    """What two calls of towers noted after blocks, as of one call: an image's and a video's, in one prompt.
+
+    `first` and `second` are the maps `patch_to_token` `[rows, patches]` by block, `both` those of the two calls' ends,
+    for their shapes. A call that changed nothing at a block still stands there as it stood before.
+    """
+    stands = [torch.arange(end.shape[1], device=end.device).expand_as(end) for end in both]
+    found = {}
+    for block in sorted({*first, *second}):
+        stands = [own.get(block, before) for own, before in zip((first, second), stands, strict=True)]
+        found[block] = torch.cat([stands[0].to(stands[1].device), stands[1]])
+    return found
+
+
 def full_layout(tokens: VisionTokens) -> Tensor:
     """A state for every patch, `[views, prefix + patches, width]`.
 
