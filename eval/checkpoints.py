@@ -51,7 +51,7 @@ def flag(name: str, value: bool | str) -> bool:
 
 
 def loading(args: argparse.Namespace) -> dict:
-    """The options of `add_options` that were given, as ``eval.inference.LoadedModel.load`` takes them."""
+    """The options of `add_options` that were given, as ``eval.run.inference.LoadedModel.load`` takes them."""
     given = {name: getattr(args, name) for name in LOADING}
     return {name: value for name, value in given.items() if name != "protocol" or value is not None}
 

@@ -35,7 +35,7 @@ from mustdrop.compute_plan import LayerPlan
 from mustdrop.hosts import host_of, hosting_modules
 from mustdrop.keep import Keep
 from mustdrop.neighbours import SplitRows
-from mustdrop.reach import Fitting
+from mustdrop.reach import Fitting, Tower
 from mustdrop.recording import ForwardState, TraceRecorder
 from mustdrop.tokens import APART, ImageFacts, PromptFacts, Tokens, compact, gather
 from mustdrop.vision_tokens import VisionTokens
@@ -54,6 +54,7 @@ __all__ = [
     "TraceRecorder",
     "SplitRows",
     "Tokens",
+    "Tower",
     "VisionStep",
     "VisionTokens",
     "active",

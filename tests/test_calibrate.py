@@ -8,7 +8,7 @@ import math
 import pytest
 from PIL import Image
 
-from eval import calibrate
+from eval.calibrate import thresholds as calibrate
 from eval.methods import read_method
 
 

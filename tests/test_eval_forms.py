@@ -15,13 +15,17 @@ import forms
 import pytest
 from safetensors.torch import load_file, save_file
 
-from eval import calibrate, calibrate_heads, checkpoints, run, runner, tasks
-from eval.cell import Cell
-from eval.collect import collect
-from eval.inference import LoadedModel
-from eval.lmms import LlavaMustDrop
+from eval import checkpoints, tasks
+from eval.calibrate import heads as calibrate_heads
+from eval.calibrate import thresholds as calibrate
 from eval.methods import VANILLA
-from eval.sweep import __main__ as sweep
+from eval.report.results import collect
+from eval.run import command as run
+from eval.run import runner
+from eval.run.cell import Cell
+from eval.run.inference import LoadedModel
+from eval.run.lmms import LlavaMustDrop
+from eval.sweep import command as sweep
 from eval.sweep import plan
 from eval.tasks import mini_gqa
 

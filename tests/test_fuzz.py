@@ -241,7 +241,10 @@ def places(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def nothing_heavy(monkeypatch, tmp_path):
     """No model is loaded and nothing is evaluated; the working folder is empty but for a way to the checkpoint."""
-    from eval import bench_model, inference, run, tasks
+    from eval import tasks
+    from eval.bench import model as bench_model
+    from eval.run import command as run
+    from eval.run import inference
 
     def reached(*_, **__):
         raise AssertionError("accepted: the model was about to be loaded")

@@ -16,16 +16,17 @@ from PIL import Image
 from safetensors import safe_open
 from test_scenes import named, solve
 
-from eval import checkpoints, run, tasks
-from eval.cell import Cell
-from eval.lmms import LlavaMustDrop
-from eval.sweep import __main__ as sweep
+from eval import checkpoints, tasks
+from eval.mini import highres, scenes, tiles, tiles_evaluate
+from eval.mini.export import export_tiles
+from eval.run import command as run
+from eval.run.cell import Cell
+from eval.run.lmms import LlavaMustDrop
+from eval.sweep import command as sweep
 from eval.tasks import LOCAL, SUITE, mini_highres
 from llava.anyres import get_anyres_image_grid_shape, process_anyres_image
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.train.mini import highres, scenes, tiles, tiles_evaluate
-from llava.train.mini.export import export_tiles
 
 ROOT = Path(__file__).resolve().parents[1]
 NEXT = ROOT / "checkpoints" / "llava-mini-next"

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import yaml
 
-from eval import checkpoints, runner
-from eval.cell import Cell, write_json
-from eval.sweep import __main__ as cli
+from eval import checkpoints
+from eval.run import runner
+from eval.run.cell import Cell, write_json
+from eval.sweep import command as cli
 from eval.sweep import control, jobs, launch, plan
 from eval.sweep.jobs import run_cells
 from eval.sweep.launch import Launch
@@ -401,7 +402,7 @@ def test_what_fails_twice_is_reported_with_its_log(write, workers, tmp_path, cap
 def test_methods_added_at_a_later_commit_join_the_results_of_the_earlier(write, workers, tmp_path, monkeypatch, capsys):
     used, out = workers(), str(tmp_path / "out")
     assert cli.main([str(write(tasks=["mini_gqa"])), "--out", out]) == 0
-    monkeypatch.setattr("eval.cell._code_fingerprint", lambda: "another commit")
+    monkeypatch.setattr("eval.run.cell._code_fingerprint", lambda: "another commit")
     later = str(write(tasks=["mini_gqa"], methods=["fastv", "uniform"]))
     before = len(used.evaluated)
     assert cli.main([later, "--out", out, "--dry-run", "--any-commit"]) == 0
@@ -524,4 +525,4 @@ def test_two_cells_through_submitit(write, tmp_path, monkeypatch, capsys):
     assert [cell["state"] for cell in cells] == ["finished", "finished"]
     assert all(Path(cell["log"]).is_file() and Path(cell["file"]).is_file() for cell in cells)
     result = json.loads(Path(cells[0]["file"]).read_text())
-    assert result["provenance"]["command"].startswith("python -m eval.sweep") and result["row"]["n"] == 2
+    assert result["provenance"]["command"].startswith("mustdrop sweep") and result["row"]["n"] == 2

@@ -12,9 +12,9 @@ import pytest
 from fabricated import BUDGETS, results_folder, write_cell
 from scipy.stats import t as student
 
-from eval import published, significance, table
-from eval.collect import collect, merge_seeds
-from eval.layout import Layout, lines, read_layout
+from eval.report import published, significance, table
+from eval.report.layout import Layout, lines, read_layout
+from eval.report.results import collect, merge_seeds
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("gqa", "mme", "pope")

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from eval import calibrate_heads
+from eval.calibrate import heads as calibrate_heads
 from eval.methods import CONFIGS
 from mustdrop import MustDrop, Reducer, cost, load_reducer, macs
 from mustdrop.compose import Compose

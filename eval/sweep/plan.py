@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from eval import checkpoints, settings
-from eval.cell import Cell
+from eval import checkpoints
 from eval.methods import VANILLA, check_shape, has_files, method_at, own_file, read_method
+from eval.run import settings
+from eval.run.cell import Cell
 from eval.sweep.launch import Launch
 from eval.tasks import BENCHMARKS, GROUP, LOCAL, TASKS
 from llava.constants import PROTOCOLS
@@ -26,7 +27,7 @@ from mustdrop.shape import ModelShape
 KEYS = ("models", "tasks", "methods", "retain", "seeds", "batch_size", "limit", "overrides", "launch", "unreachable")
 MODEL_KEYS = ("model", *checkpoints.LOADING)
 OPTIONS = {"MODEL": "models", "MODEL_BASE": "models: model_base", "LIMIT": "limit", "RETAIN": "retain", "task": "tasks"}
-"""How ``eval.settings`` and ``eval.methods`` call what keys are here."""
+"""How ``eval.run.settings`` and ``eval.methods`` call what keys are here."""
 
 OVERRIDES = ("device", "device_map", "dtype", "attn_implementation", "conv_template")
 

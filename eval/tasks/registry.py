@@ -32,7 +32,7 @@ class Task:
     note : str
         What else a reader of its scores has to know.
     generator : tuple of str
-        The files of `llava.train.mini` that make a synthetic task's scenes and questions.
+        The files of `eval.mini` that make a synthetic task's scenes and questions.
     """
 
     metrics: tuple[str, ...]

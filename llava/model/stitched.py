@@ -21,9 +21,10 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from llava.anyres import canvases, get_anyres_image_grid_shape
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.model.hosted.base import TowerRun
 from llava.model.hosted.door import Arrival, enter
 from llava.model.hosted.layout import EXTRA, Layout, tiles
-from llava.model.hosted.towers.vit import placed, untouched
+from llava.model.hosted.tokens import placed, untouched
 from llava.model.masks import labels_of
 from mustdrop.hooks import ForwardState, Tokens, VisionTokens, gather
 
@@ -199,7 +200,8 @@ def splice_stitched(
         _pick(state, order, encoded.device)
     position = (real.cumsum(-1) - 1).clamp(min=0).to(text.device)
     layouts = [("image", layout) for layout in images.layouts]
-    arrival = Arrival(state, full, {"image": IMAGE_TOKEN_INDEX}, layouts, [encoded])
+    maps, state.vision = state.vision, {}
+    arrival = Arrival(state, full, {"image": IMAGE_TOKEN_INDEX}, layouts, [TowerRun.of(encoded, maps)])
     embeds, tokens = enter(arrival, embeds.view(*full.shape, -1), valid, position)
     if shared:  # the record speaks of what was encoded
         _pick(state, [order.index(row) for row in range(len(images.tokens.patch_index))], encoded.device)

@@ -101,7 +101,7 @@ class VisionZip(Retaining):
         contextual = max(1, round(retain * CONTEXTUAL_SHARE))
         return retain - contextual, contextual
 
-    def check_placeholders(self) -> None:
+    def check_placeholders(self, any_size: bool = False) -> None:
         if self.compat == "official":
             raise ValueError(
                 "compat: got 'official', expected 'default': it makes a token of CLS, for which a prompt of "
