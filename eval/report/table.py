@@ -1,6 +1,6 @@
 """The paper's tables: our results beside what papers print.
 
-    python -m eval.table configs/tables/table1.yaml --results results --format all --out tables
+    mustdrop table configs/tables/table1.yaml --results results --format all --out tables
 
 A cell without a result is shown as missing. Synthetic results have no published counterpart and are never compared.
 """
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    new = Parser(prog="python -m eval.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    new = Parser("table", description=__doc__)
     new.add_argument("table", type=path, help="YAML file, such as configs/tables/table1.yaml")
     new.add_argument(
         "--results",
