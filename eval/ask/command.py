@@ -28,7 +28,10 @@ def parser() -> argparse.ArgumentParser:
 
     new = Parser(prog="mustdrop ask", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     new.add_argument(
-        "inputs", nargs="*", metavar="IMAGE ... QUESTION", help="files or addresses of images or videos, then a question"
+        "inputs",
+        nargs="*",
+        metavar="IMAGE ... QUESTION",
+        help="files or addresses of images or videos, then a question",
     )
     new.add_argument("--scene", metavar="SEED", help="draw a scene of the embedded model's world instead of an IMAGE")
     new.add_argument(
@@ -87,11 +90,13 @@ def read_inputs(inputs: Sequence[str], scene: str | None) -> tuple[list, str, st
     if scene is not None:
         seed = whole_number("scene", scene, least=0, most=SEEDS)
         if seed is None or len(inputs) > 1:
-            raise ValueError(f"scene: got {scene!r} and {len(inputs)} arguments, expected a seed and at most a question")
+            raise ValueError(
+                f"scene: got {scene!r} and {len(inputs)} arguments, expected a seed and at most a question"
+            )
         return asked_scene(seed, *inputs)
     if len(inputs) < 2:
         given = f"only {inputs[0]!r}" if inputs else "nothing"
-        raise ValueError(f"question: got {given}, expected IMAGE \"QUESTION\", or --scene SEED")
+        raise ValueError(f'question: got {given}, expected IMAGE "QUESTION", or --scene SEED')
     *files, question = inputs
     if not question.strip() or os.path.isfile(question):
         raise ValueError(f"question: got {question!r} in the last place, expected a question")
