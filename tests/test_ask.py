@@ -69,7 +69,7 @@ def test_answers_and_numbers_are_those_of_the_model_alone(asked):
             (answer,) = loaded.answer([prompt], [visuals], max_new_tokens=3, do_sample=False)
         assert outcome.answer == answer
         assert outcome.trace.vision_tokens == run.traces[0].vision_tokens
-    rows = dict((name, values) for name, *values in table_rows(outcomes))
+    rows = {name: values for name, *values in table_rows(outcomes)}
     full = outcomes[0].entering
     assert rows["vision tokens entering the decoder"][0] == str(full)
     assert float(rows["vision tokens per layer, mean"][1].split()[0]) < full

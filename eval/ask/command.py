@@ -1,6 +1,6 @@
 """Ask one question to the baseline and to a method, side by side.
 
-    mustdrop ask photo.jpg "What is the dog holding?" --model liuhaotian/llava-v1.5-7b --method mustdrop_plus --retain 64
+    mustdrop ask photo.jpg "What does it hold?" --model liuhaotian/llava-v1.5-7b --method mustdrop_plus --retain 64
     mustdrop ask --scene 7
 
 Prints answers, tokens, FLOPs, cache and times of both, and draws what each stage kept and merged.

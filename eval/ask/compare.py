@@ -124,7 +124,7 @@ def _generate(loaded: AskedModel, reducer: Reducer, prepared: dict, new_tokens: 
 
 
 def table_rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
-    """Rows of a table: the name of a fact, and its value of each outcome, saved shares against the first in brackets."""
+    """Rows of a table: the name of a fact, and its value of each outcome, in brackets against the first."""
     facts = {
         "answer": [one.answer for one in outcomes],
         "vision tokens entering the decoder": _saved([one.entering for one in outcomes], "{:.0f}"),
