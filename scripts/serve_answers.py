@@ -2,7 +2,7 @@
 
     python scripts/serve_answers.py --engine vllm --settings '{"method": "divprune", "retain": 64}'
 
-Prints one JSON object: how many are right, the answers, and the prompts' lengths.
+Prints a JSON object for each settings: how many are right, the answers, and the longest prompt.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def questions(scenes: int) -> list[tuple]:
 def by_vllm(model: str, settings: dict | None, asked: list[tuple]) -> list[dict]:
     """Answers of vLLM's engine in this process."""
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     overrides = {"mustdrop": settings} if settings else {}
     engine = LLM(
@@ -35,9 +36,11 @@ def by_vllm(model: str, settings: dict | None, asked: list[tuple]) -> list[dict]
     )
     prompts = [{"prompt": prompt_of(text), "multi_modal_data": {"image": image}} for image, text, _ in asked]
     outputs = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=8))
-    return [
-        {"said": output.outputs[0].text.strip(), "prompt": len(output.prompt_token_ids)} for output in outputs
-    ]
+    found = [{"said": output.outputs[0].text.strip(), "prompt": len(output.prompt_token_ids)} for output in outputs]
+    engine.llm_engine.engine_core.shutdown()
+    del engine
+    cleanup_dist_env_and_memory()
+    return found
 
 
 def by_us(model: str, settings: dict | None, asked: list[tuple]) -> list[dict]:
@@ -76,16 +79,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("vllm", "ours"), default="vllm")
     parser.add_argument("--model", default=str(ROOT / "checkpoints" / "llava-mini"))
-    parser.add_argument("--settings", type=json.loads, help="JSON; nothing is reduced without")
+    meaning = "JSON, any number; nothing is reduced without, or by null"
+    parser.add_argument("--settings", nargs="+", type=json.loads, default=[None], help=meaning)
     parser.add_argument("--scenes", type=int, default=SCENES, help=f"each with {EACH} questions")
     args = parser.parse_args()
     asked = questions(args.scenes)
-    start = time.perf_counter()
-    answers = (by_vllm if args.engine == "vllm" else by_us)(args.model, args.settings, asked)
-    right = sum(one["said"].lower() == answer.lower() for one, (_, _, answer) in zip(answers, asked, strict=True))
-    facts = {"engine": args.engine, "settings": args.settings, "questions": len(asked), "right": right}
-    facts |= {"prompt_tokens": max(one["prompt"] for one in answers), "seconds": round(time.perf_counter() - start, 1)}
-    print(json.dumps({**facts, "answers": [one["said"] for one in answers]}))
+    for settings in args.settings:
+        start = time.perf_counter()
+        answers = (by_vllm if args.engine == "vllm" else by_us)(args.model, settings, asked)
+        right = sum(one["said"].lower() == answer.lower() for one, (_, _, answer) in zip(answers, asked, strict=True))
+        facts = {"engine": args.engine, "settings": settings, "questions": len(asked), "right": right}
+        facts |= {"prompt_tokens": max(one["prompt"] for one in answers)}
+        facts |= {"seconds": round(time.perf_counter() - start, 1), "answers": [one["said"] for one in answers]}
+        print(json.dumps(facts), flush=True)
 
 
 if __name__ == "__main__":

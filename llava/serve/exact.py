@@ -24,16 +24,13 @@ from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.prompts import Prompt
 from llava.model.stitched import TiledImages, layouts_of, splice_stitched
+from llava.serve.positions import POSITIONS, Room
 from mustdrop.checks import one_of, shown
 from mustdrop.compose import Compose
 from mustdrop.config import load_reducer
 from mustdrop.hooks import ForwardState, Reducer
 from mustdrop.mustdrop_plus import MustDropPlus
 from mustdrop.reach import COUNTED
-
-POSITIONS = ("original", "spread", "renumber")
-"""Rotary positions of an image's tokens: those of their patches; evenly over the image's place, so that the text after
-it keeps its own; or 0..n-1 through the prompt."""
 
 IN_DECODER = ("before_decoder_layer", "after_decoder_layer", "after_prefill", "after_decode_layer")
 IN_TOWER = ("on_pixels", "inside_vision_block", "after_vision_block", "on_vision_features")
@@ -256,18 +253,6 @@ class ImageEncoder(LlavaMetaForCausalLM):
         return Prompt(embeds, tokens, None, state, positions)
 
 
-@dataclass(frozen=True)
-class Room:
-    """What an image takes of a prompt: `tokens`, and the `span` of rotary positions that it had without a reducer."""
-
-    tokens: int
-    span: int
-
-    def spread(self) -> list[int]:
-        """Places for the tokens, evenly over the span, counted from its first."""
-        return [(2 * number + 1) * self.span // (2 * self.tokens) for number in range(self.tokens)]
-
-
 class Counter:
     """How many tokens a reducer leaves of an image, whatever it shows.
 
@@ -358,11 +343,11 @@ def _check_exact(settings: Settings, grid: tuple[int, int]) -> None:
 
 @contextmanager
 def _on_the_host() -> Iterator[None]:
-    """Tensors on the CPU in float32, wherever and in whatever an engine is building its model."""
+    """Tensors on the CPU in float32, wherever and in whatever an engine builds its model; its random numbers stay."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.device("cpu"):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             yield
     finally:
         torch.set_default_dtype(before)

@@ -8,15 +8,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 from vllm.model_executor.models import llava, llava_next
-from vllm.model_executor.models.interfaces import SupportsMRoPE, SupportsMultiModalPruning
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageProcessorItems
 
 from llava.serve.exact import ImageEncoder, Room
+from llava.serve.positions import COLUMNS, as_columns, as_told, behind, in_full
 from llava.serve.vllm_plugin import counter_of
-
-BASE = 128
-"""A position travels in two columns, `BASE * high + low`: bfloat16 holds whole numbers up to 256."""
 
 _STORED = ("model.vision_tower.vision_model.", "vision_tower.vision_model.", "model.vision_tower.", "vision_tower.")
 
@@ -55,7 +52,7 @@ def _are_images(items: object) -> bool:
     return isinstance(items, ImageProcessorItems)
 
 
-class Reduced(SupportsMRoPE, SupportsMultiModalPruning):
+class Reduced:
     """What both models have in common."""
 
     supports_mrope: ClassVar[Literal[True]] = True
@@ -85,33 +82,15 @@ class Reduced(SupportsMRoPE, SupportsMultiModalPruning):
         return [self._told(*image) for image in self.encoder.images(*self._stacks(image_input))]
 
     def _told(self, states: Tensor, position: Tensor) -> Tensor:
+        """An image's tokens, and where they stand if the runner will ask."""
         if self.counter.settings.positions != "original":
             return states
-        columns = torch.stack([position // BASE, position % BASE], dim=-1)
-        return torch.cat([states, columns.to(states)], dim=-1)
+        return torch.cat([states, as_columns(position).to(states)], dim=-1)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list) -> tuple[Tensor, int]:
-        """Positions as if nothing had been dropped, image tokens evenly over their image's place.
-
-        Returns
-        -------
-        (Tensor, int)
-            int64 `[3, tokens]`: the position, where the token's image begins, the position again; and what to add to
-            the number of a generated token.
-        """
-        first, begins, cursor, place = [], [], 0, 0
-        for feature in sorted(mm_features, key=lambda one: one.mm_position.offset):
-            at, length = feature.mm_position.offset, feature.mm_position.length
-            room = self._room(feature)
-            text = range(place, place + at - cursor)
-            place = text.stop
-            spread = room.spread() if length == room.tokens else range(length)
-            first += [*text, *(place + one for one in spread)]
-            begins += [*text, *[place] * length]
-            place, cursor = place + (room.span if length == room.tokens else length), at + length
-        text = range(place, place + len(input_tokens) - cursor)
-        first, begins = torch.tensor([*first, *text]), torch.tensor([*begins, *text])
-        return torch.stack([first, begins, first]), text.stop - len(input_tokens)
+        """Positions as if nothing had been dropped, image tokens evenly over their image's place; see `in_full`."""
+        places = [(one.mm_position.offset, one.mm_position.length, self._room(one)) for one in mm_features]
+        return in_full(len(input_tokens), sorted(places, key=lambda place: place[0]))
 
     def _room(self, feature: Any) -> Room:
         """The room of one image of a prompt."""
@@ -129,15 +108,13 @@ class Reduced(SupportsMRoPE, SupportsMultiModalPruning):
         Arguments and result as `SupportsMultiModalPruning` says: embeddings `[tokens, width + 2]` of the images of
         which some tokens are computed now, and positions int64 `[3, prompt]`.
         """
-        positions = mrope_positions.clone()
-        told = torch.cat([one[:, -2:] for one in multimodal_embeddings]).long().to(positions.device)
-        ids = torch.as_tensor(input_ids, device=positions.device)
-        shown = (ids[num_computed_tokens:] == self.config.image_token_index).nonzero()[: len(told), 0]
-        shown = shown + num_computed_tokens
-        positions[0, shown] = positions[1, shown] + told[:, 0] * BASE + told[:, 1]
-        positions[2] = positions[0]
-        delta = int(positions[0, -1]) + 1 - len(ids)
-        return [one[:, :-2] for one in multimodal_embeddings], positions, delta
+        if not multimodal_embeddings:  # as in every step of decoding
+            return [], mrope_positions, behind(mrope_positions)
+        told = torch.cat([one[:, -COLUMNS:] for one in multimodal_embeddings])
+        ids = torch.as_tensor(input_ids, device=mrope_positions.device)
+        shown = ids == self.config.image_token_index
+        positions, delta = as_told(mrope_positions, shown, num_computed_tokens, told)
+        return [one[:, :-COLUMNS] for one in multimodal_embeddings], positions, delta
 
     def forward(self, input_ids, positions, intermediate_tensors=None, inputs_embeds=None, **kwargs):
         """The language model, whose positions are the first row."""
