@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,12 +36,38 @@ def register() -> None:
     """Put our classes in the place of vLLM's; a setting for any other model is refused when the engine starts."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+    from vllm.platforms import current_platform
 
     for architecture in ModelRegistry.get_supported_archs():
         before = MODELS_CONFIG_MAP.get(architecture, VerifyAndUpdateConfig)
         MODELS_CONFIG_MAP[architecture] = _checking(architecture, before)
     for architecture, place in MODELS.items():
         ModelRegistry.register_model(architecture, place)
+    if current_platform.is_cpu():
+        _complete_cpu_runner()
+
+
+def _complete_cpu_runner() -> None:
+    """Have vLLM's runner for CPUs note, as its runner for GPUs does, that a loaded model is to be asked for positions.
+
+    Its own `load_model` (0.32) leaves that out, and would take the columns that tell them for embeddings.
+    """
+    from vllm.model_executor.models.interfaces import supports_multimodal_pruning
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    theirs = CPUModelRunner.load_model
+
+    @wraps(theirs)
+    def load_model(runner: Any, *args: Any, **kwargs: Any) -> None:
+        theirs(runner, *args, **kwargs)
+        asked = runner.model_config.multimodal_config
+        runner.is_multimodal_pruning_enabled = (
+            supports_multimodal_pruning(runner.get_model())
+            and asked is not None
+            and asked.is_multimodal_pruning_enabled()
+        )
+
+    CPUModelRunner.load_model = load_model
 
 
 def _checking(architecture: str, before: type) -> type:
