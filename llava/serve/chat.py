@@ -159,13 +159,15 @@ class Chat:
             if said[-1] == self.tokenizer.eos_token_id:
                 break
             text = self.tokenizer.decode(said, skip_special_tokens=True)
+            if number + 1 == most:
+                yield text[len(shown) :]
+                return
             if not text.endswith("\ufffd"):  # the bytes of a letter that is not whole yet
                 yield text[len(shown) :]
                 shown = text
-            if number + 1 < most:
-                with torch.inference_mode():
-                    logits = self._read(said[-1:])
-                self.prefilled = prefilled
+            with torch.inference_mode():
+                logits = self._read(said[-1:])
+            self.prefilled = prefilled
 
 
 def _chooser(temperature: float, top_p: float | None):
