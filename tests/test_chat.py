@@ -67,8 +67,8 @@ def test_a_kept_cache_without_a_reducer_is_the_same_conversation(loaded):
     assert chat.goes_on
     (said,) = chat.ask("and the dog", max_new_tokens=1)
     assert chat.prefilled < 20
-    end = loaded.tokenizer(" USER: and the dog ASSISTANT:", add_special_tokens=False).input_ids
-    assert read[-len(end) - 1 :] == [loaded.tokenizer.eos_token_id, *end]
+    end = loaded.tokenizer("</s>USER: and the dog ASSISTANT:", add_special_tokens=False).input_ids
+    assert read[-len(end) :] == end
     ids = [*tokenizer_image_token(first.get_prompt(), loaded.tokenizer), *read]
     pixels = process_images([picture()], loaded.image_processor, loaded.model.config)
     with torch.inference_mode():

@@ -138,11 +138,11 @@ class Chat:
     @torch.inference_mode()
     def _more(self, before: str) -> Tensor:
         """Logits after what the conversation says beyond `before`, read against the cache."""
-        ended = self.tokenizer.eos_token_id in self._unread
-        new = self._text()[len(before) :]
-        new = new if ended or not before.endswith(self.tokenizer.eos_token) else self.tokenizer.eos_token + new
-        ids = self.tokenizer(new, add_special_tokens=False).input_ids
-        return self._read([*self._unread, *ids])
+        new, end = self._text()[len(before) :], self.tokenizer.eos_token
+        if not before.endswith(end):  # the template separates turns otherwise
+            return self._read([*self._unread, *self.tokenizer(new, add_special_tokens=False).input_ids])
+        first, *ids = self.tokenizer(end + new, add_special_tokens=False).input_ids
+        return self._read([*self._unread, *ids] if first in self._unread else [*self._unread, first, *ids])
 
     def _read(self, ids: list[int]) -> Tensor:
         """Logits after some more ids."""
