@@ -61,8 +61,8 @@ def _wait(process: subprocess.Popen, address: str, log: Path) -> None:
 
 def requests(count: int, name: str, seed: int) -> list[dict]:
     """Chat requests about different scenes, each with a question about its own."""
-    from llava.train.mini.data import ask_scene
-    from llava.train.mini.scenes import generate_scene, render
+    from eval.mini.data import ask_scene
+    from eval.mini.scenes import generate_scene, render
 
     made = []
     for number in range(count):

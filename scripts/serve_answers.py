@@ -20,7 +20,7 @@ SCENES, EACH = 12, 10
 def questions(scenes: int) -> list[tuple]:
     """Image, question, answer of held-out scenes."""
     sys.path.insert(0, str(ROOT))
-    from llava.train.mini.questions import scene_questions
+    from eval.mini.questions import scene_questions
 
     return [(image, text, answer) for image, text, answer, *_ in scene_questions("test", scenes, EACH, 0)]
 
@@ -70,7 +70,7 @@ def by_us(model: str, settings: dict | None, asked: list[tuple]) -> list[dict]:
 
 def prompt_of(question: str) -> str:
     """LLaVA's prompt about one image."""
-    from llava.train.mini.data import prompt_parts
+    from eval.mini.data import prompt_parts
 
     return "<image>".join(prompt_parts(question))
 

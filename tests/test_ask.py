@@ -13,7 +13,7 @@ from PIL import Image
 from eval import cli
 from eval.ask import command, overlay
 from eval.ask.compare import BASELINE, compare, table_rows
-from eval.inference import LoadedModel
+from eval.run.inference import LoadedModel
 from llava.video import load_video
 from mustdrop import Reducer, load_reducer
 

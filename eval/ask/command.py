@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         _check_writable(file)
     from eval import checkpoints
     from eval.ask.compare import BASELINE, compare, table_rows
-    from eval.inference import LoadedModel
+    from eval.run.inference import LoadedModel
     from mustdrop import Reducer
 
     label, reducer = read_reducer(args.model, args.method, args.retain)
@@ -85,7 +85,7 @@ def read_inputs(inputs: Sequence[str], scene: str | None) -> tuple[list, str, st
     ValueError
         If there is no question, or an image cannot be read.
     """
-    from eval.visuals import open_visual
+    from eval.run.visuals import open_visual
 
     if scene is not None:
         seed = whole_number("scene", scene, least=0, most=SEEDS)
@@ -105,8 +105,8 @@ def read_inputs(inputs: Sequence[str], scene: str | None) -> tuple[list, str, st
 
 def asked_scene(seed: int, question: str | None = None) -> tuple[list, str, str | None]:
     """A drawn scene as an image, and a question about it with its answer, unless one is given."""
-    from llava.train.mini.data import ask_scene
-    from llava.train.mini.scenes import generate_scene, render
+    from eval.mini.data import ask_scene
+    from eval.mini.scenes import generate_scene, render
 
     scene = generate_scene(seed)
     if question is not None:

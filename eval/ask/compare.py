@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from eval.asking import AskedModel
-from eval.generation import for_transformers
-from eval.rows import FLOPS_CONVENTION, flops, shape_of
-from eval.visuals import Visual
+from eval.run.asking import AskedModel
+from eval.run.generation import for_transformers
+from eval.run.rows import FLOPS_CONVENTION, flops, shape_of
+from eval.run.visuals import Visual
 from mustdrop import Reducer, Trace
 
 BASELINE = "baseline"

@@ -9,8 +9,8 @@ from itertools import accumulate, pairwise
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from eval.asking import AskedModel
-from eval.visuals import Visual
+from eval.run.asking import AskedModel
+from eval.run.visuals import Visual
 from llava.video import Video
 from mustdrop import Trace
 
