@@ -25,9 +25,7 @@ TEMPLATES = {
 
 def parser() -> argparse.ArgumentParser:
     """The command line, as LLaVA's users know it."""
-    new = Parser(
-        prog="python -m llava.serve.cli", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    new = Parser("chat", description=__doc__)
     new.add_argument("--model-path", type=text, default="checkpoints/llava-mini", help="folder or hub id (%(default)s)")
     new.add_argument("--model-base", type=text, help="the model under a projector or LoRA weights")
     new.add_argument("--image-file", type=text, nargs="+", default=[], help="images for the first question")
