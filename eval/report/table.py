@@ -15,23 +15,24 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+import pandas as pd
 from tabulate import LATEX_ESCAPE_RULES, SEPARATING_LINE, tabulate
 
 from eval.report import published
 from eval.report.layout import (
-    COSTS,
+    SHOWN_COSTS,
     Layout,
-    Line,
+    TableRow,
     average_difference,
     complete,
-    lines,
     printed_average,
     printed_shares,
     read_layout,
+    table_rows,
 )
 from eval.report.published import AVERAGE
-from eval.report.results import VANILLA, Result, collect, label, prompt_ms, timing
-from eval.report.significance import comparable
+from eval.report.results import ONE, VANILLA, load, timing
+from eval.report.significance import comparable, leaders
 from eval.run.settings import check_out
 from mustdrop.command import Parser, command, path
 
@@ -53,14 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.format == "all" and args.out is None:
         raise ValueError("--format: all writes files, so it needs --out FOLDER")
     out = None if args.out is None else check_out(args.out)
-    results, notes = _results(args.results)
-    layout = complete(read_layout(args.table, {result.row["method"] for result in results}), results)
-    found = lines(layout, results)
-    notes = [*layout.notes, *notes, *origins(found, results)]
+    frame, notes = _results(args.results)
+    layout = complete(read_layout(args.table, set(frame.get("method", ()))), frame)
+    found = table_rows(layout, frame)
+    notes = [*layout.notes, *notes, *origins(found, frame)]
     styles = list(SUFFIXES) if args.format == "all" else [args.format]
     bold = set()
     if "markdown" in styles and layout.methods is None:
-        whole, unreadable = comparable(results)
+        whole, unreadable = comparable(frame)
         bold = set() if unreadable else leading(layout, found, whole)
         notes += [f"{note}, so nothing is bold" for note in unreadable]
     if out is not None:
@@ -84,15 +85,13 @@ def parser() -> argparse.ArgumentParser:
     return new
 
 
-def leading(layout: Layout, found: Sequence[Line], results: Sequence[Result]) -> set[tuple[str, int]]:
+def leading(layout: Layout, found: Sequence[TableRow], frame: pd.DataFrame) -> set[tuple[str, int]]:
     """Methods at their budgets that no other is known to surpass on average; what lacks a column is not ranked."""
-    from eval.report.against import leaders
-
     whole = [line for line in found if line.method != VANILLA and len(line.shares()) == len(layout.columns)]
     tasks = [row["task"] for row in found[0].ours.values()]
     models = {row["model"] for line in whole for row in line.ours.values()}
-    mine = [result for result in results if result.row["model"] in models]
-    return leaders(mine, tasks, [(line.method, line.retain) for line in whole])
+    mine = frame[frame.model.isin(models)]
+    return leaders(mine, tasks, [(line.method, line.retain) for line in whole]) if whole else set()
 
 
 def write(out: Path, stem: str, texts: Mapping[str, str]) -> None:
@@ -102,38 +101,34 @@ def write(out: Path, stem: str, texts: Mapping[str, str]) -> None:
         (out / f"{stem}.{SUFFIXES[style]}").write_text(text, encoding="utf-8")
 
 
-def _results(folders: list[Path] | None) -> tuple[list[Result], list[str]]:
+def _results(folders: list[Path] | None) -> tuple[pd.DataFrame, list[str]]:
     if folders is None and not any(RESULTS.rglob("cells/*/*.json")):
-        return [], ["no results here: published figures only"]
-    return collect(folders or [RESULTS])
+        return pd.DataFrame(), ["no results here: published figures only"]
+    return load(folders or [RESULTS])
 
 
-def origins(found: Sequence[Line], results: Sequence[Result]) -> list[str]:
+def origins(found: Sequence[TableRow], frame: pd.DataFrame) -> list[str]:
     """Where the shown results were made: commits, devices, dates; which methods if several commits made them."""
-    shown = [row for line in found for row in line.ours.values()]
-    names = {(row["model"], row["task"], label(row["method"], row["retain"])) for row in shown}
-    made = [result for result in results if (result.row["model"], result.row["task"], result.label) in names]
-    if results and not made:
-        others = sorted({f"{result.row['model']} on {result.row['task']}" for result in results})
-        return [f"none of the {len(results)} results belongs here, they are of {', '.join(others)}"]
-    if not made:
+    if frame.empty:
         return []
-    methods: dict[str, set[str]] = {}
-    for result in made:
-        methods.setdefault(result.row["commit"], set()).add(result.row["method"])
+    shown = {tuple(row[name] for name in ONE) for line in found for row in line.ours.values()}
+    made = frame[[key in shown for key in zip(*(frame[name] for name in ONE), strict=True)]]
+    if made.empty:
+        others = ", ".join(sorted(set(frame.model + " on " + frame.task)))
+        return [f"none of the {len(frame)} results belongs here, they are of {others}"]
     facts = {
-        "commit": sorted(methods),
-        "device": {f"{one.provenance.get('device')} {one.provenance.get('dtype')}" for one in made},
-        "date": {one.provenance.get("date", "unknown")[:10] for one in made},
+        "commit": set(made.commit),
+        "device": {f"{one.get('device')} {one.get('dtype')}" for one in made.provenance},
+        "date": {one.get("date", "unknown")[:10] for one in made.provenance},
     }
     line = "; ".join(f"{name} {', '.join(sorted(value))}" for name, value in facts.items())
-    several = [f"commit {commit}: {', '.join(sorted(names))}" for commit, names in sorted(methods.items())]
+    several = [f"commit {commit}: {', '.join(sorted(set(rows.method)))}" for commit, rows in made.groupby("commit")]
     return [f"{len(made)} results; {line}", *(several if len(several) > 1 else []), f"times: {timing(made)}"]
 
 
 def render(
     layout: Layout,
-    found: Sequence[Line],
+    found: Sequence[TableRow],
     style: str,
     notes: Sequence[str] = (),
     bold: Collection[tuple[str, int]] = (),
@@ -177,11 +172,13 @@ def header(layout: Layout) -> list[str]:
         *("tokens", "method", ""),
         *(_title(column) for column in layout.columns),
         AVERAGE,
-        *(COSTS[cost][0] for cost in layout.costs),
+        *(SHOWN_COSTS[cost][0] for cost in layout.costs),
     ]
 
 
-def body_rows(layout: Layout, found: Sequence[Line], bold: Collection[tuple[str, int]] = ()) -> list[list[str] | None]:
+def body_rows(
+    layout: Layout, found: Sequence[TableRow], bold: Collection[tuple[str, int]] = ()
+) -> list[list[str] | None]:
     """The table's rows as text, None between budgets."""
     letters = _letters(layout, found)
     body: list[list[str] | None] = []
@@ -207,7 +204,7 @@ def body_rows(layout: Layout, found: Sequence[Line], bold: Collection[tuple[str,
     return body
 
 
-def legend(layout: Layout, found: Sequence[Line]) -> list[str]:
+def legend(layout: Layout, found: Sequence[TableRow]) -> list[str]:
     """What the marks mean, as far as they occur."""
     ours = [row for line in found for row in line.ours.values()]
     remarks = []
@@ -233,7 +230,7 @@ def legend(layout: Layout, found: Sequence[Line]) -> list[str]:
     return remarks
 
 
-def _our_rows(layout: Layout, line: Line, vanilla: Line) -> list[list[str]]:
+def _our_rows(layout: Layout, line: TableRow, vanilla: TableRow) -> list[list[str]]:
     """Scores; the numbers of questions where vanilla's line does not say them; the spread over seeds, if any."""
     cells = [line.ours.get(column) for column in layout.columns]
     shares = line.shares()
@@ -255,7 +252,7 @@ def _published_row(layout: Layout, row: published.Row, letter: str) -> list[str]
     return [f"published {letter}", *figures, average]
 
 
-def _difference_row(layout: Layout, line: Line, row: published.Row, letter: str) -> list[str]:
+def _difference_row(layout: Layout, line: TableRow, row: published.Row, letter: str) -> list[str]:
     figures = []
     for column in layout.columns:
         mark = "*" if line.beyond_noise(column, row) else ""
@@ -297,7 +294,7 @@ def _title(column: str) -> str:
     return known.title if known else column
 
 
-def _letters(layout: Layout, found: Sequence[Line]) -> dict[str, str]:
+def _letters(layout: Layout, found: Sequence[TableRow]) -> dict[str, str]:
     """A letter for every source that is shown."""
     if not {"published", "difference"} & set(layout.show):
         return {}
@@ -323,7 +320,7 @@ def _latex(tabular: str, caption: str) -> str:
     return "\n".join(parts).replace("±", r"$\pm$") + "\n"
 
 
-def _csv(layout: Layout, found: Sequence[Line]) -> str:
+def _csv(layout: Layout, found: Sequence[TableRow]) -> str:
     """One line per figure and source; empty where there is none."""
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_FIELDS, lineterminator="\n")
@@ -336,15 +333,16 @@ def _csv(layout: Layout, found: Sequence[Line]) -> str:
     return text.getvalue()
 
 
-def _csv_row(layout: Layout, line: Line, printed: published.Row | None, column: str) -> dict:
+def _csv_row(layout: Layout, line: TableRow, printed: published.Row | None, column: str) -> dict:
     row = {"model": layout.model, "task": column, "method": line.method, "retain": line.retain}
     ours = line.ours.get(column)
     if ours is not None:
         low, high = ours["score_ci95"]
         row |= {"ours": ours["score"], "ci_low": low, "ci_high": high}
         row |= {name: ours[name] for name in ("n", "seeds", "seed_spread", "synthetic", "commit")}
-        row |= {"mean_tokens": ours["mean_tokens"], "flops_reduction": ours["flops_reduction"]}
-        row["prompt_ms"] = prompt_ms(ours)
+        saved = ours["flops_saved"]
+        row |= {"mean_tokens": ours["mean_tokens"], "prompt_ms": ours["prompt_ms"]}
+        row["flops_reduction"] = None if saved is None else saved / 100
     if printed is not None and column in printed.values:
         row |= {"published": printed.values[column], "source": printed.source}
         row |= {"difference": line.difference(column, printed), "beyond_noise": line.beyond_noise(column, printed)}
@@ -356,7 +354,7 @@ def _rounded(row: Mapping) -> dict:
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
 
 
-def _csv_average(layout: Layout, line: Line, printed: published.Row | None) -> dict:
+def _csv_average(layout: Layout, line: TableRow, printed: published.Row | None) -> dict:
     shares = line.shares()
     row = {"model": layout.model, "task": AVERAGE, "method": line.method, "retain": line.retain}
     row |= {"ours": fmean(shares.values()) if shares else None, "over": f"{len(shares)}/{len(layout.columns)}"}
