@@ -194,10 +194,10 @@ def machine() -> dict:
 def provenance(command: Sequence[str], **more) -> dict:
     """The ``provenance`` object of a result file: the command, code, versions, date, and whatever else is given.
 
-    `command` is what follows ``python -m``: module and arguments.
+    `command` is what follows ``mustdrop``: a command's name and its arguments.
     """
     return {
-        "command": shlex.join(["python", "-m", *command]),
+        "command": shlex.join(["mustdrop", *command]),
         **more,
         "git_commit": git_commit(),
         "code": code_fingerprint(),

@@ -13,11 +13,9 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llava.constants import FRAMES
 from llava.images import MAX_PIXELS
 from llava.mm_utils import process_images
-
-FRAMES = 8
-"""Frames of a video that a model sees, as Video-LLaVA was trained."""
 
 TRUNCATED = 0.9
 """A file of whose frames, by its own header, a smaller share can be decoded is taken to be truncated."""

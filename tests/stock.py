@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from functools import cache
 
 import torch
@@ -109,8 +107,8 @@ def _qwen2(text: str, **more):
     return hf.Qwen2VLForConditionalGeneration(config)
 
 
-def _qwen25(text: str, **more):
-    vision = {**QWEN_VISION, **GATED, "window_size": 112, "fullatt_block_indexes": [1, 3]}
+def _qwen25(text: str, full: list[int] | None = None, **more):
+    vision = {**QWEN_VISION, **GATED, "window_size": 112, "fullatt_block_indexes": full or [1, 3]}
     config = hf.Qwen2_5_VLConfig(text_config=_mrope(2, 3, 3), vision_config=vision, **QWEN_IDS, **more)
     return hf.Qwen2_5_VLForConditionalGeneration(config)
 
@@ -122,6 +120,26 @@ def _qwen3(text: str, **more):
     return hf.Qwen3VLForConditionalGeneration(config)
 
 
+TILE = 12  # patches along the side of a tile of InternVL, four to a vision token
+TILES = [4, 3]  # of two images, a thumbnail being the last
+
+
+def _internvl(text: str, **more):
+    size = {"patch_size": (14, 14), "image_size": (14 * TILE, 14 * TILE), "layer_scale_init_value": 1.0}
+    big = {"norm_type": "rms_norm", "use_qk_norm": True}  # the towers of 6B parameters
+    small = {"norm_type": "layer_norm", "attention_bias": True}
+    vision = {**VISION, **size, **(big if text in ("llama", "phi3") else small)}
+    config = hf.InternVLConfig(
+        text_config=TEXTS[text]().to_dict(),
+        vision_config=vision,
+        image_token_id=IMAGE,
+        image_seq_length=(TILE // 2) ** 2,
+        tie_word_embeddings=False,
+        **more,
+    )
+    return hf.InternVLForConditionalGeneration(config)
+
+
 FAMILIES = {
     "llava": _llava,
     "next": _next,
@@ -130,6 +148,7 @@ FAMILIES = {
     "qwen2": _qwen2,
     "qwen2.5": _qwen25,
     "qwen3": _qwen3,
+    "internvl": _internvl,
 }
 
 
@@ -153,12 +172,12 @@ def stock(family: str, text: str = "llama", **more):
     return model
 
 
-def pixels(*shape: int, seed: int = 0) -> torch.Tensor:
+def pixels(*shape: int, seed: int = 0, side: int = PIXELS) -> torch.Tensor:
     """Noise that is faint in two thirds of every view, so that some windows merge."""
-    size = (*shape, 3, PIXELS, PIXELS)
+    size = (*shape, 3, side, side)
     noise = torch.randn(size, generator=torch.Generator().manual_seed(seed))
-    noise[..., : PIXELS * 2 // 3] *= 0.02
-    noise[..., : PIXELS * 2 // 3] += 0.5
+    noise[..., : side * 2 // 3] *= 0.02
+    noise[..., : side * 2 // 3] += 0.5
     return noise
 
 
@@ -205,7 +224,13 @@ def inputs(family: str, model, images: int = 2) -> dict[str, torch.Tensor]:
     texts = [(3, 6), (5, 9), (2, 4)][:images]
     if family.startswith("qwen"):
         return qwen_inputs(texts, ((CLIPS if "clips" in family else QWEN_GRIDS) * 2)[:images], family)
-    if family == "llava":
+    if family == "internvl":
+        tiles = (TILES * 2)[:images]
+        counts, given = (
+            [count * (TILE // 2) ** 2 for count in tiles],
+            {"pixel_values": pixels(sum(tiles), side=14 * TILE)},
+        )
+    elif family == "llava":
         counts, given = [tokens_of(model)] * images, {"pixel_values": pixels(images)}
     elif family == "video":
         counts = [4 * (SIDE**2 + 1)] * images
@@ -262,6 +287,9 @@ def alone(given: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
         if name.endswith("_grid_thw"):
             pixels = "pixel_values" if name.startswith("image") else "pixel_values_videos"
             single[pixels] = given[pixels].split(value.prod(-1).tolist())[row]
+    if given.get("pixel_values", mask).shape[-1] == 14 * TILE:
+        tiles = ((given["input_ids"] == IMAGE).sum(-1) // (TILE // 2) ** 2).tolist()
+        single["pixel_values"] = given["pixel_values"].split(tiles)[row]
     text = [name for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in given]
     return {**single, **{name: single[name][:, mask] for name in text}}
 
@@ -271,54 +299,3 @@ def generate(model, given: dict[str, torch.Tensor], new_tokens: int = 4, **how):
     how = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, **how}
     output = model.generate(**given, **how, output_logits=True, return_dict_in_generate=True)
     return output.sequences, torch.stack(output.logits, dim=1)
-
-
-CHAT = (
-    "{% for message in messages %}{{ message['role'].upper() }}: "
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'video' %}"
-    "<video>{% else %}{{ part['text'] }}{% endif %}{% endfor %} {% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-
-
-def save(folder, family: str, text: str, tokenizer_folder):
-    """A whole checkpoint of a random stock model, with its processor; returns the folder."""
-    import shutil
-
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(tokenizer_folder / "tokenizer.model", folder)
-    tokenizer = hf.LlamaTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["<image>", "<video>"], special_tokens=True)
-    tokenizer.pad_token = "</s>"
-    tokenizer.chat_template = CHAT
-    size = {"height": PIXELS, "width": PIXELS}
-    if family in ("llava", "video"):
-        images = CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=size)
-    elif family == "next":
-        images = LlavaNextImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=size, image_grid_pinpoints=GRIDS)
-    else:
-        images = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=GRIDS)
-    model = copy.deepcopy(stock(family, text))
-    image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model.config.image_token_id = model.config.image_token_index = image
-    if family in ("onevision", "video"):
-        model.config.video_token_id = model.config.video_token_index = video
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    images.save_pretrained(folder)
-    kinds = {
-        "llava": ("LlavaProcessor", {"patch_size": 14, "num_additional_image_tokens": 1}),
-        "next": ("LlavaNextProcessor", {"patch_size": 14, "num_additional_image_tokens": 1}),
-        "onevision": ("LlavaOnevisionProcessor", {"num_image_tokens": SIDE**2}),
-        "video": ("VideoLlavaProcessor", {"patch_size": 14, "num_additional_image_tokens": 1}),
-    }
-    kind, facts = kinds[family]
-    strategy = "full" if family == "onevision" else "default"
-    facts = {"processor_class": kind, "vision_feature_select_strategy": strategy, "image_token": "<image>", **facts}
-    (folder / "processor_config.json").write_text(json.dumps(facts))
-    return folder

@@ -51,7 +51,7 @@ def test_rows_carry_everything(report):
                 plain and key in ("selector_ms", "replay_floor_ms", "share_of_replay_floor")
             )
         assert row["spread"]["prefill_ms"] >= 0 and len(row["rounds"]["prefill_ms"]) == 2
-    assert report["provenance"]["command"].startswith("python -m eval.bench_speed --shape")
+    assert report["provenance"]["command"].startswith("mustdrop bench --shape")
     assert {"versions", "device", "date", "cpu_load"} <= set(report["provenance"])
 
 

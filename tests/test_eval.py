@@ -17,7 +17,7 @@ import torch
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
-from eval import cli, statistics, tasks
+from eval import statistics, tasks
 from eval.methods import method_at, read_method
 from eval.mini import questions, scenes
 from eval.report import summary
@@ -461,14 +461,3 @@ def test_several_processes_share_the_questions(checkpoint, configs, small_task, 
     assert timeless[0] == timeless[1] and two[1]["n"] == 5
     (lines,) = (tmp_path / "two" / "cells" / "mini_gqa").glob("mustdrop_9-*.jsonl")
     assert len(lines.read_text().splitlines()) == 5
-
-
-def test_every_command_has_help(capsys):
-    assert cli.main([]) == 0
-    printed = capsys.readouterr().out
-    for name in cli.COMMANDS:
-        assert name in printed
-        with pytest.raises(SystemExit) as left:
-            cli.main([name, "--help"])
-        assert left.value.code == 0 and "usage:" in capsys.readouterr().out
-    assert cli.main(["runn"]) == 2 and "'runn'" in capsys.readouterr().err

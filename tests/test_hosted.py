@@ -11,7 +11,7 @@ import llava  # noqa: F401  (it hosts stock models)
 from mustdrop import Reducer, load_reducer
 from mustdrop.hooks import Keep
 
-IN_VIEWS = [*FAMILIES[1:4], ("qwen2.5 clips", "qwen2"), ("qwen3 clips", "qwen3")]
+IN_VIEWS = [*FAMILIES[1:4], ("qwen2.5 clips", "qwen2"), ("qwen3 clips", "qwen3"), ("internvl", "llama")]
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def test_windows_of_yopo_equal_the_stock_model_with_all_else_masked(family, text
     near = (row[:, None] - row).abs().maximum((column[:, None] - column).abs()) <= 1
     seen[vision] = (seen[vision] & ~vision) | (near[vision] & vision)
     grids = len(row[vision].div(1024, rounding_mode="floor").unique())
-    assert grids == {"next": 2, "onevision": 2, "video": 4, "qwen3 clips": 3}.get(family, 1)
+    assert grids == {"next": 2, "onevision": 2, "video": 4, "qwen3 clips": 3, "internvl": 4}.get(family, 1)
     mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
     position = stock.positions(model, given)
     expected = model(**{**given, "attention_mask": mask, "position_ids": position}).logits

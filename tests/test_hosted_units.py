@@ -1,10 +1,12 @@
 """Towers whose tokens are units of patches: attention on demand, windows, drops between blocks, deepstack."""
 
+import math
+
 import pytest
 import stock
 import torch
 import torch.nn.functional as F
-from hosted import QWENS, KeepAll
+from hosted import QWENS, KeepAll, reducer_of
 from stock import alone, generate, ids_of, inputs
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -20,7 +22,11 @@ from llava.model.hosted.towers.attention import (
 )
 from mustdrop import Reducer, load_reducer
 from mustdrop.attention import cls_attention
+from mustdrop.compose import Compose
 from mustdrop.hooks import Keep, VisionTokens
+from mustdrop.stages import KeyTokens
+
+ANY_SIZE = [*QWENS, ("internvl", "llama")]
 
 
 @pytest.fixture(autouse=True)
@@ -265,22 +271,93 @@ def test_positions_go_on_behind_what_was_dropped(family, text):
     torch.testing.assert_close(steps, whole, atol=5e-6, rtol=0)
 
 
-def test_what_these_models_cannot_do_is_refused_or_said():
-    model = stock.stock("qwen2", "qwen2")
-    given = inputs("qwen2", model)
-    with pytest.raises(ValueError, match="smallimage"), load_reducer({"method": "smallimage", "retain": 9}).on(model):
-        pass
-
+@pytest.mark.parametrize(("family", "text"), ANY_SIZE)
+def test_what_these_models_cannot_do_is_refused_when_the_block_begins(family, text):
     class Pixels(Reducer):
         def on_pixels(self, images, patch_size):
             return None
 
-    with pytest.raises(ValueError, match="Pixels changes the pixels .* max_pixels") as error, Pixels().on(model):
+    model = stock.stock(family, text)
+    for reducer, match in (
+        (Pixels(), "Pixels changes the pixels .* max_pixels"),
+        (load_reducer({"method": "smallimage", "retain": 0.5}), "retain is 0.5: it must be a number of tokens"),
+        (load_reducer({"method": "mustdrop", "key_block": 7}), "key_block is 7: it must be between -4 and 3"),
+        (load_reducer({"method": "fastv", "layer": 40, "retain": 9}), "layer"),
+    ):
+        with pytest.raises(ValueError, match=match) as error, reducer.on(model):
+            pass
+        assert "\n" not in str(error.value) and "forward" not in vars(model.model)
+
+
+def test_blocks_that_see_windows_choose_no_tokens():
+    model = stock.stock("qwen2.5", "qwen2")
+    for settings, field in (
+        ({"method": "mustdrop", "key_block": 2}, "key_block is 2"),
+        ({"method": "mustdrop", "key_block": -2, "retain": 12}, "key_block is -2"),
+        ({"method": "hiprune", "retain": 12, "object_block": 0}, "object_block is 0"),
+        ({"method": "compose", "parts": [{"method": "mustdrop", "key_block": 2}, {"method": "yopo"}]}, "key_block"),
+    ):
+        match = f"{field}.*: it must be one of 1, 3, for in block . .* window alone"
+        with pytest.raises(ValueError, match=match) as error, load_reducer(settings).on(model):
+            pass
+        assert "\n" not in str(error.value)
+        with load_reducer(settings).on(stock.stock("qwen2", "qwen2")):  # none of its blocks is windowed
+            pass
+    last = stock.stock("qwen2.5", "qwen2", full=(1,))
+    match = "fullatt_block_indexes is .1.: it must hold 3, the last"
+    for method in ("visionzip", "prumerge", "trevs"):
+        with pytest.raises(ValueError, match=match), reducer_of(method).on(last):
+            pass
+    with reducer_of("fastv").on(last):
         pass
-    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("block", [1, -1])
+def test_key_tokens_without_cls_are_those_that_all_units_look_at(block):
+    model = stock.stock("qwen2.5", "qwen2")
+    given = alone(inputs("qwen2.5", model), 0)
+    own = own_attention(model, given)[block]
+    units = len(own) // 4
+    paid = own.mean(0).unflatten(0, (units, 4)).sum(1)[Windows.of((6, 8), 4).order().argsort()]
+    found = []
+
+    class Look(Reducer):
+        def on_vision_features(self, step):
+            found.append(step.tokens.protected[0].nonzero()[:, 0].tolist())
+
+    keys = KeyTokens(rate=0.2, block=block)
+    with Compose([keys, Look()]).on(model):
+        model(**given)
+    assert found == [sorted(paid.topk(math.ceil(0.2 * units)).indices.tolist())]
+
+
+def test_numbers_out_of_reach_for_an_image_are_refused_when_it_comes():
+    model = stock.stock("qwen2", "qwen2")
+    given = inputs("qwen2", model)
     with pytest.raises(ValueError, match="retain is 1"), load_reducer({"method": "tome", "retain": 1}).on(model):
         model(**given)
     assert "forward" not in vars(model.model.visual) and model(**given).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("family", "text"), ANY_SIZE)
+def test_smaller_images_are_the_processors_matter(family, text):
+    """Too large ones are refused, so that no result says `smallimage` and was computed on whole images."""
+    model = stock.stock(family, text)
+    given = alone(inputs(family, model), 0)
+    tokens = int((given["input_ids"] == stock.IMAGE).sum())
+    logits = model(**given).logits
+    for settings in ({"method": "smallimage"}, {"method": "compose", "parts": [{"method": "smallimage"}]}):
+        for part in settings.get("parts", [settings]):
+            part["retain"] = tokens
+        with load_reducer(settings).on(model) as run:
+            assert torch.equal(model(**given).logits, logits)
+            assert generate(model, given)[1].isfinite().all()
+        assert run.traces[-1].vision_tokens[0] == tokens
+        for part in settings.get("parts", [settings]):
+            part["retain"] = tokens - 1
+        match = f"retain is {tokens - 1}: it must be {tokens} or more for the image that was given"
+        with pytest.raises(ValueError, match=match), load_reducer(settings).on(model):
+            model(**given)
 
 
 def test_a_token_of_two_patches_counts_as_the_two_would():

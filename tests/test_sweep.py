@@ -525,4 +525,4 @@ def test_two_cells_through_submitit(write, tmp_path, monkeypatch, capsys):
     assert [cell["state"] for cell in cells] == ["finished", "finished"]
     assert all(Path(cell["log"]).is_file() and Path(cell["file"]).is_file() for cell in cells)
     result = json.loads(Path(cells[0]["file"]).read_text())
-    assert result["provenance"]["command"].startswith("python -m eval.sweep") and result["row"]["n"] == 2
+    assert result["provenance"]["command"].startswith("mustdrop sweep") and result["row"]["n"] == 2

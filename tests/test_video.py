@@ -4,6 +4,7 @@ import clips
 import numpy as np
 import pytest
 import stock
+import stock_folders
 import torch
 from PIL import Image
 from tiny import SIDE, batch, ours, prompt, run
@@ -220,7 +221,7 @@ def test_eight_frames_are_one_image_for_budgets_and_alone_what_they_are_in_a_bat
 
 @pytest.fixture(scope="module", params=[("video", "llama"), ("onevision", "qwen2")], ids=lambda kind: kind[0])
 def hosted(request, tmp_path_factory, tokenizer_folder) -> LoadedModel:
-    folder = stock.save(tmp_path_factory.mktemp("stock") / request.param[0], *request.param, tokenizer_folder)
+    folder = stock_folders.save(tmp_path_factory.mktemp("stock") / request.param[0], *request.param, tokenizer_folder)
     return LoadedModel.load(str(folder), device="cpu")
 
 
@@ -250,7 +251,9 @@ def test_a_batch_of_videos_answers_as_each_alone(hosted):
 
 
 def test_a_model_without_videos_says_so(tmp_path, tokenizer_folder):
-    loaded = LoadedModel.load(str(stock.save(tmp_path / "next", "next", "llama", tokenizer_folder)), device="cpu")
+    loaded = LoadedModel.load(
+        str(stock_folders.save(tmp_path / "next", "next", "llama", tokenizer_folder)), device="cpu"
+    )
     with pytest.raises(UnfitQuestion, match="^question: it shows a video, but llava_next takes images only"):
         loaded.prepare([loaded.prompt_about("what moves?", [a_video()])], [[a_video()]])
 

@@ -12,12 +12,12 @@ every method works to --retain exactly (MustDrop in its budget mode), and its se
 eval/bench/eager.py) at the numbers their thresholds leave, and `mustdrop` at the same numbers beside it.
 
 examples:
-  a laptop, seconds                python -m eval.bench_speed --shape mini --repeats 3
-  the width of 7B on a small CPU   python -m eval.bench_speed --shape llava-1.5-7b --layers 8 --dtype bfloat16
-  a GPU                            python -m eval.bench_speed --shape llava-1.5-7b --batch-size 1 8 32 --json speed.json
-  several methods                  python -m eval.bench_speed --methods mustdrop fastv visionzip --retain 192 64
-  the authors' way, one prompt     python -m eval.bench_speed --methods mustdrop-eager
-  a checkpoint, thresholds         python -m eval.bench_speed --checkpoint FOLDER --methods my_method.yaml
+  a laptop, seconds                mustdrop bench --shape mini --repeats 3
+  the width of 7B on a small CPU   mustdrop bench --shape llava-1.5-7b --layers 8 --dtype bfloat16
+  a GPU                            mustdrop bench --shape llava-1.5-7b --batch-size 1 8 32 --json speed.json
+  several methods                  mustdrop bench --methods mustdrop fastv visionzip --retain 192 64
+  the authors' way, one prompt     mustdrop bench --methods mustdrop-eager
+  a checkpoint, thresholds         mustdrop bench --checkpoint FOLDER --methods my_method.yaml
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ ATTENTION = ("sdpa", "eager", "cpu_matmul", "flex_attention", "flash_attention_2
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    new = Parser(
-        prog="python -m eval.bench_speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    new = Parser("bench", description=__doc__)
     add = new.add_argument
     model = new.add_mutually_exclusive_group()
     text = "llava-1.5-7b, llava-1.5-13b, mini, a config.json or its folder; weights are random (default: mini)"
@@ -181,7 +179,7 @@ def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestan
     read = [*model.get_model().layers.parameters(), *model.get_model().norm.parameters(), model.lm_head.weight]
     weight_bytes = sum(weight.nbytes for weight in read)
     rows = [row_of(one, rows_wanted, shape, numbers["new_tokens"], weight_bytes) for one in rows_wanted]
-    command = provenance(["eval.bench_speed", *argv], device=device_name(device), cpu_load=_load())
+    command = provenance(["bench", *argv], device=device_name(device), cpu_load=_load())
     return {"rows": rows, "settings": facts, "provenance": command}
 
 

@@ -28,9 +28,7 @@ from mustdrop.command import Parser, command, decimal_number, needed_number, pat
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    new = Parser(
-        prog="mustdrop calibrate-heads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    new = Parser("calibrate-heads", description=__doc__)
     new.add_argument("--model", type=text, default=EMBEDDED, help="folder or hub id of a checkpoint (%(default)s)")
     wanted = new.add_mutually_exclusive_group()
     wanted.add_argument("--share", help="share of all heads that stays active; the threshold follows")
@@ -102,7 +100,7 @@ def calibrate(args, argv: list[str], model: str, rule: dict, samples: int, batch
         "threshold": threshold,
         "active_per_layer": mask.sum(1).tolist(),
         "mean_active": float(mask.sum(1).mean()),
-        "provenance": provenance(["eval.calibrate.heads", *argv]),
+        "provenance": provenance(["calibrate-heads", *argv]),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     np.save(out, mask)

@@ -97,7 +97,7 @@ def add_measuring_options(new: argparse.ArgumentParser) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    new = Parser(prog="mustdrop calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    new = Parser("calibrate", description=__doc__)
     new.add_argument("--model", type=text, default=EMBEDDED, help="folder or hub id of a checkpoint (%(default)s)")
     new.add_argument("--retain", nargs="+", default="192 128 64", help="wanted mean tokens per layer (192 128 64)")
     new.add_argument("--samples", default=200, help="number of calibration samples (%(default)s)")
@@ -145,7 +145,7 @@ def calibrate(
     loaded = LoadedModel.load(
         model, device=args.device, dtype=args.dtype, conv_template=args.conv_template, **loading(args)
     )
-    facts = provenance(["eval.calibrate", *argv])
+    facts = provenance(["calibrate", *argv])
     source = Path(args.data).name if args.data else f"the training split of {task} (synthetic)"
     dtype = str(loaded.dtype).removeprefix("torch.") + (f", {loaded.bits} bit" if loaded.bits else "")
     notes = [

@@ -185,3 +185,15 @@ def trails(clip: Clip) -> np.ndarray:
             way = row - actor.entity.row, col - actor.entity.col
             box[:] = np.array((*way, moment, actor.first_seen, gone)) / MOMENTS
     return told.reshape(MOMENTS, grid * grid, 5)
+
+
+def owners(clip: Clip) -> np.ndarray:
+    """Which actor each patch shows, ``int64 [moments, grid*grid]``; -1 where none does."""
+    grid = clip.scene.grid
+    whose = np.full((MOMENTS, grid, grid), -1)
+    for number, actor in enumerate(clip.actors):
+        reach = actor.entity.height // 2
+        for moment in set(range(MOMENTS)) - actor.gone:
+            row, col = actor.place(moment)
+            whose[moment, row - reach : row + reach + 1, col - reach : col + reach + 1] = number
+    return whose.reshape(MOMENTS, grid * grid)

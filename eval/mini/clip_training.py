@@ -3,30 +3,37 @@
 Most steps see one random patch of each block of 2x2 patches, the same in all frames of a clip, the next ones two and
 the last ones all four. Each patch keeps the rotary position that it has in the whole clip, so what the model learns
 from a few holds for all; the choice is blind to what the patches show, so that no pruning is practised. While it
-learns, read-outs that are dropped afterwards tell what is to be known on the way: see :class:`ClipGrounding`. The first
-steps have no questions: only the first layers run, and learn to tell what an object has done so far.
+learns, read-outs that are dropped afterwards tell what is to be known on the way: see ``clip_grounding``. The first
+steps have no questions: only the first layers run, and learn where a patch is, to find an object again in earlier
+moments, and what it has done since.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from eval.mini import language, scenes, vision
+from eval.mini.clip_grounding import ClipBatch, ClipGrounding, OnClips
 from eval.mini.clip_questions import WORDS, ask
-from eval.mini.clip_scenes import BEHAVIOURS, CLIP_GRID, CORNER, MOMENTS, Clip, draw_clip, generate_clip, trails
-from eval.mini.data import PackedText, Packer, PlacedMention, build_tokenizer
+from eval.mini.clip_scenes import (
+    CLIP_GRID,
+    CORNER,
+    MOMENTS,
+    Clip,
+    draw_clip,
+    generate_clip,
+    owners,
+    trails,
+)
+from eval.mini.data import PackedText, Packer, build_tokenizer
 from eval.mini.endtoend import MiniLlava
-from eval.mini.grounding import Grounding
 from eval.mini.optim import MuonWithAdamW, grid_at, parse_phases, save_atomically
 
 log = logging.getLogger(__name__)
@@ -49,20 +56,6 @@ class ClipText(PackedText):
         return torch.cat((start, len(self.prefix) + self.places, end + self.offsets), 1)
 
 
-@dataclass
-class ClipBatch:
-    """Clips and some of their patches.
-
-    ``features`` is ``[batch, moments * patches, width]`` of the tower, ``places`` ``[batch, moments * patches]`` tells
-    which patches of the whole clip they are, in ascending order, ``trails`` ``[batch, moments * patches, 5]``.
-    """
-
-    clips: list[Clip]
-    features: torch.Tensor
-    places: torch.Tensor
-    trails: torch.Tensor
-
-
 def choose_patches(rng: np.random.Generator, per_block: int) -> torch.Tensor:
     """``per_block`` random patches of each block of 2x2, ``int64 [patches]``, ascending."""
     blocks = CLIP_GRID // 2
@@ -76,8 +69,9 @@ def collate(clips: list[Clip], features: torch.Tensor, patches: list[torch.Tenso
     frame = torch.arange(MOMENTS)[:, None] * CLIP_GRID**2
     places = torch.stack([(frame + own).flatten() for own in patches])
     told = [torch.from_numpy(trails(clip)).flatten(0, 1)[own] for clip, own in zip(clips, places, strict=True)]
+    whose = [torch.from_numpy(owners(clip)).flatten()[own] for clip, own in zip(clips, places, strict=True)]
     shown = [feature[own] for feature, own in zip(features, places, strict=True)]
-    return ClipBatch(clips, torch.stack(shown).float(), places, torch.stack(told))
+    return ClipBatch(clips, torch.stack(shown).float(), places, torch.stack(told), torch.stack(whose))
 
 
 @torch.no_grad()
@@ -101,76 +95,6 @@ def stored_features(path: Path, tower: CLIPVisionModel, clips: list[Clip]) -> to
     if len(features) != len(clips):
         raise ValueError(f"{path}: holds features of {len(features)} clips, expected {len(clips)}; move it away")
     return features
-
-
-def _at(hidden: torch.Tensor, mentions: list[PlacedMention]) -> torch.Tensor:
-    """Hidden states at the ends of noun phrases, ``[mentions, hidden]``."""
-    return hidden[[item.row for item in mentions], [item.token for item in mentions]]
-
-
-class ClipGrounding(nn.Module):
-    """Read-outs of hidden states, dropped after training.
-
-    At five sixteenths of the depth a vision token that shows an object knows what that object has done so far; at five
-    eighths the end of a phrase knows what is meant, and what it does in the whole clip; three layers later the end of
-    the second of two phrases knows which of the two appears first.
-    """
-
-    def __init__(self, config: LlamaConfig):
-        super().__init__()
-        self.meaning = Grounding(config)
-        self.trail_depth = config.num_hidden_layers * 5 // 16
-        self.norm = nn.LayerNorm(config.hidden_size)
-        self.trail_head = nn.Linear(config.hidden_size, 5)
-        self.doing_norm = nn.LayerNorm(config.hidden_size)
-        self.doing_head = nn.Linear(config.hidden_size, len(BEHAVIOURS) + 4)
-        self.order_head = nn.Linear(config.hidden_size, 1)
-
-    def trail_loss(self, states: Sequence[torch.Tensor], told: torch.Tensor, start: int) -> torch.Tensor:
-        """Error at patches with an object; ``told`` as :func:`clip_scenes.trails`, the first token at ``start``."""
-        hidden = states[self.trail_depth][:, start : start + told.shape[1]]
-        there = ~told[..., 0].isnan()
-        return 8.0 * (self.trail_head(self.norm(hidden[there])).float() - told[there]).square().mean()
-
-    def doing_loss(self, hidden: torch.Tensor, mentions: list[PlacedMention], clips: list[Clip]) -> torch.Tensor:
-        """What one object does: behaviour, way in rows and columns, when it is first seen, how often it blinks."""
-        actors = [clips[item.row].actor(item.meaning.entities[0]) for item in mentions]
-        told = self.doing_head(self.doing_norm(_at(hidden, mentions))).float()
-        behaviour = torch.tensor([BEHAVIOURS.index(actor.behaviour) for actor in actors])
-        ways = [np.subtract(actor.place(MOMENTS - 1), actor.place(0)) / MOMENTS for actor in actors]
-        facts = [(*way, actor.first_seen / MOMENTS, actor.blinks / 3) for way, actor in zip(ways, actors, strict=True)]
-        error = told[:, len(BEHAVIOURS) :] - torch.tensor(np.array(facts, np.float32))
-        return F.cross_entropy(told[:, : len(BEHAVIOURS)], behaviour) + 4.0 * error.square().mean()
-
-    def order_loss(self, hidden: torch.Tensor, mentions: list[PlacedMention], clips: list[Clip]) -> torch.Tensor:
-        """Whether the object named first appears first."""
-        pairs = [
-            [clips[item.row].actor(meant.entities[0]).first_seen for meant in (item.earlier, item.meaning)]
-            for item in mentions
-        ]
-        target = torch.tensor([float(first < second) for first, second in pairs])
-        logits = self.order_head(self.doing_norm(_at(hidden, mentions)))[:, 0].float()
-        return F.binary_cross_entropy_with_logits(logits, target)
-
-
-@dataclass
-class OnClips:
-    """The read-outs' losses for one batch, as ``language.answer_loss`` asks for them."""
-
-    heads: ClipGrounding
-    batch: ClipBatch
-
-    def loss(self, states: Sequence[torch.Tensor], mentions: list[PlacedMention], length: int) -> torch.Tensor:
-        told, meaning, clips = self.batch.trails, self.heads.meaning, self.batch.clips
-        loss = self.heads.trail_loss(states, told, states[0].shape[1] - length - told.shape[1])
-        hidden = states[meaning.depth][:, -length:]
-        if mentions:
-            loss = loss + meaning.meaning_loss(hidden, mentions)
-        if single := [item for item in mentions if len(item.meaning.entities) == 1]:
-            loss = loss + self.heads.doing_loss(hidden, single, clips)
-        if compared := [item for item in mentions if item.earlier is not None]:
-            loss = loss + self.heads.order_loss(states[meaning.compare_depth][:, -length:], compared, clips)
-        return loss
 
 
 def widen(model: LlamaForCausalLM, words: int) -> LlamaForCausalLM:
@@ -220,15 +144,17 @@ def clip_loss(
     """Loss of a batch and which answer tokens were right; without questions the loss of the first layers alone."""
     tokens = mini.projector(batch.features)
     if (text.blocks > 0).any():
-        return language.answer_loss(mini.model, tokens, text, OnClips(heads, batch))
+        return language.answer_loss(mini.model, tokens, text, OnClips(mini.model.model, heads, batch))
     decoder = mini.model.model
     prefix = decoder.embed_tokens(text.prefix).expand(len(tokens), -1, -1)
     hidden = torch.cat((prefix, tokens.to(prefix.dtype)), 1)
     mask = text.attention_mask(tokens.shape[1], torch.bfloat16)[..., : hidden.shape[1], : hidden.shape[1]]
     rotary = decoder.rotary_emb(hidden, text.positions(tokens.shape[1])[:, : hidden.shape[1]])
+    states = [hidden]
     for layer in decoder.layers[: heads.trail_depth]:
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
-    return heads.trail_loss({heads.trail_depth: hidden}, batch.trails, len(text.prefix)), None
+        states.append(layer(states[-1], attention_mask=mask, position_embeddings=rotary))
+    trail = heads.trail_loss(states, batch.trails, len(text.prefix))
+    return trail + heads.matching_loss(decoder, states, batch) + heads.place_loss(states, batch), None
 
 
 def tune_clips(

@@ -1,13 +1,12 @@
 """One HTML file about a results folder: tables, plots, significance, pictures with kept patches, settings.
 
-    python -m eval.report results/table1_mini --out report.html
+    mustdrop report results/table1_mini --out report.html
 
 The file needs nothing else, neither other files nor a network.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -157,9 +156,7 @@ def inline_svg(figure) -> Markup:
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
-    new = Parser(
-        prog="python -m eval.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    new = Parser("report", description=__doc__)
     new.add_argument("results", type=path, help="results folder")
     new.add_argument("--out", type=path, help="HTML file (default: report.html in the results folder)")
     args = new.parse_args(argv)

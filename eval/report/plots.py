@@ -1,13 +1,12 @@
 """Score against vision tokens, FLOPs and measured time, one line per method, from any results folder.
 
-    python -m eval.plots results --out plots
+    mustdrop plots results --out plots
 
 One picture per task and quantity, and per quantity one for the average share of vanilla over all tasks; PNG and SVG.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
 
@@ -200,7 +199,7 @@ def encode(figure: Figure, kind: str) -> bytes:
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
-    new = Parser(prog="python -m eval.plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    new = Parser("plots", description=__doc__)
     new.add_argument("results", type=path, nargs="+", help="results folders")
     new.add_argument("--out", type=path, help="folder for the pictures (default: plots in the first results folder)")
     args = new.parse_args(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -43,12 +44,27 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Percent of vanilla that one source prints for a method at some retentions, over benchmarks of its own choice."""
+
+    method: str
+    source: str
+    retain: list[int]
+    values: list[float]
+
+    def at(self, budgets: Collection[int]) -> dict[int, float]:
+        """What is printed at some of the numbers of tokens."""
+        return {retain: value for retain, value in zip(self.retain, self.values, strict=True) if retain in budgets}
+
+
+@dataclass(frozen=True)
 class Model:
-    """A model as papers call it, the checkpoints that are this model, and all rows about it."""
+    """A model as papers call it, the checkpoints that are this model, all rows about it, and shares beside them."""
 
     title: str
     checkpoints: tuple[str, ...]
     rows: tuple[Row, ...]
+    shares: tuple[Share, ...] = ()
 
     @property
     def columns(self) -> list[str]:
@@ -90,6 +106,12 @@ def rows(model: str, method: str, retain: int | None) -> list[Row]:
     return [row for row in found if method == VANILLA or row.retain == retain]
 
 
+def shares(model: str) -> tuple[Share, ...]:
+    """Shares of vanilla that papers print of a model beside their figures."""
+    name = canonical(model)
+    return models()[name].shares if name else ()
+
+
 def canonical(model: str) -> str | None:
     """The papers' name of a model or of a checkpoint; None if nothing is published about it."""
     return next((name for name, facts in models().items() if model == name or model in facts.checkpoints), None)
@@ -114,15 +136,29 @@ def _read(file: Path) -> tuple[dict[str, Column], dict[str, Model]]:
         listed = tuple(Row(**row) for row in facts["rows"])
         for row in listed:
             _check(row, known, f"{file.name}: {name}, {row.method} at {row.retain}")
-        found[name] = Model(facts["title"], tuple(facts["checkpoints"]), listed)
+        shares = tuple(Share(**share) for share in facts.get("shares", ()))
+        for share in shares:
+            _check_share(share, f"{file.name}: {name}, shares, {share.method}")
+        found[name] = Model(facts["title"], tuple(facts["checkpoints"]), listed, shares)
     return known, found
 
 
 def _check(row: Row, known: dict[str, Column], where: str) -> None:
-    if not row.source:
-        raise ValueError(f"{where}: source is {row.source!r}, expected the paper that prints the row")
-    for column, value in row.values.items():
+    for column in row.values:
         if column not in known:
             raise ValueError(f"{where}: {column} is no column, expected one of {', '.join(known)}")
+    _check_figures(row.source, row.values, where)
+
+
+def _check_share(share: Share, where: str) -> None:
+    if len(share.retain) != len(share.values) or not all(type(retain) is int and retain > 0 for retain in share.retain):
+        raise ValueError(f"{where}: retain is {share.retain!r}, expected a number of vision tokens for each value")
+    _check_figures(share.source, share.at(share.retain), where)
+
+
+def _check_figures(source: str, values: Mapping[str | int, float], where: str) -> None:
+    if not source:
+        raise ValueError(f"{where}: source is {source!r}, expected the paper that prints the row")
+    for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{where}: {column} is {value!r}, expected a number")
+            raise ValueError(f"{where}: {name} is {value!r}, expected a number")

@@ -1,6 +1,6 @@
 """Whether two methods differ on the same questions, beyond the luck of which questions were asked.
 
-    python -m eval.significance results --a mustdrop_64 --b vanilla --task mini_gqa
+    mustdrop significance results --a mustdrop_64 --b vanilla --task mini_gqa
 
 Without --a and --b, every method is compared with the untouched model and with the other methods at its budget. The
 difference is that of the mean score per question, in percentage points, with a paired bootstrap interval over images. p
@@ -10,7 +10,6 @@ of the table.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -194,9 +193,7 @@ def against_table(rows: Sequence[Against]) -> tuple[list[str], list[list[str]]]:
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
-    new = Parser(
-        prog="python -m eval.significance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    new = Parser("significance", description=__doc__)
     new.add_argument("results", type=path, nargs="+", help="results folders")
     new.add_argument("--a", help="method and budget, such as mustdrop_64")
     new.add_argument("--b", help="what to compare it with (default: vanilla)")

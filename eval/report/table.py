@@ -1,6 +1,6 @@
 """The paper's tables: our results beside what papers print.
 
-    python -m eval.table configs/tables/table1.yaml --results results --format all --out tables
+    mustdrop table configs/tables/table1.yaml --results results --format all --out tables
 
 A cell without a result is shown as missing. Synthetic results have no published counterpart and are never compared.
 """
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    new = Parser(prog="python -m eval.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    new = Parser("table", description=__doc__)
     new.add_argument("table", type=path, help="YAML file, such as configs/tables/table1.yaml")
     new.add_argument(
         "--results",
@@ -223,11 +223,25 @@ def legend(layout: Layout, found: Sequence[TableRow]) -> list[str]:
         remarks.append(f"only the first questions were asked: {', '.join(sorted(limits))}")
     remarks.append("average: mean share of vanilla in %, over (columns with a result / all columns)")
     remarks.extend(f"{letter}: {source}" for source, letter in _letters(layout, found).items())
+    remarks.extend(_printed_shares(layout))
     if any(row.judged for line in found for row in line.printed) and {"published", "difference"} & set(layout.show):
         remarks.append("published: scored by a language model, ours by the words of the answers: not to be compared")
     if any(line.beyond_noise(column, row) for line in found for row in line.printed for column in layout.columns):
         remarks.append("*: the published figure lies outside our 95 % interval, widened by the printed rounding")
     return remarks
+
+
+def _printed_shares(layout: Layout) -> list[str]:
+    """Shares of vanilla that papers print over their own benchmarks: beside a table, never within one."""
+    if not {"published", "difference"} & set(layout.show):
+        return []
+    listed = []
+    for share in published.shares(layout.model):
+        if values := share.at(layout.budgets):
+            said = ", ".join(f"{value:.1f} at {budget}" for budget, value in values.items())
+            listed.append(f"  {share.method}: {said} ({share.source})")
+    about = "shares of vanilla in % that papers print, each over its own benchmarks, comparable with nothing here:"
+    return [about, *listed] if listed else []
 
 
 def _our_rows(layout: Layout, line: TableRow, vanilla: TableRow) -> list[list[str]]:

@@ -68,6 +68,10 @@ class AskedModel:
         videos = [number for number, kind in enumerate(kinds_of(visuals)) if kind == "video"]
         return self.prompt(question, len(visuals), answer, videos)
 
+    def for_method(self, reducer: Reducer) -> AskedModel:
+        """The same model, given images as a method wants them; ValueError if that cannot be."""
+        return self
+
     def encode(self, prompt: str, images: int | None = None) -> Tensor:
         """Ids of a prompt, int64 ``[length]``."""
         raise NotImplementedError

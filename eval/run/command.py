@@ -1,10 +1,10 @@
 """Evaluate the untouched model and a method at several budgets, through lmms-eval.
 
-    python -m eval.run --task gqa --model checkpoints/llava-mini --retain 192 128 64
+    mustdrop run --task gqa --model checkpoints/llava-mini --retain 192 128 64
 
 The model is loaded once. Every finished row is kept under the results folder and not computed again as long as nothing
 that can change it has changed; a row that was interrupted goes on where it stopped. At the end, summary.json and
-summary.md hold the table that is also printed. Several GPUs: accelerate launch -m eval.run ...
+summary.md hold the table that is also printed. Several GPUs: accelerate launch -m mustdrop_command run ...
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line; defaults come from the environment variables that the scripts document."""
     environment = os.environ.get
     new = Parser(
-        prog="python -m eval.run",
+        "run",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Names in capitals may be set in the environment: MODEL, MODEL_BASE, LIMIT, RETAIN, OUT, BATCH_SIZE.",
     )
     new.add_argument(
@@ -191,7 +190,7 @@ def _evaluate(cells: Sequence[Cell], out: Path, argv: Sequence[str], force: bool
     from eval.run.runner import evaluate
 
     done = []
-    for cell, _ in evaluate(cells, out, command=["eval.run", *argv], force=force, verbose=verbose):
+    for cell, _ in evaluate(cells, out, command=["run", *argv], force=force, verbose=verbose):
         done.append((cell, cell.file(out)))
         summary.write(out, done)
 

@@ -43,9 +43,8 @@ MOST_PARALLEL = 64
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     new = Parser(
-        prog="mustdrop judge",
+        "judge",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"""\
 The key comes from the environment variable {KEY} and is written nowhere; a server of your own may need none.
 

@@ -120,7 +120,7 @@ class LlavaMustDrop(lmms):
         self.batch_size = needed_number("batch_size", batch_size)
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self._borrowed = loaded is not None
-        self.loaded = loaded or LoadedModel.load(
+        whole = loaded or LoadedModel.load(
             pretrained,
             device=device,
             device_map=device_map,
@@ -132,6 +132,7 @@ class LlavaMustDrop(lmms):
             load_8bit=flag("load_8bit", load_8bit),
             protocol=protocol,
         )
+        self.loaded = whole.for_method(self.reducer)
         self.shape = shape_of(
             self.loaded.model.config.to_dict(), "model", str(self.loaded.dtype).removeprefix("torch.")
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from eval.run.asking import AskedModel, UnfitQuestion
 from eval.run.visuals import TOKENS, Visual, kinds_of, placed
+from llava.model.hosted.pixels import limited
 from llava.video import Video
+from mustdrop import Reducer
 
 _VICUNA = "USER: {} ASSISTANT:"
 
@@ -27,6 +29,9 @@ class StockModel(AskedModel):
         if not hasattr(self.image_processor, "video_processor"):
             del found["video"]
         return found
+
+    def for_method(self, reducer: Reducer) -> StockModel:
+        return replace(self, image_processor=limited(self.image_processor, reducer))
 
     def prompt(self, question: str, images: int, answer: str | None = None, videos: Collection[int] = ()) -> str:
         """A one-turn conversation in the chat template of the checkpoint; images as ``LoadedModel.prompt`` has them.

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from llava.model.hosted.layout import Layout
 
 TILED = ("flat", "spatial", "spatial_unpad")
 """Orders of an image's patches: tile after tile; the tiles stitched row by row; the same without the border."""
@@ -32,21 +36,20 @@ def tiling(config, size: tuple[int, int], tile_order: str) -> dict | None:
 
 def places(tiles: Mapping) -> np.ndarray:
     """For each place of an image, as tiles show it, the tile's patch, int ``[rows, columns]``."""
-    side, (rows, columns) = tiles["side"], tiles["grid"]
-    own = np.arange(rows * columns * side**2)
-    if tiles["order"] == "flat":
-        own = own.reshape(rows, columns, side, side).swapaxes(1, 2)
-    own = _without_border(own.reshape(rows * side, columns * side), tiles["size"])
-    if tiles["order"] == "spatial_unpad":
-        own = np.arange(own.size).reshape(own.shape)
-    return own + side**2
+    shown = _layout(tiles, "spatial_unpad")  # of whatever order: drawn is what the image covers
+    own = shown.shows & (shown.view > 0)
+    view, patch = shown.view[own], shown.patch[own]
+    flat = tiles["order"] == "flat"
+    number = view * tiles["side"] ** 2 + patch if flat else _layout(tiles, tiles["order"]).slot[view, patch]
+    return number.view(-1, int(shown.column[own].max()) + 1).numpy()
 
 
 def count(tiles: Mapping) -> int:
     """Patches of all tiles and the overview, without the border where the model does not see it."""
+    if tiles["order"] == "spatial_unpad":
+        return int(_layout(tiles, tiles["order"]).shows.sum())
     rows, columns = tiles["grid"]
-    whole = rows * columns if tiles["order"] != "spatial_unpad" else 0
-    return tiles["side"] ** 2 * (1 + whole) if whole else int(places(tiles).size) + tiles["side"] ** 2
+    return tiles["side"] ** 2 * (1 + rows * columns)
 
 
 def on_image(kept: np.ndarray, tiles: Mapping) -> np.ndarray:
@@ -74,10 +77,8 @@ def is_tiling(tiles: object) -> bool:
     return fields and whole(tiles["size"], 2) and whole([*tiles["grid"], tiles["side"]], 3) and tiles["order"] in TILED
 
 
-def _without_border(canvas: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The middle of a canvas that an image of a size (width, height) covers, as LLaVA-NeXT rounds it."""
-    import torch
-    from transformers.models.llava_next.modeling_llava_next import unpad_image
+def _layout(tiles: Mapping, order: str) -> Layout:
+    """The model's own layout of the image."""
+    from llava.model.stitched import layout_of
 
-    width, height = size
-    return unpad_image(torch.from_numpy(canvas)[None], (height, width))[0].numpy()
+    return layout_of(order, tuple(tiles["size"]), tuple(tiles["grid"]), tiles["side"])

@@ -1,6 +1,6 @@
 """Run a sweep: every method at every budget on every task, in jobs on this machine or on a SLURM cluster.
 
-    python -m eval.sweep configs/sweeps/table1_mini.yaml
+    mustdrop sweep configs/sweeps/table1_mini.yaml
 
 Finished cells are skipped, interrupted ones go on where they stopped, failed ones are tried once more: give the same
 command again after whatever went wrong. Ctrl-C cancels the jobs, SLURM's too; a sweep that is killed, or whose terminal
@@ -38,9 +38,8 @@ from mustdrop.command import Parser, command, path, text, whole_number
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     new = Parser(
-        prog="python -m eval.sweep",
+        "sweep",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="MODEL, MODEL_BASE, LIMIT and OUT may also be set in the environment.",
     )
     new.add_argument("file", type=path, help="the sweep, such as configs/sweeps/table1_mini.yaml")
@@ -127,7 +126,7 @@ def _sweep(
     from eval.sweep.control import Control, lock
 
     lock_file = lock(out, stack)
-    command = ["eval.sweep", *argv]
+    command = ["sweep", *argv]
     if args.force:
         _throw_away(plan, out)
     board = Board(
@@ -197,10 +196,10 @@ def _report(board: Board, name: str) -> int:
     if failed:
         print("the same command tries the failed cells again", file=sys.stderr)
     if done:
-        print(f"next: python -m eval.report {board.out}, python -m eval.plots {board.out}", file=sys.stderr)
+        print(f"next: mustdrop report {board.out}, mustdrop plots {board.out}", file=sys.stderr)
         table = Path("configs") / "tables" / f"{name}.yaml"
         if table.is_file():
-            print(f"      python -m eval.table {table} --results {board.out}", file=sys.stderr)
+            print(f"      mustdrop table {table} --results {board.out}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -16,6 +16,7 @@ from eval.run import settings
 from eval.run.cell import Cell
 from eval.sweep.launch import Launch
 from eval.tasks import BENCHMARKS, GROUP, LOCAL, TASKS
+from llava.constants import PROTOCOLS
 from mustdrop import available_methods, load_reducer
 from mustdrop.calibrate import OutOfReach
 from mustdrop.checks import hint, shown
@@ -178,7 +179,7 @@ def _models(file: Path, given: object) -> list[dict]:
                 known = ", ".join(MODEL_KEYS)
                 raise ValueError(f"{file}: models: unknown key {shown(key)}{hint(key, MODEL_KEYS)}; it has {known}")
             kind, right = (bool, "true or false") if key.startswith("load_") else (str, "a folder or a hub id")
-            right = " or ".join(checkpoints.PROTOCOLS) if key == "protocol" else right
+            right = " or ".join(PROTOCOLS) if key == "protocol" else right
             if not isinstance(value, kind):
                 raise _wrong(file, f"models: {key}", value, right)
     if not found or not all(entry.get("model", "").strip() for entry in found):

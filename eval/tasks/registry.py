@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FRAMES = 8
-"""Frames of a video that are shown, as ``llava.video.FRAMES``, whose import takes seconds."""
+from llava.constants import FRAMES
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,10 @@ def sizes_of(image_sizes: Sequence | Tensor | None, stacks: list[Tensor]) -> lis
     return [tuple(map(int, size)) for size in sizes]
 
 
-def check_sizes(images: Sequence[tuple[int, tuple[int, int] | None]]) -> None:
-    """Raise ValueError if an image of several views, given as their number and its size, has no size."""
-    if any(views > 1 and size is None for views, size in images):
+def check_sizes(config, images: Sequence[tuple[int, tuple[int, int] | None]]) -> None:
+    """Raise ValueError if an image in tiles, given as its number of views and its size, has no size."""
+    in_tiles = getattr(config, "image_aspect_ratio", None) == "anyres"
+    if in_tiles and any(views > 1 and size is None for views, size in images):
         raise ValueError("image_sizes: left out, this method orders tiles by the (width, height) of each image")
 
 

@@ -25,6 +25,7 @@ HOSTS = {
     "qwen2_vl": "qwen_vl:Qwen2VL",
     "qwen2_5_vl": "qwen_vl:Qwen25VL",
     "qwen3_vl": "qwen_vl:Qwen3VL",
+    "internvl": "internvl:InternVL",
 }
 """`model_type` of a configuration -> file and class that host such models."""
 

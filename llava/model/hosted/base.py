@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 from llava.model.hosted.decoder import HostedDecoder
 from llava.model.hosted.layout import Layout
+from llava.model.hosted.pixels import check_budget
 from mustdrop.hooks import ForwardState, Reducer, VisionTokens, active
 
-TOWER_HOOKS = "on_pixels", "after_vision_block", "inside_vision_block", "on_vision_features"
+BLOCK_HOOKS = "after_vision_block", "inside_vision_block", "on_vision_features"
+TOWER_HOOKS = "on_pixels", *BLOCK_HOOKS
 
 
 @dataclass
@@ -79,7 +81,9 @@ class Pass:
     @cached_property
     def layouts(self) -> list[tuple[str, Layout]]:
         """Every image and video, in the order of the towers' calls."""
-        return self.host.layouts(self.inputs)
+        found = self.host.layouts({**self.inputs, "input_ids": self.ids})
+        check_budget(self.state.reducer, found)
+        return found
 
     def views(self, rows: int) -> list[int]:
         """How many of the rows of the towers' coming call are the views of one image each."""
@@ -103,18 +107,27 @@ class Host:
         `model_type` of the text models whose layers our loop runs, and of the vision towers.
     changing : tuple of str
         Attributes of the model without its head that a forward pass of the stock code overwrites.
+    any_size : bool
+        Whether images have as many tokens as their processor gives them.
+    frames_are_tiles : bool
+        Whether the frames of videos are prepared as one tile of an image is.
     """
 
     texts: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3", "phi3")
     kinds: ClassVar[tuple[str, ...]] = ()
     changing: ClassVar[tuple[str, ...]] = ()
+    any_size: ClassVar[bool] = False
+    frames_are_tiles: ClassVar[bool] = False
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.inner = model, model.model
         self.text = self.inner.language_model
 
     def layouts(self, inputs: dict[str, Any]) -> list[tuple[str, Layout]]:
-        """Every image and video of a batch, in the order of the towers' calls: "image" or "video", and its layout."""
+        """Every image and video of a batch, in the order of the towers' calls: "image" or "video", and its layout.
+
+        `inputs` are those of a stock forward, `input_ids` being None for the caller's own embeddings.
+        """
         raise NotImplementedError
 
     def tower_parts(self) -> list[tuple[nn.Module, Callable, tuple]]:
@@ -173,7 +186,12 @@ class Host:
     def check(self, reducer: Reducer) -> None:
         """Raise ValueError, in one line, if a reducer cannot work on this model."""
         self.check_kinds(self.config, self.vision_config)
-        reducer.check_placeholders()
+        reducer.check_placeholders(self.any_size)
+        if self.any_size and any(part.pixel_budget(1) is None for part in reducer.asked_at("on_pixels")):
+            raise ValueError(
+                f"method: {type(reducer).__name__} changes the pixels of images, but {self.model.config.model_type} is "
+                "given them cut up by its processor: set max_pixels, or max_patches, of that one instead"
+            )
 
     @classmethod
     def check_kinds(cls, text: Any, vision: Any) -> None:
@@ -186,6 +204,41 @@ class Host:
         """A forward pass of the reducer that is on here and now; None without one."""
         found = active(self)
         return None if found is None else Pass(self, ForwardState(found.reducer, found.run), ids, inputs)
+
+
+class OneLayerHost(Host):
+    """A host of towers whose features are one of their hidden states."""
+
+    @property
+    def feature_layer(self) -> int | list[int]:
+        """The hidden states of a tower that give the features."""
+        return self.model.config.vision_feature_layer
+
+    @property
+    def blocks_run(self) -> int:
+        """Blocks of a tower that the features need."""
+        layer, blocks = self.feature_layer, self.num_vision_layers
+        return layer % (blocks + 1) if isinstance(layer, int) else blocks
+
+    def check(self, reducer: Reducer) -> None:
+        super().check(reducer)
+        self.asked_layer(None, reducer)
+
+    def asked_layer(self, asked: int | list[int] | bool | None, reducer: Reducer) -> int | list[int]:
+        """The hidden state that a call of a tower is asked for, by default the configuration's.
+
+        Raises
+        ------
+        ValueError
+            If there are several, and a reducer works in the tower.
+        """
+        layer = self.feature_layer if asked is None or isinstance(asked, bool) else asked
+        if not isinstance(layer, int) and any(map(reducer.overrides, TOWER_HOOKS)):
+            raise ValueError(
+                f"vision_feature_layer: the features are those of {layer} side by side, but {type(reducer).__name__} "
+                "works in the vision tower, which has to have one last block"
+            )
+        return layer
 
 
 @contextmanager

@@ -68,6 +68,12 @@ class Layout:
         """True for placeholders that show a patch, bool `[placeholders]`."""
         return self.patch != EXTRA
 
+    @property
+    def strip(self) -> bool:
+        """Whether the grids are one patch high or wide."""
+        row, column = (axis[self.shows] for axis in (self.row.remainder(APART), self.column))
+        return not row.any() or not column.any()
+
     def without_extras(self) -> Layout:
         """The placeholders that show patches alone."""
         told = {name: getattr(self, name)[self.shows] for name in ("view", "patch", "row", "column", "group")}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from llava.model.hosted.base import TOWER_HOOKS, Host
+from llava.model.hosted.base import OneLayerHost
 from llava.model.hosted.layout import Layout, frames, pooled_frames, tiles
 from llava.model.hosted.towers import vit
 from mustdrop.hooks import Reducer
@@ -18,7 +18,7 @@ from mustdrop.hooks import Reducer
 _ALL = "anyres_max_1000000"  # so many tiles are never blended
 
 
-class LlavaLike(Host):
+class LlavaLike(OneLayerHost):
     """A CLIP or SigLIP tower whose features come from one hidden state.
 
     Attributes
@@ -38,25 +38,14 @@ class LlavaLike(Host):
         """Patches along the side of a view."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
-    @property
-    def feature_layer(self) -> int | list[int]:
-        """The hidden states of a tower that give the features."""
-        return self.model.config.vision_feature_layer
-
     def tower_parts(self) -> list[tuple[nn.Module, Callable, tuple]]:
         towers = [getattr(self.inner, name) for name in self.towers]
         return [(tower, vit.forward, (self, tower)) for tower in towers]
 
     def check(self, reducer: Reducer) -> None:
         super().check(reducer)
-        if not isinstance(self.feature_layer, int) and any(map(reducer.overrides, TOWER_HOOKS)):
-            raise ValueError(
-                f"vision_feature_layer: the features are those of {self.feature_layer} side by side, but "
-                f"{type(reducer).__name__} works in the vision tower, which has to have one last block"
-            )
         heads, patches, blocks = self.config.num_attention_heads, self.side**2, self.num_vision_layers
-        run = self.feature_layer % (blocks + 1) if isinstance(self.feature_layer, int) else blocks
-        reducer.check_sizes(self.num_layers, blocks, run, patches, heads, one_view=self.fixed_size)
+        reducer.check_sizes(self.num_layers, blocks, self.blocks_run, patches, heads, one_view=self.fixed_size)
 
     def with_cls(self, inputs: dict[str, Any]) -> bool:
         """Whether the CLS of a view is among its placeholders."""

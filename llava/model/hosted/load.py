@@ -125,7 +125,9 @@ def load_stock_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMix
     """A stock model's processor; its part for videos is our own, which gives the same pixels on every machine."""
     kind = PROCESSOR_MAPPING[type(config)]
     if facts := original_facts(folder):
-        return _images_only(kind)(**_said_of(folder, processor_parts, folder, config, facts))
+        processor = _images_only(kind)(**_said_of(folder, processor_parts, folder, config, facts))
+        processor.video_processor = FrameProcessor(processor.image_processor.to_dict())
+        return processor
     videos = any("video" in name for name in kind.get_attributes())
     if not is_torchvision_available() and videos:
         kind = _images_only(kind)
@@ -133,15 +135,17 @@ def load_stock_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMix
     try:
         processor = kind.from_pretrained(folder)
         if framed:
-            processor.video_processor = FrameProcessor(_video_settings(folder) or processor.image_processor.to_dict())
+            own = None if host_class(config.model_type).frames_are_tiles else _video_settings(folder)
+            processor.video_processor = FrameProcessor(own or processor.image_processor.to_dict())
     except _SAID as error:
         raise ValueError(f"{folder}: no processor can be read ({first_line(error)})") from None
     if not framed:
         return processor
     side = config.vision_config.image_size
-    if processor.video_processor.size != (side, side):
-        found = " x ".join(map(str, processor.video_processor.size))
-        raise ValueError(f"{folder}: the processor makes frames of {found}, the vision tower takes {side} x {side}")
+    wanted = tuple(side) if isinstance(side, list | tuple) else (side, side)
+    if processor.video_processor.size != wanted:
+        made, taken = (" x ".join(map(str, size)) for size in (processor.video_processor.size, wanted))
+        raise ValueError(f"{folder}: the processor makes frames of {made}, the vision tower takes {taken}")
     return processor
 
 

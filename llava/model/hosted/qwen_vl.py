@@ -22,6 +22,7 @@ class QwenVL(Host):
     """What the three have in common. A vision token is a unit of patches; a video has as many views as frame pairs."""
 
     changing: ClassVar[tuple[str, ...]] = ("rope_deltas",)
+    any_size: ClassVar[bool] = True
 
     def tower_parts(self) -> list[tuple[nn.Module, Callable, tuple]]:
         tower = self.inner.visual
@@ -46,11 +47,6 @@ class QwenVL(Host):
     def check(self, reducer: Reducer) -> None:
         super().check(reducer)
         name = type(reducer).__name__
-        if reducer.overrides("on_pixels"):
-            raise ValueError(
-                f"method: {name} changes the pixels of images, but {self.model.config.model_type} is given patches: "
-                "set max_pixels of its processor instead"
-            )
         if reducer.positions == "renumber":
             logger.warning_once(
                 f"positions: {name} numbers tokens anew, on this model along all three axes: images lose their rows "
@@ -58,12 +54,29 @@ class QwenVL(Host):
             )
         blocks = self.num_vision_layers
         reducer.check_sizes(self.num_layers, blocks, blocks, heads=self.config.num_attention_heads)
+        tower = self.tower((1, 1))  # of an image this small no number is out of reach
+        reducer.check_tower(tower)
+        if tower.last in self.windowed & reducer.touches(tower).reads:
+            full = self.vision_config.fullatt_block_indexes
+            raise ValueError(
+                f"fullatt_block_indexes is {full}: it must hold {tower.last}, the last block of the tower, by whose "
+                f"attention {name} chooses"
+            )
+
+    @property
+    def windowed(self) -> frozenset[int]:
+        """Blocks of the tower in which a patch sees its window alone."""
+        return frozenset()
+
+    def tower(self, grid: tuple[int, int]) -> Tower:
+        """What a reducer is told of the tower, for images of so many rows and columns of units."""
+        return Tower(self.num_vision_layers, self.num_vision_layers, grid, self.windowed)
 
     def check_images(self, reducer: Reducer, sizes: Sequence[tuple[int, int, int]]) -> None:
         """Raise ValueError if the settings do not fit images of these sizes: frames, rows and columns of patches."""
-        merge, blocks = self.vision_config.spatial_merge_size, self.num_vision_layers
+        merge = self.vision_config.spatial_merge_size
         for grid in {(rows // merge, columns // merge) for _, rows, columns in sizes}:
-            reducer.check_tower(Tower(blocks, blocks, grid))
+            reducer.check_tower(self.tower(grid))
 
 
 class Qwen2VL(QwenVL):
@@ -78,6 +91,10 @@ class Qwen25VL(QwenVL):
 
     texts: ClassVar[tuple[str, ...]] = ("qwen2_5_vl_text",)
     kinds: ClassVar[tuple[str, ...]] = ("qwen2_5_vl_vision",)
+
+    @property
+    def windowed(self) -> frozenset[int]:
+        return frozenset(range(self.num_vision_layers)).difference(self.vision_config.fullatt_block_indexes)
 
 
 class Qwen3VL(QwenVL):

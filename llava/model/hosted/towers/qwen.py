@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.model.hosted.base import TOWER_HOOKS, Host, Pass, current_of
+from llava.model.hosted.base import BLOCK_HOOKS, Host, Pass, current_of
 from llava.model.hosted.towers.attention import Rotary, Windows
 from llava.model.hosted.towers.units import Group, UnitTower
 from llava.model.language_model.projections import Part, turned
@@ -67,7 +67,7 @@ def forward(host: Host, tower: nn.Module, stock: Callable, hidden_states: Tensor
     sizes = [tuple(size) for size in grid_thw.tolist()]
     host.check_images(current.state.reducer, sizes)
     with current.state.timed("vision", hidden_states.device):
-        if not any(map(current.state.overrides, TOWER_HOOKS)):
+        if not any(map(current.state.overrides, BLOCK_HOOKS)):
             return stock(hidden_states, grid_thw=grid_thw, **kwargs)
         return _run(tower, current, stock, hidden_states, grid_thw, sizes, kwargs)
 
@@ -75,13 +75,12 @@ def forward(host: Host, tower: nn.Module, stock: Callable, hidden_states: Tensor
 def _run(tower: nn.Module, current: Pass, stock: Callable, pixels: Tensor, grid_thw: Tensor, sizes, kwargs):
     blocks, unit = [QwenBlock(block) for block in tower.blocks], tower.spatial_merge_size**2
     groups = groups_of(tower, sizes, pixels.device)
-    full = getattr(tower, "fullatt_block_indexes", range(len(blocks)))
     call = UnitTower(
         current.state,
         blocks,
         unit,
         groups,
-        windowed=frozenset(range(len(blocks))).difference(full),
+        windowed=current.host.windowed,
         needed=frozenset(getattr(tower, "deepstack_visual_indexes", ())),
     )
     output = stock(pixels, grid_thw=grid_thw, units=call, **kwargs)

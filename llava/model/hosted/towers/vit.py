@@ -9,18 +9,19 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from llava.model.hosted.base import Host, TowerRun, current_of
+from llava.model.hosted.base import OneLayerHost, TowerRun, current_of
 from llava.model.hosted.tokens import placed, untouched
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from mustdrop.hooks import ForwardState, VisionTokens
 
 
-def forward(host: Host, tower: nn.Module, stock: Callable, pixel_values: Tensor, **kwargs: Any) -> Any:
+def forward(host: OneLayerHost, tower: nn.Module, stock: Callable, pixel_values: Tensor, **kwargs: Any) -> Any:
     """A vision tower's forward: our loop up to the one hidden state that is asked for."""
     current = current_of(host)
-    layer = kwargs.get("output_hidden_states", host.feature_layer)
-    layer = host.feature_layer if isinstance(layer, bool) else layer
-    if current is None or not isinstance(layer, int):
+    if current is None:
+        return stock(pixel_values, **kwargs)
+    layer = host.asked_layer(kwargs.get("output_hidden_states"), current.state.reducer)
+    if not isinstance(layer, int):
         return stock(pixel_values, **kwargs)
     views = current.views(len(pixel_values))
     run, states = run_tower(CLIPVisionTower.around(tower, layer), pixel_values, current.state, views)
