@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from fabricated import BUDGETS, results_folder, write_cell
 
@@ -80,7 +81,7 @@ def test_every_method_of_the_papers_table_of_next_has_its_figures():
     assert set(found) <= set(layout.methods) and len(found) == 10
     assert found["hired"].values["gqa"] == 59.3 and found["globalcom2"].values["ocrbench"] == 375
     assert "ocrbench" not in found["holov"].values  # not printed there, so not invented
-    text = table.render(layout, lines(layout, []), "terminal")
+    text = table.render(layout, table_rows(layout, pd.DataFrame()), "terminal")
     assert rows_between(text, "160", "-:") == []
     shares = [line.strip() for line in text.splitlines() if " at 320" in line]
     assert (
@@ -99,17 +100,17 @@ def test_results_of_the_flat_protocol_are_the_papers_model(tmp_path):
     real(tmp_path, "gqa", "vanilla", 2880, 64.0, 1.0, model="llava-v1.6-vicuna-7b-flat")
     real(tmp_path, "gqa", "mustdrop", 320, 57.0, 1.0, model="llava-v1.6-vicuna-7b-flat")
     layout = Layout("Flat", "llava-next-7b", ("gqa",), (320,), ("mustdrop",))
-    rows = rows_of(table.render(layout, lines(layout, collect([tmp_path])[0]), "markdown"))
+    rows = rows_of(table.render(layout, table_rows(layout, load([tmp_path])[0]), "markdown"))
     assert rows["vanilla", "published a"][0] == "64.2" and rows["mustdrop", "difference a"][0] == "-0.3"
 
 
 def test_shares_stand_below_a_table_and_only_at_its_budgets(folder):
     layout = Layout("Shares", "video-llava-7b", ("tgif",), (136,), ("fastv",))
-    text = table.render(layout, lines(layout, []), "markdown")
+    text = table.render(layout, table_rows(layout, pd.DataFrame()), "markdown")
     assert "trevs: 99.0 at 136 (TReVS)" in text and "over its own benchmarks" in text
     assert rows_of(text)["fastv", "ours"] == ["-", "-"]
     for other in (replace(layout, budgets=(194,)), replace(layout, show=("ours",))):
-        assert "over its own benchmarks" not in table.render(other, lines(other, []), "markdown")
+        assert "over its own benchmarks" not in table.render(other, table_rows(other, pd.DataFrame()), "markdown")
 
 
 @pytest.mark.parametrize(

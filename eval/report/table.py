@@ -139,7 +139,7 @@ def render(
     ----------
     layout : Layout
         What to show.
-    found : sequence of Line
+    found : sequence of TableRow
         What there is.
     style : str
         ``terminal``, ``markdown``, ``latex`` or ``csv``; the last has one line per figure and source, and no notes.
