@@ -198,7 +198,7 @@ def body_rows(
             ):
                 block.append(_difference_row(layout, line, row, letters[row.source]))
         tokens = "all" if line.method == VANILLA else str(line.retain)
-        costs = [_cost(line.cost(cost)) for cost in layout.costs]
+        costs = [write_cost(line.cost(cost)) for cost in layout.costs]
         for place, row in enumerate(block):
             body.append(["", "", *row, *[""] * len(costs)] if place else [tokens, line.method, *row, *costs])
     return body
@@ -276,7 +276,7 @@ def _difference_row(layout: Layout, line: TableRow, row: published.Row, letter: 
     return [f"difference {letter}", *figures, average]
 
 
-def _cost(value: float | None) -> str:
+def write_cost(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3g}" if value < 10 else f"{value:.0f}"
 
 
