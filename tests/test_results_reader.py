@@ -84,7 +84,7 @@ def test_damaged_records_are_left_out_with_one_line(good, tmp_path, kind):
     bad = write_cell(tmp_path, "mini_gqa", "fastv", 9)
     damage(bad, kind)
     results, notes = load([tmp_path])
-    assert sorted(result.label for result in results) == ["mustdrop_18", "vanilla"]
+    assert sorted(results.label) == ["mustdrop_18", "vanilla"]
     (note,) = notes
     assert str(bad) in note and "\n" not in note and note.endswith("it is left out") and len(note) < 600
 
