@@ -8,7 +8,7 @@
 #   bash scripts/compare.sh --any-commit                     methods were added since: only what is missing is run,
 #                                                            the table says which commit made which rows
 #
-# From the environment: MODEL (its settings come from configs/methods/MODEL, see mustdrop calibrate), LIMIT (questions
+# From the environment: MODEL (its thresholds come from configs/methods/MODEL, see mustdrop calibrate), LIMIT (questions
 # per task), OUT, PROCESSES, SWEEP (another list of methods). Arguments go to `mustdrop sweep`; the same command
 # again goes on where it stopped.
 set -euo pipefail

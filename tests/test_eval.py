@@ -175,6 +175,13 @@ def test_a_models_own_thresholds_come_first(configs):
     assert method_at("some/model", "fastv", 10, configs) == ({"method": "fastv", "retain": 10}, None)
     with pytest.raises(ValueError, match="mustdrop calibrate --model some/model --method mustdrop --retain 10"):
         method_at("some/model", "mustdrop", 10, configs)
+    whole = own.with_name("mustdrop.yaml")
+    whole.write_text("method: mustdrop\nat:\n  9: {global_threshold: 0.07}\n  8: {global_threshold: 0.08}\n")
+    assert method_at("some/model", "mustdrop", 9, configs) == ({"method": "mustdrop", "global_threshold": 0.07}, whole)
+    assert read_method(str(whole), {"retain": "8", "window": "2"}) == method_at("model", "mustdrop", 8, configs)[0] | {
+        "window": 2
+    }
+    whole.unlink()
     own.write_text("method: mustdrop\nkey_rte: 1\n")
     with pytest.raises(ValueError, match=r"mustdrop_9\.yaml: .*key_rte"):
         method_at("some/model", "mustdrop", 9, configs)

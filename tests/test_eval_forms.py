@@ -26,7 +26,7 @@ from eval.run.cell import Cell
 from eval.run.inference import LoadedModel
 from eval.run.lmms import LlavaMustDrop
 from eval.sweep import command as sweep
-from eval.sweep import plan
+from eval.sweep import methods, plan
 from eval.tasks import mini_gqa
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -292,7 +292,7 @@ def test_bases_and_towers_on_the_hub_are_left_to_the_loader(online, tmp_path, mo
 
 
 def test_sizes_of_an_adapter_are_its_bases(folder, tmp_path):
-    assert plan.shape_of(str(folder / "plain")).layers == 16
-    method = plan.Method("fastv", 600, {"method": "fastv", "retain": 600})
+    assert methods.shape_of(str(folder / "plain")).layers == 16
+    method = methods.Method("fastv", 600, {"method": "fastv", "retain": 600})
     with pytest.raises(ValueError, match="plain has only 576 vision tokens"):
-        plan.out_of_reach(method, str(folder / "plain"))
+        methods.out_of_reach(method, str(folder / "plain"))

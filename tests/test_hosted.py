@@ -192,6 +192,49 @@ def test_images_and_videos_of_one_prompt_stand_in_its_order():
     assert [image["patches"] for image in run.traces[0].images] == [2 * stock.SIDE**2, stock.SIDE**2]
 
 
+def mixed(family: str, model, kinds: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A prompt about an image (`i`) or a video of four frames (`v`) for each letter, in that order."""
+    side = stock.SIDE
+    per_video = 4 * (side**2 + 1) if family == "video" else 4 * (side // 2) ** 2 + 1
+    many = {"i": side**2 if family == "video" else stock.tokens_of(model, stock.SIZES[0]), "v": per_video}
+    ids = {"i": stock.IMAGE, "v": stock.VIDEO}
+    given = ids_of([(3, [(ids[kind], many[kind]) for kind in kinds], 6)], seed)
+    images, videos = kinds.count("i"), kinds.count("v")
+    if images and family == "video":
+        given["pixel_values_images"] = stock.pixels(images)
+    elif images:
+        given |= {"pixel_values": stock.pixels(images, 5), "image_sizes": torch.tensor(stock.SIZES[:1] * images)}
+        given["batch_num_images"] = torch.tensor([1] * images)
+    return given | ({"pixel_values_videos": stock.pixels(videos, 4, seed=1)} if videos else {})
+
+
+@pytest.mark.parametrize(
+    "name", ["mustdrop", "mustdrop retain", "visionzip", "prumerge", "tome", "hiprune", "trevs", "evs"]
+)
+@pytest.mark.parametrize(("family", "text"), [("video", "llama"), ("onevision", "qwen2")])
+def test_an_image_beside_a_video_is_reduced_as_alone(family, text, name):
+    """Two calls of the towers in one pass: traces speak of both, and what is chosen in a tower is what it was alone."""
+    model = stock.stock(family, text)
+    method = reducer_of(name) if name in METHODS else load_reducer({"method": name, "retain": 40})
+    traces = {}
+    for kinds in ("i", "v", "iv", "vi"):
+        with method.on(model) as run:
+            model(**mixed(family, model, kinds))
+        (traces[kinds],) = run.traces
+    in_towers = ("blocks", "patches", "views")
+    alone = {kind: {fact: traces[kind].images[0][fact] for fact in in_towers} for kind in "iv"}
+    for kinds in ("iv", "vi"):
+        for kind, image in zip(kinds, traces[kinds].images, strict=True):
+            assert {fact: image[fact] for fact in in_towers} == alone[kind]
+        patches = [image["patches"] for image in traces[kinds].images]
+        starts = dict(zip(kinds, (0, patches[0]), strict=True))
+        for block, kept in traces[kinds].kept["vision"].items():
+            for kind, start in starts.items():
+                own = [patch - start for patch in kept if start <= patch < start + alone[kind]["patches"]]
+                assert own == traces[kind].kept["vision"][block]
+        assert len(traces[kinds].tower) == sum(alone[kind]["views"] for kind in kinds)
+
+
 def test_onevision_videos_and_images_that_are_blended():
     model = stock.stock("onevision", "qwen2")
     pooled = (stock.SIDE // 2) ** 2

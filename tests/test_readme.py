@@ -23,7 +23,7 @@ SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), ROOT / ".ci" / "run"])
 
 needs_model = pytest.mark.skipif(
     not (ROOT / "checkpoints" / "llava-mini" / "config.json").is_file()
-    or not (ROOT / "configs" / "methods" / "llava-mini" / "mustdrop_64.yaml").is_file(),
+    or not (ROOT / "configs" / "methods" / "llava-mini" / "mustdrop.yaml").is_file(),
     reason="the embedded model or its thresholds are not checked out",
 )
 

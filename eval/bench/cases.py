@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.methods import check_shape, read_method
+from eval.methods import check_shape, file_budgets, is_file, read_method
 from mustdrop import load_reducer
 
 VANILLA, HUGGING_FACE, EAGER = "vanilla", "huggingface", "mustdrop-eager"
@@ -66,9 +66,12 @@ def contestants(
         if method == EAGER:
             plans += [(name, None, EAGER_SCHEDULE) for name in (EAGER, "mustdrop")]
             continue
+        if is_file(method) and file_budgets(Path(method)):
+            plans += [(Path(method).stem, retain, read_method(method, {"retain": retain})) for retain in retains]
+            continue
         settings = read_method(method)
         reducer = load_reducer(settings)
-        if Path(method).suffix in (".yaml", ".yml"):
+        if is_file(method):
             plans.append((Path(method).stem, settings.get("retain"), settings))
         elif not hasattr(reducer, "retain"):
             plans += [(method, None, settings)] if method != VANILLA else []

@@ -21,7 +21,7 @@ from eval.checkpoints import EMBEDDED, check_arguments, loading
 from eval.methods import CONFIGS
 from eval.progress import progress, quiet
 from eval.run.settings import check_file, check_loading
-from eval.sweep.plan import shape_of
+from eval.sweep.methods import shape_of
 from mustdrop.checks import shown
 from mustdrop.command import Parser, command, decimal_number, needed_number, path, text
 

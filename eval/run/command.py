@@ -54,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="RETAIN",
         nargs="+",
         default=environment("RETAIN") or "192 128 64",
-        help="average numbers of vision tokens to keep, from configs/methods/[MODEL/]METHOD_N.yaml, which mustdrop "
-        "calibrate makes, or by the method's own reckoning (default: 192 128 64)",
+        help="average numbers of vision tokens to keep, from configs/methods/[MODEL/]METHOD.yaml, which mustdrop "
+        "calibrate fills, else as the method itself derives its settings (default: 192 128 64)",
     )
     new.add_argument("--method", default="mustdrop", help="method to compare with the untouched model (%(default)s)")
     new.add_argument(
@@ -147,7 +147,7 @@ def default_out(cells: Sequence[Cell]) -> Path:
 
 def check_reach(cells: Sequence[Cell]) -> None:
     """Raise ValueError if a method cannot keep the wanted number of tokens on its model, before that is loaded."""
-    from eval.sweep.plan import Method, out_of_reach
+    from eval.sweep.methods import Method, out_of_reach
     from eval.tasks import TASKS
 
     for cell in {(cell.label, TASKS[cell.task].views): cell for cell in cells if cell.settings}.values():

@@ -1,7 +1,7 @@
 """lmms-eval's model ``llava_mustdrop``: LLaVA with a token reducer.
 
     python -m lmms_eval eval --model llava_mustdrop --tasks gqa --batch_size 8 \\
-        --model_args pretrained=liuhaotian/llava-v1.5-7b,method=configs/methods/mustdrop_64.yaml
+        --model_args pretrained=liuhaotian/llava-v1.5-7b,method=configs/methods/mustdrop.yaml,retain=64
 
 Settings of the method may also be given inline, alone or on top of a file:
 ``method=mustdrop,global_threshold=0.011,individual_threshold=0.01``.
