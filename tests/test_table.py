@@ -63,16 +63,16 @@ def real_folder(tmp_path) -> Path:
     ],
 )
 def test_published_figures(column, method, retain, figures):
-    found = published.find("llava-1.5-7b", column, method, retain)
-    assert [figure.value for figure in found] == figures
-    assert all(figure.source for figure in found)
+    found = [row for row in published.rows("llava-1.5-7b", method, retain) if column in row.values]
+    assert [row.values[column] for row in found] == figures and all(row.source for row in found)
 
 
 def test_published_names_and_other_models():
     assert published.canonical("llava-v1.5-7b") == published.canonical("llava-1.5-7b-hf") == "llava-1.5-7b"
-    assert published.find("llava-mini", "gqa", "mustdrop", 64) == []
-    assert [figure.value for figure in published.find("llava-next-7b", "ocrbench", "mustdrop", 320)] == [382]
-    assert [figure.value for figure in published.find("llava-next-7b-efficiency", "seconds", "vanilla", None)] == [2176]
+    assert published.rows("llava-mini", "mustdrop", 64) == []
+    (row,) = (row for row in published.rows("llava-next-7b", "mustdrop", 320) if "ocrbench" in row.values)
+    assert row.values["ocrbench"] == 382
+    assert published.rows("llava-next-7b-efficiency", "vanilla", None)[0].values["seconds"] == 2176
 
 
 def test_every_method_of_the_papers_table_of_next_has_its_figures():
