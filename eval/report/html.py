@@ -19,17 +19,13 @@ from markupsafe import Markup
 
 from eval.report import plots, published, significance, summary, table, viewer
 from eval.report.layout import Layout, table_rows
-from eval.report.results import VANILLA, load, ordered, over_seeds, records
+from eval.report.results import VANILLA, load, ordered, over_seeds, records, shown
 from eval.run.records import BadRecord, read_json
 from eval.run.settings import check_out
 from eval.statistics import LEVEL
 from mustdrop.command import Parser, command, path
 
 TEMPLATE = "report.html.j2"
-SHOWN = (
-    "mean_tokens", "mean_tokens_official", "flops_saved", "cache_mb", "vision_ms", "prefill_ms", "selector_ms",
-    "decode_ms",
-)  # fmt: skip
 
 
 def report(folder: Path) -> str:
@@ -172,13 +168,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _costs(frame: pd.DataFrame) -> summary.Table:
-    shown = [name for name in SHOWN if frame[name].notna().any()]
+    known = [name for name in shown("report") if frame[name].notna().any()]
     columns = [
         ("method", lambda row: row["label"]),
         (f"{frame.metric.iloc[0]} (95 % CI)", lambda row: summary.interval(row["score"], row["score_ci95"])),
         ("n", lambda row: str(row["n"])),
         ("of vanilla", lambda row: summary.percent(row["share"])),
-        *summary.cost_columns(shown),
+        *summary.cost_columns(known),
     ]
     if (frame.seeds > 1).any():
         columns.append(("seeds, spread", lambda row: f"{row['seeds']}, {row['seed_spread'] or 0:.1f}"))

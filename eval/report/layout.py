@@ -15,13 +15,15 @@ from eval.checkpoints import is_embedded
 from eval.methods import CONFIGS
 from eval.report import published
 from eval.report.published import AVERAGE
-from eval.report.results import VANILLA, over_seeds, records
+from eval.report.results import COSTS, VANILLA, over_seeds, records
 from eval.tasks.registry import TASKS
 from mustdrop.checks import LONGEST, hint, shown
 from mustdrop.command import LARGEST
 from mustdrop.read import read_yaml
 
 SHOW = ("ours", "published", "difference")
+SHOWN_COSTS = {cost.table[0]: (cost.table[1], column) for column, cost in COSTS.items() if cost.table}
+"""What a layout's `costs` may name: its heading, and the column of the frame."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +156,6 @@ def complete(layout: Layout, frame: pd.DataFrame) -> Layout:
         layout, model=model, columns=layout.columns or tuple(tasks), budgets=layout.budgets or tuple(budgets)
     )
 
-
-SHOWN_COSTS = {
-    "tokens": ("tokens computed on", "mean_tokens"),
-    "flops": ("FLOPs saved %", "flops_saved"),
-    "time": ("ms", "prompt_ms"),
-}
-"""What a layout's `costs` may name: title of the column, and which of the frame's it is."""
 
 _KEYS = {field.name: field for field in fields(Layout)}
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import ScalarFormatter
 
 from eval.report import published
 from eval.report.published import AVERAGE
-from eval.report.results import VANILLA, load, over_seeds, timing
+from eval.report.results import COSTS, VANILLA, load, over_seeds, timing
 from eval.run.records import file_name
 from eval.run.settings import check_out
 from mustdrop.command import Parser, command, path
@@ -44,11 +44,7 @@ CROWDED = 6
 FORMATS = ("png", "svg")
 
 
-QUANTITIES = {
-    "tokens": ("vision tokens, mean over layers", "mean_tokens"),
-    "flops": ("FLOPs up to the first new token, % of vanilla", "flops_left"),
-    "time": ("vision + prefill + decode, ms per prompt", "prompt_ms"),
-}
+QUANTITIES = {cost.axis[0]: (cost.axis[1], column) for column, cost in COSTS.items() if cost.axis}
 """What scores are drawn against: title of the axis, and the frame's column."""
 
 LOGARITHMIC = ("tokens", "time")
@@ -88,8 +84,7 @@ def _known(frame: pd.DataFrame, quantity: str) -> pd.DataFrame:
     """The rows with a quantity, their numbers as such and the ends of their intervals."""
     column = QUANTITIES[quantity][1]
     ends = {end: frame.score_ci95.str[place].astype(float) for place, end in enumerate(("low", "high"))}
-    left = 100 - frame.flops_saved.astype(float)
-    numbers = frame.assign(flops_left=left, **ends).astype({column: float, "score": float})
+    numbers = frame.assign(**ends).astype({column: float, "score": float})
     return numbers[numbers[column].notna()]
 
 

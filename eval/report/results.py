@@ -23,29 +23,50 @@ QUIET = 0.5
 
 @dataclass(frozen=True)
 class Cost:
-    """What an evaluation cost: a column of the frame, its title and how a value is written."""
+    """What an evaluation cost: a column of the frame, and where it is shown.
+
+    Attributes
+    ----------
+    title, text : str
+        Heading, and how a value is written.
+    shown : tuple of str
+        Whether the tables of a ``summary`` and of a ``report`` have it.
+    table : tuple of str, optional
+        What the ``costs`` of a table's YAML file call it, and its heading there.
+    axis : tuple of str, optional
+        What names of plots call it, and the title of the axis that scores are drawn against.
+    """
 
     title: str
     text: str = "{:.1f}"
+    shown: tuple[str, ...] = ("summary", "report")
+    table: tuple[str, str] | None = None
+    axis: tuple[str, str] | None = None
 
-    def shown(self, value: float | None, nothing: str = "-") -> str:
+    def write(self, value: float | None) -> str:
         """A value as text."""
-        return nothing if value is None else self.text.format(value)
+        return "-" if value is None else self.text.format(value)
 
 
+LEFT = "FLOPs up to the first new token, % of vanilla"
 COSTS = {
-    "mean_tokens": Cost("tokens"),
+    "mean_tokens": Cost(
+        "tokens", table=("tokens", "tokens computed on"), axis=("tokens", "vision tokens, mean over layers")
+    ),
     "mean_tokens_official": Cost("official"),
-    "flops_saved": Cost("FLOPs saved", "{:.1f} %"),
-    "vision_flops_saved": Cost("vision only", "{:.1f} %"),
+    "flops_saved": Cost("FLOPs saved", "{:.1f} %", table=("flops", "FLOPs saved %")),
+    "flops_left": Cost("FLOPs left", "{:.1f} %", shown=(), axis=("flops", LEFT)),
+    "vision_flops_saved": Cost("vision only", "{:.1f} %", shown=("summary",)),
     "cache_mb": Cost("cache MB", "{:.2f}"),
     "vision_ms": Cost("vision ms"),
     "prefill_ms": Cost("prefill ms"),
-    "selector_ms": Cost("selector ms"),
-    "decode_ms": Cost("decode ms"),
-    "prompt_ms": Cost("prompt ms"),
+    "selector_ms": Cost("selector ms", shown=("report",)),
+    "decode_ms": Cost("decode ms", shown=("report",)),
+    "prompt_ms": Cost(
+        "prompt ms", shown=(), table=("time", "ms"), axis=("time", "vision + prefill + decode, ms per prompt")
+    ),
 }
-"""A new column of costs is a line here and, unless rows have it, its value in `costs`."""
+"""A new column of costs is an entry here and, unless rows have it, its value in `costs`."""
 
 AVERAGED = [*COSTS, "score", "share", "accuracy"]
 
@@ -53,8 +74,10 @@ AVERAGED = [*COSTS, "score", "share", "accuracy"]
 def costs(row: Mapping) -> dict[str, float | None]:
     """What a row's costs are made of that it does not hold as they are shown."""
     parts = [row.get(f"{part}_ms") for part in ("vision", "prefill", "decode")]
+    saved = _times(100, row.get("flops_reduction"))
     return {
-        "flops_saved": _times(100, row.get("flops_reduction")),
+        "flops_saved": saved,
+        "flops_left": None if saved is None else 100 - saved,
         "vision_flops_saved": _times(100, (row.get("flops_reductions") or {}).get("vision-only")),
         "cache_mb": _times(1e-6, row.get("cache_bytes")),
         "prompt_ms": None if None in parts else sum(parts),
@@ -199,6 +222,11 @@ def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
             "seeds": len(group), "seed_spread": group.score.astype(float).std(),
         })  # fmt: skip
     return _object_frame(merged)
+
+
+def shown(view: str) -> list[str]:
+    """The costs that a ``summary`` or a ``report`` shows."""
+    return [name for name, cost in COSTS.items() if view in cost.shown]
 
 
 def records(frame: pd.DataFrame) -> list[dict]:

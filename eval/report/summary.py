@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from tabulate import tabulate
 
-from eval.report.results import COSTS, frame_of, records, uncounted
+from eval.report.results import COSTS, frame_of, records, shown, uncounted
 from eval.run.cell import Cell, write_json
 from eval.run.records import read_record
 
@@ -21,9 +21,6 @@ SELECTOR = (
     "selector: what choosing costs is counted by torch on one prompt of every row (of each process), the first with an "
     "image, see selector_prompt, and taken for all its prompts."
 )
-SHOWN = (
-    "mean_tokens", "mean_tokens_official", "flops_saved", "vision_flops_saved", "cache_mb", "vision_ms", "prefill_ms",
-)  # fmt: skip
 NAMES: tuple[tuple[str, Callable[[Mapping], object]], ...] = (
     ("method", lambda row: row["method"]),
     ("retain", lambda row: row["retain"]),
@@ -115,7 +112,7 @@ def table(frame: pd.DataFrame) -> Table:
             for name in rows[0].get("matches") or ()
         ),
         ("of vanilla", lambda row: percent(row["share"])),
-        *cost_columns(SHOWN),
+        *cost_columns(shown("summary")),
     ]
     return lines(rows, columns)
 
@@ -142,7 +139,7 @@ def by_frame(frame: pd.DataFrame) -> Table | None:
 
 def cost_columns(names: Sequence[str]) -> list[tuple[str, Callable[[Mapping], str]]]:
     """Some of `COSTS` as columns of a table."""
-    return [(COSTS[name].title, lambda row, name=name: COSTS[name].shown(row[name])) for name in names]
+    return [(COSTS[name].title, lambda row, name=name: COSTS[name].write(row[name])) for name in names]
 
 
 def lines(rows: Sequence[Mapping], columns: Sequence[tuple[str, Callable]]) -> Table:

@@ -8,10 +8,8 @@ A cell without a result is shown as missing. Synthetic results have no published
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -36,14 +34,16 @@ from eval.report.significance import comparable, leaders
 from eval.run.settings import check_out
 from mustdrop.command import Parser, command, path
 
-STYLES = {"terminal": "simple", "markdown": "github", "latex": "latex_booktabs"}
-SUFFIXES = {"terminal": "txt", "markdown": "md", "latex": "tex", "csv": "csv"}
 CSV_FIELDS = (
     "model", "task", "method", "retain", "ours", "ci_low", "ci_high", "n", "published", "source", "difference",
     "beyond_noise", "seeds", "seed_spread", "synthetic", "over", "mean_tokens", "flops_reduction",
     "prompt_ms", "commit",
 )  # fmt: skip
 NOTHING = "-"
+BOLD = (
+    "bold: the best average of a budget, and those that differ from it by no more than chance (paired 95 % interval of "
+    "the mean score per question over these tasks, pictures drawn; not corrected)"
+)
 RESULTS = Path("results")
 
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     layout = complete(read_layout(args.table, set(frame.get("method", ()))), frame)
     found = table_rows(layout, frame)
     notes = [*layout.notes, *notes, *origins(found, frame)]
-    styles = list(SUFFIXES) if args.format == "all" else [args.format]
+    styles = list(FORMATS) if args.format == "all" else [args.format]
     bold = set()
     if "markdown" in styles and layout.methods is None:
         whole, unreadable = comparable(frame)
@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         help="results folders, or folders that hold some (default: results; without any, published figures only)",
     )
-    new.add_argument("--format", choices=[*SUFFIXES, "all"], default="terminal", help="(default: %(default)s)")
+    new.add_argument("--format", choices=[*FORMATS, "all"], default="terminal", help="(default: %(default)s)")
     new.add_argument("--out", type=path, help="folder that gets the table as a file named after the YAML")
     return new
 
@@ -98,7 +98,7 @@ def write(out: Path, stem: str, texts: Mapping[str, str]) -> None:
     """Write a table in several styles into a folder."""
     out.mkdir(parents=True, exist_ok=True)
     for style, text in texts.items():
-        (out / f"{stem}.{SUFFIXES[style]}").write_text(text, encoding="utf-8")
+        (out / f"{stem}.{FORMATS[style][0]}").write_text(text, encoding="utf-8")
 
 
 def _results(folders: list[Path] | None) -> tuple[pd.DataFrame, list[str]]:
@@ -142,28 +142,13 @@ def render(
     found : sequence of TableRow
         What there is.
     style : str
-        ``terminal``, ``markdown``, ``latex`` or ``csv``; the last has one line per figure and source, and no notes.
+        One of `FORMATS`.
     notes : sequence of str
         Stand below the legend.
     bold : collection of (method, budget)
         Whose average is bold in Markdown.
     """
-    if style == "csv":
-        return _csv(layout, found)
-    body = body_rows(layout, found, bold if style == "markdown" else ())
-    remarks = [*legend(layout, found), *notes]
-    if style == "markdown":  # a rule between rows is not Markdown's
-        if bold:
-            remarks.append(
-                "bold: the best average of a budget, and those that differ from it by no more than chance (paired 95 % "
-                "interval of the mean score per question over these tasks, pictures drawn; not corrected)"
-            )
-        text = _tabulate(layout, [row for row in body if row is not None], style)
-        return f"## {layout.title}\n\n{text}\n\n" + "".join(f"- {remark}\n" for remark in remarks)
-    text = _tabulate(layout, [SEPARATING_LINE if row is None else row for row in body], style)
-    if style == "terminal":
-        return f"{layout.title}\n\n{text}\n\n" + "".join(f"{remark}\n" for remark in remarks)
-    return _latex(text, " ".join(f"{remark}." for remark in (layout.title, *remarks)))
+    return FORMATS[style][1](layout, found, [*legend(layout, found), *notes], bold)
 
 
 def header(layout: Layout) -> list[str]:
@@ -316,46 +301,59 @@ def _letters(layout: Layout, found: Sequence[TableRow]) -> dict[str, str]:
 
 
 def _tabulate(layout: Layout, body: list, style: str) -> str:
+    """Rows of `body_rows` in one of tabulate's styles; None becomes a rule."""
     align = ["right", "left", "left", *["right"] * (len(layout.columns) + 1 + len(layout.costs))]
-    rows = [header(layout), *body]
+    rows = [header(layout), *(SEPARATING_LINE if row is None else row for row in body)]
     if all(row is SEPARATING_LINE or row[2] in ("", "ours") for row in rows):  # nothing that needs telling apart
         rows = [row if row is SEPARATING_LINE else row[:2] + row[3:] for row in rows]
         del align[2]
-    return tabulate(rows[1:], rows[0], tablefmt=STYLES[style], disable_numparse=True, colalign=align)
+    return tabulate(rows[1:], rows[0], tablefmt=style, disable_numparse=True, colalign=align)
 
 
-def _latex(tabular: str, caption: str) -> str:
+def _terminal(layout: Layout, found: Sequence[TableRow], remarks: Sequence[str], bold: Collection) -> str:
+    text = _tabulate(layout, body_rows(layout, found), "simple")
+    return f"{layout.title}\n\n{text}\n\n" + "".join(f"{remark}\n" for remark in remarks)
+
+
+def _markdown(layout: Layout, found: Sequence[TableRow], remarks: Sequence[str], bold: Collection) -> str:
+    body = [row for row in body_rows(layout, found, bold) if row is not None]  # a rule between rows is not Markdown's
+    remarks = [*remarks, *([BOLD] if bold else [])]
+    text = _tabulate(layout, body, "github")
+    return f"## {layout.title}\n\n{text}\n\n" + "".join(f"- {remark}\n" for remark in remarks)
+
+
+def _latex(layout: Layout, found: Sequence[TableRow], remarks: Sequence[str], bold: Collection) -> str:
     """A table as wide as the page; needs the packages booktabs and graphicx."""
+    caption = " ".join(f"{remark}." for remark in (layout.title, *remarks))
     escaped = "".join(LATEX_ESCAPE_RULES.get(letter, letter) for letter in caption)
     parts = [
-        r"\begin{table*}", r"\centering", rf"\caption{{{escaped}}}", r"\resizebox{\linewidth}{!}{%", tabular + "}",
-        r"\end{table*}",
+        r"\begin{table*}", r"\centering", rf"\caption{{{escaped}}}", r"\resizebox{\linewidth}{!}{%",
+        _tabulate(layout, body_rows(layout, found), "latex_booktabs") + "}", r"\end{table*}",
     ]  # fmt: skip
     return "\n".join(parts).replace("±", r"$\pm$") + "\n"
 
 
-def _csv(layout: Layout, found: Sequence[TableRow]) -> str:
-    """One line per figure and source; empty where there is none."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_FIELDS, lineterminator="\n")
-    writer.writeheader()
-    for line in found:
-        for printed in line.printed or [None]:
-            for column in layout.columns:
-                writer.writerow(_rounded(_csv_row(layout, line, printed, column)))
-            writer.writerow(_rounded(_csv_average(layout, line, printed)))
-    return text.getvalue()
+def _csv(layout: Layout, found: Sequence[TableRow], remarks: Sequence[str], bold: Collection) -> str:
+    """One line per figure and source, without remarks; empty where there is none."""
+    rows = [
+        {"model": layout.model, "method": line.method, "retain": line.retain, **cells}
+        for line in found
+        for printed in line.printed or [None]
+        for cells in (*(_csv_row(line, printed, one) for one in layout.columns), _csv_average(layout, line, printed))
+    ]
+    frame = pd.DataFrame(rows, columns=CSV_FIELDS, dtype=object)
+    return frame.map(lambda value: round(value, 4) if isinstance(value, float) else value).to_csv(index=False)
 
 
-def _csv_row(layout: Layout, line: TableRow, printed: published.Row | None, column: str) -> dict:
-    row = {"model": layout.model, "task": column, "method": line.method, "retain": line.retain}
+def _csv_row(line: TableRow, printed: published.Row | None, column: str) -> dict:
+    row = {"task": column}
     ours = line.ours.get(column)
     if ours is not None:
         low, high = ours["score_ci95"]
-        row |= {"ours": ours["score"], "ci_low": low, "ci_high": high}
-        row |= {name: ours[name] for name in ("n", "seeds", "seed_spread", "synthetic", "commit")}
         saved = ours["flops_saved"]
-        row |= {"mean_tokens": ours["mean_tokens"], "prompt_ms": ours["prompt_ms"]}
+        row |= {"ours": ours["score"], "ci_low": low, "ci_high": high}
+        names = ("n", "seeds", "seed_spread", "synthetic", "commit", "mean_tokens", "prompt_ms")
+        row |= {name: ours[name] for name in names}
         row["flops_reduction"] = None if saved is None else saved / 100
     if printed is not None and column in printed.values:
         row |= {"published": printed.values[column], "source": printed.source}
@@ -363,20 +361,23 @@ def _csv_row(layout: Layout, line: TableRow, printed: published.Row | None, colu
     return row
 
 
-def _rounded(row: Mapping) -> dict:
-    """Without the digits that binary fractions add."""
-    return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
-
-
 def _csv_average(layout: Layout, line: TableRow, printed: published.Row | None) -> dict:
-    shares = line.shares()
-    row = {"model": layout.model, "task": AVERAGE, "method": line.method, "retain": line.retain}
-    row |= {"ours": fmean(shares.values()) if shares else None, "over": f"{len(shares)}/{len(layout.columns)}"}
+    shares = line.shares().values()
+    row = {"task": AVERAGE, "ours": fmean(shares) if shares else None, "over": f"{len(shares)}/{len(layout.columns)}"}
     if printed is not None:
         average = printed_average(printed, layout.model, layout.columns)
         row |= {"published": average, "source": printed.source}
         row |= {"difference": average_difference(layout, line, printed)[0]}
     return row
+
+
+FORMATS: dict[str, tuple[str, Callable[..., str]]] = {
+    "terminal": ("txt", _terminal),
+    "markdown": ("md", _markdown),
+    "latex": ("tex", _latex),
+    "csv": ("csv", _csv),
+}
+"""A new output format is an entry here: a file's suffix, and what writes layout, rows, remarks and bold averages."""
 
 
 if __name__ == "__main__":
