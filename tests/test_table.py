@@ -268,6 +268,14 @@ def test_figures_that_a_language_model_judged_are_not_subtracted(tmp_path, capsy
 # The command line
 
 
+def test_published_figures_alone_make_a_table_in_every_format(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # no results here
+    layout = write_layout(tmp_path / "t.yaml", methods=None)
+    assert table.main([str(layout), "--format", "all", "--out", str(tmp_path / "out")]) == 0
+    assert "published figures only" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").iterdir())) == len(table.FORMATS)
+
+
 def write_layout(path: Path, **changes) -> Path:
     content = {"title": "T & U_1", "model": "llava-1.5-7b", "columns": list(COLUMNS), "budgets": [64]}
     content |= {"methods": ["fastv", "mustdrop"]} | changes

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     notes = [*layout.notes, *notes, *origins(found, frame)]
     styles = list(FORMATS) if args.format == "all" else [args.format]
     bold = set()
-    if "markdown" in styles and layout.methods is None:
+    if "markdown" in styles and layout.methods is None and not frame.empty:
         whole, unreadable = comparable(frame)
         bold = set() if unreadable else leading(layout, found, whole)
         notes += [f"{note}, so nothing is bold" for note in unreadable]
