@@ -341,8 +341,13 @@ def _csv(layout: Layout, found: Sequence[TableRow], remarks: Sequence[str], bold
         for printed in line.printed or [None]
         for cells in (*(_csv_row(line, printed, one) for one in layout.columns), _csv_average(layout, line, printed))
     ]
-    frame = pd.DataFrame(rows, columns=CSV_FIELDS, dtype=object)
-    return frame.map(lambda value: round(value, 4) if isinstance(value, float) else value).to_csv(index=False)
+    plain = [[_rounded(row.get(name)) for name in CSV_FIELDS] for row in rows]
+    return pd.DataFrame(plain, columns=CSV_FIELDS, dtype=object).to_csv(index=False)
+
+
+def _rounded(value: object) -> object:
+    """Without the digits that binary fractions add."""
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def _csv_row(line: TableRow, printed: published.Row | None, column: str) -> dict:
