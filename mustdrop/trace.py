@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mustdrop.compute_plan import LayerPlan
 from mustdrop.neighbours import SplitRows
-from mustdrop.tokens import Tokens
+from mustdrop.tokens import APART, Tokens
 
 
 @dataclass(eq=False, repr=False)
@@ -168,6 +168,7 @@ class Trace:
             "selector_macs": record.selector_macs,
         }
         self._patch_to_token, self._record = owners[0], None
+        self._grid_places = _grid_places(tokens_in, row)
         return facts
 
     @cached_property
@@ -178,6 +179,11 @@ class Trace:
             if token >= 0:
                 of_token[token].append(patch)
         return of_token
+
+    @property
+    def places(self) -> list[tuple[int, int, int]] | None:
+        """View, row and column in it of every vision token that entered the language model; None if not known."""
+        return self._grid_places if self._facts else None
 
     def __getattr__(self, name: str):
         if name.startswith("_") or name not in (facts := self._facts):
@@ -292,6 +298,15 @@ def _per_view(layers: list[Tokens], row: int, image: int, views: int) -> list[fl
         for key, tokens in records.items()
     }
     return (sum(counts[id(tokens)] for tokens in layers) / len(layers)).tolist()
+
+
+def _grid_places(tokens: Tokens, row: int) -> list[tuple[int, int, int]] | None:
+    """Where the vision tokens of a prompt stand: view, row, column."""
+    if tokens.row is None:
+        return None
+    own, view = tokens.vision[row], tokens.view[row]
+    places = torch.stack([view, tokens.row[row] - view * APART, tokens.column[row]], dim=-1)
+    return [tuple(place) for place in places[own].tolist()]
 
 
 def _patches(patch_to_token: Tensor, tokens: Tokens, row: int) -> list[int]:
