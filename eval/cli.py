@@ -23,6 +23,7 @@ COMMANDS = {
     "plots": ("eval.report.plots", "accuracy against tokens, FLOPs and time, as PNG and SVG"),
     "significance": ("eval.report.significance", "paired comparison of methods on the same questions"),
     "report": ("eval.report.html", "one HTML file with tables, plots, settings and images of what was kept"),
+    "docs": ("eval.report.docs", "render the tables of README.md and docs/ from docs/data"),
     "bench": ("eval.bench.speed", "time, memory and their floors, for any model's shape"),
     "bench-padding": ("eval.bench.padding", "what a batch pads where each image keeps another number of tokens"),
     "cost": ("mustdrop.cost", "FLOPs and cache of a model at given token counts"),

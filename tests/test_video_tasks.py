@@ -15,7 +15,7 @@ import stock_folders
 from eval import tasks
 from eval.calibrate import thresholds as calibrate
 from eval.report.html import task_tables
-from eval.report.results import collect
+from eval.report.results import load
 from eval.run import command as run
 from eval.run import predictions
 from eval.tasks import BENCHMARKS, SUITE, TASKS, mini_video, video_qa
@@ -238,7 +238,7 @@ def test_a_stock_video_llava_answers_the_authors_files(root, video_llava, tmp_pa
     read = predictions.read(files[0])
     assert [one["id"] for one in read] == ["clip0_0", "clip0_1", "clip1_2"]
     assert [one["answer"] for one in read] == list(clips.ANSWERS) and set(read[0]) == set(predictions.FIELDS)
-    results, _ = collect([tmp_path / "out"])
+    results, _ = load([tmp_path / "out"])
     assert any("frame 8" in table["headers"] for one in task_tables(results) for table in one["tables"])
     capsys.readouterr()
     assert run.main([*words, "--out", str(tmp_path / "out")]) == 0

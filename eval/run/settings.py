@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eval.checkpoints import check_checkpoint, expanded, is_embedded, loading
 from eval.methods import method_at
-from eval.run.cell import Cell
+from eval.run.cell import Cell, expand
 from eval.tasks import BENCHMARKS, GROUP, LOCAL, SUITE, TASKS, mirrored, video_qa
 from mustdrop.checks import hint, shown
 from mustdrop.command import needed_number, share_of, whole_number
@@ -53,25 +53,17 @@ def cells(args) -> list[Cell]:
         **checkpoint,
         "limit": limit,
         "batch_size": batch_size,
-        "seed": seed,
         "device": args.device or None,
         "device_map": args.device_map,
         "dtype": args.dtype,
         "attn_implementation": args.attn_implementation,
         "conv_template": args.conv_template,
     }
-    methods = [(retain, method_at(model, args.method, retain, args.configs)[0]) for retain in retains]
-    return [
-        cell
-        for benchmark, task in tasks
-        for cell in (
-            Cell(**common, benchmark=benchmark, task=task),
-            *(
-                Cell(**common, benchmark=benchmark, task=task, method=args.method, retain=retain, settings=settings)
-                for retain, settings in methods
-            ),
-        )
+    methods = [
+        {"method": args.method, "retain": retain, "settings": method_at(model, args.method, retain, args.configs)[0]}
+        for retain in retains
     ]
+    return expand(common, tasks, [seed], methods)
 
 
 def check_out(out: Path) -> Path:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from eval import checkpoints
 from eval.run import settings
-from eval.run.cell import Cell
+from eval.run.cell import Cell, expand
 from eval.sweep.errors import naming, wrong
 from eval.sweep.launch import Launch
-from eval.sweep.methods import UNTOUCHED, Budgets, LeftOut, as_list, methods_of
+from eval.sweep.methods import Budgets, LeftOut, as_list, methods_of
 from eval.tasks import BENCHMARKS, GROUP, LOCAL, TASKS
 from llava.constants import PROTOCOLS
 from mustdrop.checks import hint, shown
@@ -117,12 +117,7 @@ def read(
             raise ValueError(f"{file}: retain: {beyond[0].reason}")
         left_out += beyond
         common = {**checkpoint, "limit": limit, "batch_size": batch_size, "skip_unfit": skip_unfit, **overrides}
-        cells += [
-            Cell(**common, benchmark=benchmark, task=task, seed=seed, **vars(method))
-            for benchmark, task in pairs
-            for seed in seeds
-            for method in (UNTOUCHED, *methods)
-        ]
+        cells += expand(common, pairs, seeds, list(map(vars, methods)))
     facts = {
         **given,
         "models": [entry if len(entry) > 1 else entry["model"] for entry in entries],
