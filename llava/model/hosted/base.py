@@ -43,6 +43,8 @@ class Pass:
         What the towers left, in the order of their calls.
     new_tokens : int or None
         Positions that will be generated, if that is known.
+    rows : int or None
+        Last positions of which logits are wanted, if not of all.
     begun : bool
         Whether the decoder has been entered.
     """
@@ -53,6 +55,7 @@ class Pass:
     inputs: dict[str, Any]
     towers: list[VisionTokens] = field(default_factory=list)
     new_tokens: int | None = None
+    rows: int | None = None
     begun: bool = False
 
     @cached_property

@@ -80,7 +80,7 @@ def rotated(states: Tensor, attention: nn.Module, rotary: tuple[Tensor, Tensor],
     norm = getattr(attention, f"{which}_norm", None)
     states = states.unflatten(-1, (-1, attention.head_dim))
     states = (states if norm is None else norm(states)).transpose(1, 2)
-    cos, sin = (table[:, None] for table in rotary)
+    cos, sin = (table.unsqueeze(1) for table in rotary)
     if (turned := cos.shape[-1]) == states.shape[-1]:
         return _turned(states, cos, sin)
     return torch.cat([_turned(states[..., :turned], cos, sin), states[..., turned:]], dim=-1)
