@@ -210,6 +210,7 @@ def as_table(facts: dict) -> str:
     headers = ["convention, one prompt", "unit", "full", "reduced", "saved", "claim", "needs at most"]
     second = tabulate(rows, headers, colalign=align, disable_numparse=True, missingval="none")
     notes = [f"{name}: {row['explanation']}" for name, row in facts["conventions"].items()]
+    notes.append("prefill above: without what nobody reads of a layer; conventions count whole layers, as papers do")
     notes.append("needs at most: so many vision tokens in every layer reach the claim; none: not even zero would")
     return "\n".join([title, "", first, "", second, "", *notes])
 
