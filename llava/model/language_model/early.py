@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llava.model.language_model.cache import VisionCache
 from llava.model.language_model.projections import heads_see
 from llava.model.language_model.stream import Stream
-from mustdrop.hooks import gather, hooked_model
+from mustdrop.hooks import LEAST_ROWS, gather, hooked_model
 
 Rows = int | Callable[[], Tensor | None]
 """So many last rows, or int64 `[batch, kept]` once the layer's keys are in the cache, where None stands for all."""
@@ -52,6 +52,11 @@ def run_early(layer: nn.Module, stream: Stream, cache: VisionCache | None, only:
         hidden, seen = gather(hidden, rows), gather(seen, rows)
     hidden = hidden + attention.o_proj(seen)
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def last_rows(count: int) -> int:
+    """As many last rows as are computed where `count` are read: a few more where exactness wants it."""
+    return max(count, LEAST_ROWS)
 
 
 def looked_at(layer: nn.Module) -> bool:

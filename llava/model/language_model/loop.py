@@ -10,23 +10,13 @@ from torch import Tensor
 
 from llava.model.language_model.cache import VisionCache
 from llava.model.language_model.compiled import Compiled
-from llava.model.language_model.early import looked_at
+from llava.model.language_model.early import last_rows, looked_at
 from llava.model.language_model.on_demand import OnDemand
 from llava.model.language_model.packed import PackedRows
 from llava.model.language_model.stream import Stream
 from llava.model.language_model.windows import Windows, place_of, span_of, windows_of
 from llava.model.masks import attention_mask, expand_mask
-from mustdrop.hooks import (
-    LEAST_ROWS,
-    Attention,
-    CacheStep,
-    DecoderStep,
-    ForwardState,
-    Keep,
-    LayerPlan,
-    Tokens,
-    gather,
-)
+from mustdrop.hooks import Attention, CacheStep, DecoderStep, ForwardState, Keep, LayerPlan, Tokens, gather
 
 
 @dataclass
@@ -138,7 +128,7 @@ class DecoderLoop:
         compiled = self.compiled if record.attentions is None else None
         plan: LayerPlan | None = None
         final: Tokens | None = None
-        last_rows: list[Attention | None] = []
+        output_rows: list[Attention | None] = []
         last: Stream | None = None
         with state.timed("prefill", hidden.device):
             for index, layer in enumerate(self.layers):
@@ -159,19 +149,20 @@ class DecoderLoop:
                 elif index in asked.after:
                     stream, finished = self.run_asked(index, entering, cache, state)
                 else:
-                    stream, finished = self.run_last(entering, cache, record.rows)
+                    finished = last_rows(record.rows)
+                    stream = entering.with_hidden(layer(entering.hidden, entering, cache, only=finished))
                 state.tokens_out.append(stream.tokens)
                 state.finished.append(finished)
                 if asked.reads:
                     last = entering.last_row(last)
-                    last_rows.append(self.attention(index, last, cache))
+                    output_rows.append(self.attention(index, last, cache))
                 elif asked.cuts:
-                    last_rows.append(None)
+                    output_rows.append(None)
             if cache is None:
                 state.finish_prefill([], [])
             else:
                 cache.span = span_of(tokens)
-                self.finish_prefill(cache, final or stream.tokens, last_rows, state)
+                self.finish_prefill(cache, final or stream.tokens, output_rows, state)
         return stream.hidden
 
     def after_layer(self, index: int, stream: Stream) -> Stream:
@@ -298,11 +289,6 @@ class DecoderLoop:
             stream = self.compacted(entering, hidden, selected, keep, state)
         return stream, stream.tokens
 
-    def run_last(self, entering: Stream, cache: VisionCache | None, rows: int) -> tuple[Stream, int]:
-        """Run the last layer, of whose output the last `rows` positions are read."""
-        rows = max(rows, LEAST_ROWS)
-        return entering.with_hidden(self.layers[-1](entering.hidden, entering, cache, only=rows)), rows
-
     def read_in_part(self, asked: Asked, record: Record) -> set[int]:
         """Layers of whose output not all is read: tokens that go at once, and in the last one all but `record.rows`.
 
@@ -379,22 +365,22 @@ class DecoderLoop:
         return OnDemand(self.layers[index], entering, cache).attention()
 
     def finish_prefill(
-        self, cache: VisionCache, final: Tokens, last_rows: list[Attention | None], state: ForwardState
+        self, cache: VisionCache, final: Tokens, output_rows: list[Attention | None], state: ForwardState
     ) -> None:
         """Note positions for decoding, cut the caches, and hand the record of the pass on."""
         cache.start_decoding(state)
         cache.check_filled()
-        if last_rows:
+        if output_rows:
             with state.timed("selector", cache.layers[0].keys.device):
-                self.cut(cache, final, last_rows, state)
+                self.cut(cache, final, output_rows, state)
         state.finish_prefill(cache.records, [cache.bytes_per_position(layer) for layer in range(len(cache.layers))])
 
-    def cut(self, cache: VisionCache, final: Tokens, last_rows: list[Attention | None], state: ForwardState) -> None:
+    def cut(self, cache: VisionCache, final: Tokens, output_rows: list[Attention | None], state: ForwardState) -> None:
         """Ask the reducer what each layer's cache keeps, and cut it to that."""
         cuts: dict[tuple[int, int], tuple[Tensor, Tokens]] = {}
-        for layer, attention in enumerate(last_rows):
+        for layer, attention in enumerate(output_rows):
             tokens = cache.records[layer]
-            step = CacheStep(layer, len(last_rows), tokens, final, attention)
+            step = CacheStep(layer, len(output_rows), tokens, final, attention)
             keep = Keep.all_of(state.ask("after_prefill", step), tokens)
             if keep is not None:
                 key = id(tokens), id(keep.later)
