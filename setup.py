@@ -26,6 +26,7 @@ CORE = [
 # what its evaluator needs; lmms-eval itself is then installed with --no-deps, scripts/setup.sh does both. `eval` is the
 # whole of it.
 LMMS_EVAL = "lmms-eval==0.7.3"
+FILELOCK = "filelock>=3.13,<4.3"  # lmms-eval 0.7.3 imports filelock._api, which 4.3 no longer has
 TABLES = ["scipy>=1.14.1", "matplotlib>=3.9.2", "jinja2>=3.1.3"]
 SWEEPS = ["submitit>=1.5.2", "rich>=13.7"]
 TRAIN = ["deepspeed>=0.18; sys_platform == 'linux'", "datasets>=4.0", "peft>=0.18"]
@@ -34,6 +35,7 @@ QUANTISED = ["bitsandbytes>=0.48.2"]
 EVAL_LIGHT = [
     "datasets>=4.0",
     "evaluate>=0.4.3",
+    FILELOCK,
     "loguru>=0.7.2",
     "sacrebleu>=2.4",
     "pytablewriter>=1.2",
@@ -46,7 +48,7 @@ EVAL_LIGHT = [
     *SWEEPS,
 ]
 EXTRAS = {
-    "eval": [LMMS_EVAL, *TABLES, *SWEEPS],
+    "eval": [LMMS_EVAL, FILELOCK, *TABLES, *SWEEPS],
     "eval-light": EVAL_LIGHT,
     "train": TRAIN,
     "quantised": QUANTISED,
@@ -55,7 +57,7 @@ EXTRAS = {
     "lock": ["uv"],
     "cluster": SWEEPS,
     "demo": ["gradio>=5"],
-    "test": ["pytest>=8", "ruff>=0.9", *TRAIN, *QUANTISED],
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", *TRAIN, *QUANTISED],
 }
 EXTRAS["dev"] = sorted({need for name in ("eval-light", "cluster", "demo", "test") for need in EXTRAS[name]})
 

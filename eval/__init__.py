@@ -1,6 +1,6 @@
 """Measuring what token reduction costs and saves, through lmms-eval.
 
-``eval.inference`` answers questions with a loaded model, ``eval.lmms`` shows that to lmms-eval as the model
+``eval.run.inference`` answers questions with a loaded model, ``eval.run.lmms`` shows that to lmms-eval as the model
 ``llava_mustdrop``, ``eval.tasks`` holds the benchmarks, ``eval.run`` evaluates methods and writes the table, and
 ``eval.calibrate`` finds thresholds for a wanted number of tokens.
 """
@@ -19,4 +19,4 @@ def manifest():
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id="llava_mustdrop", simple_class_path="eval.lmms.LlavaMustDrop")
+    return ModelManifest(model_id="llava_mustdrop", simple_class_path="eval.run.lmms.LlavaMustDrop")

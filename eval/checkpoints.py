@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+from llava.constants import PROTOCOLS
 from mustdrop.checks import shown
 from mustdrop.command import text
 
@@ -15,9 +16,6 @@ ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = "checkpoints/llava-mini"
 LOADING = ("model_base", "load_4bit", "load_8bit", "protocol")
 """What decides, besides the model's folder, which model is loaded: arguments of ``load_pretrained_model``."""
-
-PROTOCOLS = ("model", "flat")
-"""How a LLaVA-NeXT lays out images, see ``load_pretrained_model``."""
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 
@@ -53,7 +51,7 @@ def flag(name: str, value: bool | str) -> bool:
 
 
 def loading(args: argparse.Namespace) -> dict:
-    """The options of `add_options` that were given, as ``eval.inference.LoadedModel.load`` takes them."""
+    """The options of `add_options` that were given, as ``eval.run.inference.LoadedModel.load`` takes them."""
     given = {name: getattr(args, name) for name in LOADING}
     return {name: value for name, value in given.items() if name != "protocol" or value is not None}
 

@@ -39,7 +39,7 @@ LARGE = 1 << 24
 ANSWERING = (
     "generation.py", "inference.py", "lmms.py", "questions.py", "records.py", "rows.py", "runner.py", "samples.py",
 )  # fmt: skip
-"""Files of ``eval`` that decide a result."""
+"""Files of ``eval/run`` that decide a result."""
 
 
 def digest(value: object) -> str:
@@ -51,7 +51,7 @@ def code_fingerprint() -> str:
     """Hash of the Python code that decides a result: ``llava``, ``mustdrop`` and the answering part of ``eval``."""
     files = [path for package in ("llava", "mustdrop") for path in (ROOT / package).rglob("*.py")]
     files = [path for path in files if "train" not in path.relative_to(ROOT).parts]
-    files += [ROOT / "eval" / name for name in ANSWERING]
+    files += [ROOT / "eval" / "run" / name for name in ANSWERING]
     hashes = {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     return digest(hashes)
 
@@ -193,10 +193,10 @@ def machine() -> dict:
 def provenance(command: Sequence[str], **more) -> dict:
     """The ``provenance`` object of a result file: the command, code, versions, date, and whatever else is given.
 
-    `command` is what follows ``python -m``: module and arguments.
+    `command` is what follows ``mustdrop``: a command's name and its arguments.
     """
     return {
-        "command": shlex.join(["python", "-m", *command]),
+        "command": shlex.join(["mustdrop", *command]),
         **more,
         "git_commit": git_commit(),
         "code": code_fingerprint(),

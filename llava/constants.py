@@ -12,3 +12,9 @@ DEFAULT_IMAGE_PATCH_TOKEN = "<im_patch>"
 DEFAULT_IM_START_TOKEN = "<im_start>"
 DEFAULT_IM_END_TOKEN = "<im_end>"
 IMAGE_PLACEHOLDER = "<image-placeholder>"
+
+PROTOCOLS = "model", "flat"
+"""How a LLaVA-NeXT lays out images: as the model does, or the 2880 tokens of papers, see `load_pretrained_model`."""
+
+FRAMES = 8
+"""Frames of a video that a model sees, as Video-LLaVA was trained."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from mustdrop.hooks import Reducer
-from mustdrop.reach import Tower, check_counts, check_steps, square
+from mustdrop.reach import TOUCHED, Touch, Tower, check_counts, check_steps, square
 
 
 class Compose(Reducer):
@@ -28,6 +28,7 @@ class Compose(Reducer):
         self.positions = positions
         self.decode_positions = decode_positions
         self.tile_order = next((part.tile_order for part in self.parts if part.tile_order != "model"), "model")
+        self.needs_tiles = any(part.needs_tiles for part in self.parts)
 
     def flat(self) -> list[Reducer]:
         """The parts, and in place of compositions their parts."""
@@ -48,12 +49,17 @@ class Compose(Reducer):
             part.check_tower(tower)
         check_steps(self.flat(), tower)
 
+    def touches(self, tower: Tower) -> Touch:
+        parts = [part.touches(tower) for part in self.parts]
+        union = {name: frozenset().union(*(getattr(part, name) for part in parts)) for name in TOUCHED}
+        return Touch(**union, needs_all=any(part.needs_all for part in parts))
+
     def check_tokens(self, layers: int, tokens: int) -> None:
         check_counts(self.flat(), layers, square(tokens), tokens)
 
-    def check_placeholders(self) -> None:
+    def check_placeholders(self, any_size: bool = False) -> None:
         for part in self.parts:
-            part.check_placeholders()
+            part.check_placeholders(any_size)
 
     def overrides(self, hook: str) -> bool:
         return bool(self.asked_at(hook))

@@ -35,7 +35,7 @@ from mustdrop.compute_plan import LEAST_ROWS, LayerPlan
 from mustdrop.hosts import host_of, hosting_modules
 from mustdrop.keep import Keep
 from mustdrop.neighbours import SplitRows
-from mustdrop.reach import Fitting
+from mustdrop.reach import Fitting, Tower
 from mustdrop.recording import ForwardState, TraceRecorder
 from mustdrop.tokens import APART, ImageFacts, PromptFacts, Tokens, compact, gather
 from mustdrop.vision_tokens import VisionTokens
@@ -55,6 +55,7 @@ __all__ = [
     "TraceRecorder",
     "SplitRows",
     "Tokens",
+    "Tower",
     "VisionStep",
     "VisionTokens",
     "active",
@@ -149,6 +150,8 @@ class Reducer(Fitting):
     tile_order : {"model", "flat"}
         How the tiles of an image stand in the prompt: as the model has them, or ("flat") one after another with nothing
         cut off and nothing between them, which is what the authors' code of some methods does.
+    needs_tiles : bool
+        Whether it has to know how the tiles of an image lie (`VisionTokens.tiles`): then an image's size is needed.
     reads_output_attention : bool
         Whether `after_prefill` asks for attention; where it does not, nothing is kept for it.
     by_attention : bool
@@ -163,6 +166,7 @@ class Reducer(Fitting):
     positions: str = "original"
     decode_positions: str = "continue"
     tile_order: str = "model"
+    needs_tiles: bool = False
     reads_output_attention: bool = True
     by_attention: ClassVar[bool] = False
     proportional_attention: ClassVar[bool] = False

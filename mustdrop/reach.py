@@ -7,16 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mustdrop.checks import shown
+
 COUNTED = ("on_pixels", "inside_vision_block", "after_vision_block", "on_projected_features", "on_instruction")
 
 
 @dataclass(frozen=True)
 class Tower:
-    """A vision tower: its ViT blocks, how many of them are run, and the rows and columns of an image's patches."""
+    """A vision tower: its ViT blocks, how many of them are run, and the rows and columns of an image's patches.
+
+    In `windowed` blocks a token sees those of its window alone.
+    """
 
     blocks: int
     run: int
     grid: tuple[int, int]
+    windowed: frozenset[int] = frozenset()
 
     @property
     def patches(self) -> int:
@@ -27,6 +33,18 @@ class Tower:
     def last(self) -> int:
         """The last block that is run."""
         return self.run - 1
+
+    def check_compares(self, field: str, value: int | float, block: int) -> None:
+        """Raise ValueError if the attention of a block, which a field names, tells nothing of tokens apart."""
+        if block in self.windowed:
+            right = ", ".join(str(other) for other in range(self.blocks) if other not in self.windowed)
+            raise ValueError(
+                f"{field} is {shown(value)}: it must be one of {right}, for in block {block} of this vision tower "
+                "a token sees its window alone, and attention compares no tokens of different windows"
+            )
+
+
+TOUCHED = "inside", "changes", "reads", "reads_next"
 
 
 @dataclass(frozen=True)
@@ -69,11 +87,15 @@ class Fitting:
     def check_tower(self, tower: Tower) -> None:
         """Raise ValueError if the settings do not fit a vision tower."""
 
-    def check_placeholders(self) -> None:
+    def check_placeholders(self, any_size: bool = False) -> None:
         """Raise ValueError if it cannot work on prompts that have a placeholder for every patch, and for nothing else.
 
-        Such are those of transformers' own classes.
+        Such are those of transformers' own classes. `any_size`: images may be of any size, which their processor says.
         """
+
+    def pixel_budget(self, views: int) -> int | None:
+        """Tokens that an image of so many views may have, where it is its processor that has to make it so small."""
+        return None
 
     def check_tokens(self, layers: int, tokens: int) -> None:
         """Raise ValueError if the settings are out of reach for images of `tokens` vision tokens."""

@@ -51,7 +51,7 @@ try() {
     names="$("$venv/bin/python" -c 'import importlib.metadata as m, platform
 print(f"Python {platform.python_version()}", *(f"{name} {m.version(name)}" for name in ("torch", "transformers")), sep=", ")')"
     if ! (cd "$work" && LIMIT="${LIMIT:-10}" RETAIN=64 OUT="$work/results-$end" MODEL="$root/checkpoints/llava-mini" \
-        "$venv/bin/python" -m eval.run --task gqa --force) >"$log" 2>&1; then
+        "$venv/bin/python" -m mustdrop_command run --task gqa --force) >"$log" 2>&1; then
         fails "$names" "main job" "$log"
     elif ! (cd "$root" && "$venv/bin/python" -m pytest --maxfail=5 -p no:cacheprovider "${SMOKE[@]}") >"$log" 2>&1; then
         fails "$names" "tests" "$log"
@@ -67,10 +67,10 @@ install() {
         "$uv" pip install --quiet --python "$python" --no-deps "$(sed -n 's/^LMMS_EVAL = "\(.*\)"/\1/p' "$root/setup.py")"
 }
 
-# fails NAMES WHAT LOG: the first test that failed, or the last line that was printed.
+# fails NAMES WHAT LOG: the first test that failed, the error, or the last line that was printed.
 fails() {
     local reason
-    reason="$(grep -m1 -E '^(FAILED|ERROR) ' "$3" || grep -v '^[[:space:]]*$' "$3" | tail -n 1)"
+    reason="$(grep -m1 -E '^(FAILED|ERROR) |^[A-Za-z_.]*(Error|Exception): ' "$3" || grep -v '^[[:space:]]*$' "$3" | tail -n 1)"
     [ -z "${KEEP:-}" ] || reason="$reason (${3})"
     echo "range: $end end ($1) fails: $2: $reason; narrow setup.py, or mend the code" >&2
     return 1

@@ -6,7 +6,7 @@
 #   INIT=checkpoints/llava-mini           the image model
 #   OUTPUT=$WORK/llava-mini-video         the finished folder; its config.json names INIT by a relative path
 #   SEED=0
-#   PHASES   lengths, as PATCHES:STEPS,... (see BATCH in llava/train/mini/clip_training.py)
+#   PHASES   lengths, as PATCHES:STEPS,... (see BATCH in eval/mini/clip_training.py)
 #   CLIPS=150              held-out clips of the evaluation, up to ten questions each
 #   QUICK=1                a few steps, to see that everything works
 set -euo pipefail
@@ -21,9 +21,9 @@ if [[ ${QUICK:-0} == 1 ]]; then
 fi
 
 run() {
-    python -m llava.train.mini.run "$1" --work "$WORK" --init "$INIT" --seed "${SEED:-0}" "${@:2}"
+    python -m mustdrop_command mini-train "$1" --work "$WORK" --init "$INIT" --seed "${SEED:-0}" "${@:2}"
 }
 
-run clips --phases "${PHASES:-0:300,1:260,2:60,4:60}"
+run clips --phases "${PHASES:-0:1000,1:500,2:80,4:80}"
 run export_clips --output "$OUTPUT"
-python -m llava.train.mini.clip_evaluate --model_path "$OUTPUT" --n_clips "${CLIPS:-150}" --output "$OUTPUT/accuracy.json"
+python -m mustdrop_command mini-clips-evaluate --model_path "$OUTPUT" --n_clips "${CLIPS:-150}" --output "$OUTPUT/accuracy.json"

@@ -68,7 +68,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path)
 
 @pytest.fixture(scope="session")
 def loaded(checkpoint: Path):
-    """The same, loaded: an ``eval.inference.LoadedModel``."""
-    from eval.inference import LoadedModel
+    """The same, loaded: an ``eval.run.inference.LoadedModel``."""
+    from eval.run.inference import LoadedModel
 
     return LoadedModel.load(str(checkpoint), device="cpu")

@@ -15,8 +15,20 @@ ROWS = [
     ("onevision", "qwen2"),
     ("video", "llama"),
     ("llava", "sliding"),
+    ("qwen2", "qwen2"),
+    ("qwen2 clips", "qwen2"),
+    ("qwen2.5", "qwen2"),
+    ("qwen2.5 clips", "qwen2"),
+    ("qwen3", "qwen3"),
+    ("qwen3 clips", "qwen3"),
+    ("internvl", "qwen2"),
+    ("internvl", "qwen3"),
+    ("internvl", "llama"),
+    ("internvl", "phi3"),
 ]
-FAMILIES = [("llava", "llama"), ("next", "llama"), ("onevision", "qwen2"), ("video", "llama")]
+QWENS = [("qwen2", "qwen2"), ("qwen2.5", "qwen2"), ("qwen3", "qwen3")]
+LLAVAS = [("llava", "llama"), ("next", "llama"), ("onevision", "qwen2"), ("video", "llama")]
+FAMILIES = [*LLAVAS, *QWENS, ("internvl", "qwen2")]
 METHODS = {
     "vanilla": {"method": "vanilla"},
     "mustdrop": {"filter_layers": [1, 3], "similarity_threshold": 0.2, "global_threshold": 0.01},
@@ -28,7 +40,7 @@ METHODS = {
     "prumerge": {},
     "prumerge+": {"method": "prumerge", "retain": 12, "plus": True},
     "tome": {"retain": 12, "per": "view"},
-    "hiprune": {"retain": 12, "alpha": 0.5, "object_block": 0},
+    "hiprune": {"retain": 12, "alpha": 0.5, "object_block": 1},
     "holov": {"retain": 12, "chunks": 5},
     "vscan": {"retain": 12, "local_block": 0},
     "trevs": {"retain": 8},

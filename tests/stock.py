@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from functools import cache
 
 import torch
@@ -91,7 +89,72 @@ def _video(text: str, **more):
     return hf.VideoLlavaForConditionalGeneration(config)
 
 
-FAMILIES = {"llava": _llava, "next": _next, "onevision": _onevision, "video": _video}
+QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 152, "vision_end_token_id": 153}
+QWEN_VISION = {"depth": 4, "num_heads": 4, "patch_size": 14}
+GATED = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64}
+QWEN_GRIDS = [[1, 12, 16], [1, 20, 12]]  # frames, rows and columns of patches, four to a vision token
+CLIPS = [[3, 12, 12], [2, 8, 12]]
+
+
+def _mrope(*section: int, **more) -> dict:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(section), **more}
+    return {**TEXT, "rope_parameters": rope}
+
+
+def _qwen2(text: str, **more):
+    vision = {**QWEN_VISION, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+    config = hf.Qwen2VLConfig(text_config=_mrope(2, 3, 3), vision_config=vision, **QWEN_IDS, **more)
+    return hf.Qwen2VLForConditionalGeneration(config)
+
+
+def _qwen25(text: str, full: list[int] | None = None, **more):
+    vision = {**QWEN_VISION, **GATED, "window_size": 112, "fullatt_block_indexes": full or [1, 3]}
+    config = hf.Qwen2_5_VLConfig(text_config=_mrope(2, 3, 3), vision_config=vision, **QWEN_IDS, **more)
+    return hf.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _qwen3(text: str, **more):
+    vision = {**QWEN_VISION, **GATED, "deepstack_visual_indexes": [1, 2], "num_position_embeddings": 64}
+    text_config = {**_mrope(3, 3, 2, mrope_interleaved=True), "head_dim": 16}
+    config = hf.Qwen3VLConfig(text_config=text_config, vision_config=vision, **QWEN_IDS, **more)
+    return hf.Qwen3VLForConditionalGeneration(config)
+
+
+TILE = 12  # patches along the side of a tile of InternVL, four to a vision token
+TILES = [4, 3]  # of two images, a thumbnail being the last
+
+
+def _internvl(text: str, **more):
+    size = {"patch_size": (14, 14), "image_size": (14 * TILE, 14 * TILE), "layer_scale_init_value": 1.0}
+    big = {"norm_type": "rms_norm", "use_qk_norm": True}  # the towers of 6B parameters
+    small = {"norm_type": "layer_norm", "attention_bias": True}
+    vision = {**VISION, **size, **(big if text in ("llama", "phi3") else small)}
+    config = hf.InternVLConfig(
+        text_config=TEXTS[text]().to_dict(),
+        vision_config=vision,
+        image_token_id=IMAGE,
+        image_seq_length=(TILE // 2) ** 2,
+        tie_word_embeddings=False,
+        **more,
+    )
+    return hf.InternVLForConditionalGeneration(config)
+
+
+FAMILIES = {
+    "llava": _llava,
+    "next": _next,
+    "onevision": _onevision,
+    "video": _video,
+    "qwen2": _qwen2,
+    "qwen2.5": _qwen25,
+    "qwen3": _qwen3,
+    "internvl": _internvl,
+}
+
+
+def family_of(family: str) -> str:
+    """A family with what stands in its prompts instead of images: "qwen2 clips"."""
+    return family.split()[0]
 
 
 @cache
@@ -100,21 +163,34 @@ def stock(family: str, text: str = "llama", **more):
     """A random model in evaluation mode whose attention is far from uniform, so that choices have a margin."""
     torch.manual_seed(0)
     more = {name: list(value) if isinstance(value, tuple) else value for name, value in more.items()}
-    model = FAMILIES[family](text, **more).eval()
+    model = FAMILIES[family_of(family)](text, **more).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() >= 2:
-                weight.normal_(std=0.18 if "q_proj" in name or "k_proj" in name else 0.06)
+                sharp = any(part in name for part in ("q_proj", "k_proj", "qkv"))
+                weight.normal_(std=0.18 if sharp else 0.06)
     return model
 
 
-def pixels(*shape: int, seed: int = 0) -> torch.Tensor:
+def pixels(*shape: int, seed: int = 0, side: int = PIXELS) -> torch.Tensor:
     """Noise that is faint in two thirds of every view, so that some windows merge."""
-    size = (*shape, 3, PIXELS, PIXELS)
+    size = (*shape, 3, side, side)
     noise = torch.randn(size, generator=torch.Generator().manual_seed(seed))
-    noise[..., : PIXELS * 2 // 3] *= 0.02
-    noise[..., : PIXELS * 2 // 3] += 0.5
+    noise[..., : side * 2 // 3] *= 0.02
+    noise[..., : side * 2 // 3] += 0.5
     return noise
+
+
+def patches(grids: list[list[int]], seed: int = 0) -> torch.Tensor:
+    """Pixels of the patches of images or videos for the Qwens, faint in two thirds of each."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for frames, rows, columns in grids:
+        noise = torch.randn(frames * rows * columns, 3 * 2 * 14 * 14, generator=generator)
+        noise[: len(noise) * 2 // 3] *= 0.02
+        noise[: len(noise) * 2 // 3] += 0.5
+        found.append(noise)
+    return torch.cat(found)
 
 
 def ids_of(prompts: list[tuple[int, list[tuple[int, int]], int]], seed: int = 0) -> dict[str, torch.Tensor]:
@@ -146,7 +222,15 @@ def tokens_of(model, size: list[int] | None = None) -> int:
 def inputs(family: str, model, images: int = 2) -> dict[str, torch.Tensor]:
     """A batch of prompts with an image (or video) each, of different sizes where the family has such."""
     texts = [(3, 6), (5, 9), (2, 4)][:images]
-    if family == "llava":
+    if family.startswith("qwen"):
+        return qwen_inputs(texts, ((CLIPS if "clips" in family else QWEN_GRIDS) * 2)[:images], family)
+    if family == "internvl":
+        tiles = (TILES * 2)[:images]
+        counts, given = (
+            [count * (TILE // 2) ** 2 for count in tiles],
+            {"pixel_values": pixels(sum(tiles), side=14 * TILE)},
+        )
+    elif family == "llava":
         counts, given = [tokens_of(model)] * images, {"pixel_values": pixels(images)}
     elif family == "video":
         counts = [4 * (SIDE**2 + 1)] * images
@@ -160,11 +244,54 @@ def inputs(family: str, model, images: int = 2) -> dict[str, torch.Tensor]:
     return {**ids_of(prompts), **given}
 
 
+def qwen_inputs(texts: list[tuple[int, int]], grids: list[list[int]], family: str) -> dict[str, torch.Tensor]:
+    """A batch of prompts with an image (or video) each for the Qwens."""
+    token, videos = (VIDEO, "videos") if "clips" in family else (IMAGE, "")
+    runs = [_runs(token, grid, family) for grid in grids]
+    ids = ids_of([(before, run, after) for (before, after), run in zip(texts, runs, strict=True)])
+    return {
+        **typed(family, ids),
+        f"pixel_values{'_' * bool(videos)}{videos}": patches(grids),
+        f"{'video' if videos else 'image'}_grid_thw": torch.tensor(grids),
+    }
+
+
+def _runs(token: int, grid: list[int], family: str) -> list[tuple[int, int]]:
+    """Placeholders of an image; the third Qwen says between the frames of a video what time it is."""
+    frames, rows, columns = grid
+    each = rows * columns // 4
+    return [(token, each)] * frames if family == "qwen3 clips" else [(token, frames * each)]
+
+
+def typed(family: str, ids: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Ids with what the Qwens want to be told: where images stand, and where videos."""
+    if not family.startswith("qwen"):
+        return ids
+    found = ids["input_ids"]
+    return {**ids, "mm_token_type_ids": (found == IMAGE).int() + 2 * (found == VIDEO).int()}
+
+
+def positions(model, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Rotary positions as the stock model gives them to prompts without padding."""
+    if not hasattr(model.model, "get_rope_index"):
+        return torch.arange(given["input_ids"].shape[1])[None]
+    wanted = "input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw"
+    return model.model.get_rope_index(**{name: given[name] for name in wanted if name in given})[0]
+
+
 def alone(given: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:
     """One prompt of a batch with an image each, without padding."""
     mask = given["attention_mask"][row].bool()
     single = {name: value[row : row + 1] for name, value in given.items()}
-    return {**single, **{name: single[name][:, mask] for name in ("input_ids", "attention_mask")}}
+    for name, value in given.items():
+        if name.endswith("_grid_thw"):
+            pixels = "pixel_values" if name.startswith("image") else "pixel_values_videos"
+            single[pixels] = given[pixels].split(value.prod(-1).tolist())[row]
+    if given.get("pixel_values", mask).shape[-1] == 14 * TILE:
+        tiles = ((given["input_ids"] == IMAGE).sum(-1) // (TILE // 2) ** 2).tolist()
+        single["pixel_values"] = given["pixel_values"].split(tiles)[row]
+    text = [name for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in given]
+    return {**single, **{name: single[name][:, mask] for name in text}}
 
 
 def generate(model, given: dict[str, torch.Tensor], new_tokens: int = 4, **how):
@@ -172,54 +299,3 @@ def generate(model, given: dict[str, torch.Tensor], new_tokens: int = 4, **how):
     how = {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, **how}
     output = model.generate(**given, **how, output_logits=True, return_dict_in_generate=True)
     return output.sequences, torch.stack(output.logits, dim=1)
-
-
-CHAT = (
-    "{% for message in messages %}{{ message['role'].upper() }}: "
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'video' %}"
-    "<video>{% else %}{{ part['text'] }}{% endif %}{% endfor %} {% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-
-
-def save(folder, family: str, text: str, tokenizer_folder):
-    """A whole checkpoint of a random stock model, with its processor; returns the folder."""
-    import shutil
-
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(tokenizer_folder / "tokenizer.model", folder)
-    tokenizer = hf.LlamaTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["<image>", "<video>"], special_tokens=True)
-    tokenizer.pad_token = "</s>"
-    tokenizer.chat_template = CHAT
-    size = {"height": PIXELS, "width": PIXELS}
-    if family in ("llava", "video"):
-        images = CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=size)
-    elif family == "next":
-        images = LlavaNextImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size=size, image_grid_pinpoints=GRIDS)
-    else:
-        images = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=GRIDS)
-    model = copy.deepcopy(stock(family, text))
-    image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
-    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model.config.image_token_id = model.config.image_token_index = image
-    if family in ("onevision", "video"):
-        model.config.video_token_id = model.config.video_token_index = video
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    images.save_pretrained(folder)
-    kinds = {
-        "llava": ("LlavaProcessor", {"patch_size": 14, "num_additional_image_tokens": 1}),
-        "next": ("LlavaNextProcessor", {"patch_size": 14, "num_additional_image_tokens": 1}),
-        "onevision": ("LlavaOnevisionProcessor", {"num_image_tokens": SIDE**2}),
-        "video": ("VideoLlavaProcessor", {"patch_size": 14, "num_additional_image_tokens": 1}),
-    }
-    kind, facts = kinds[family]
-    strategy = "full" if family == "onevision" else "default"
-    facts = {"processor_class": kind, "vision_feature_select_strategy": strategy, "image_token": "<image>", **facts}
-    (folder / "processor_config.json").write_text(json.dumps(facts))
-    return folder

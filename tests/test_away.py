@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from eval import run, runner
-from eval.inference import LoadedModel
-from eval.sweep import __main__ as sweep
+from eval.run import command as run
+from eval.run import runner
+from eval.run.inference import LoadedModel
+from eval.sweep import command as sweep
 from eval.sweep import control, jobs, slurm
 from eval.sweep.launch import Launch
 from eval.tasks import BENCHMARKS, is_local, stock

@@ -6,11 +6,11 @@ import pytest
 import torch
 from tiny import LAYERS, SIDE, hugging_face, ours, pictures
 
-from eval import bench_speed
-from eval.bench_cases import EAGER_SCHEDULE
-from eval.bench_eager import run_eager
-from eval.bench_model import Inputs, hugging_face_twin, random_model, read_shape
-from eval.bench_passes import Lengths, cache_bytes, floor_pass, run_hugging_face, run_ours
+from eval.bench import speed as bench_speed
+from eval.bench.cases import EAGER_SCHEDULE
+from eval.bench.eager import run_eager
+from eval.bench.model import Inputs, hugging_face_twin, random_model, read_shape
+from eval.bench.passes import Lengths, cache_bytes, floor_pass, run_hugging_face, run_ours
 from mustdrop import MustDrop, Reducer, load_reducer
 from mustdrop.hooks import LEAST_ROWS
 
@@ -52,7 +52,7 @@ def test_rows_carry_everything(report):
                 plain and key in ("selector_ms", "replay_floor_ms", "share_of_replay_floor")
             )
         assert row["spread"]["prefill_ms"] >= 0 and len(row["rounds"]["prefill_ms"]) == 2
-    assert report["provenance"]["command"].startswith("python -m eval.bench_speed --shape")
+    assert report["provenance"]["command"].startswith("mustdrop bench --shape")
     assert {"versions", "device", "date", "cpu_load"} <= set(report["provenance"])
 
 

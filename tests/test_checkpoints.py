@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
-from eval.inference import LoadedModel
+from eval.run.inference import LoadedModel
 from eval.tasks import mini_gqa
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import process_images

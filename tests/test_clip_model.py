@@ -9,17 +9,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from eval.mini import clip_training
+from eval.mini.clip_evaluate import ClipModel
+from eval.mini.clip_questions import clip_questions
+from eval.mini.clip_scenes import CLIP_GRID, MOMENTS, draw_clip
+from eval.mini.clip_training import choose_patches, clip_features, training_clips, tune_clips
+from eval.mini.data import prompt_parts
+from eval.mini.endtoend import MiniLlava
+from eval.mini.export import export_clips
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.train.mini import clip_training
-from llava.train.mini.clip_evaluate import ClipModel
-from llava.train.mini.clip_questions import clip_questions
-from llava.train.mini.clip_scenes import CLIP_GRID, MOMENTS, draw_clip
-from llava.train.mini.clip_training import choose_patches, clip_features, training_clips, tune_clips
-from llava.train.mini.data import prompt_parts
-from llava.train.mini.endtoend import MiniLlava
-from llava.train.mini.export import export_clips
 
 ROOT = Path(__file__).resolve().parents[1]
 MINI = ROOT / "checkpoints" / "llava-mini"

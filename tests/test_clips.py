@@ -5,12 +5,15 @@ import re
 
 import numpy as np
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaModel
 
-from llava.train.mini import questions, scenes
-from llava.train.mini.clip_questions import TYPES, WORDS, ask, clip_questions
-from llava.train.mini.clip_scenes import CLIP_GRID, MOMENTS, MOVES, Actor, Clip, draw_clip, generate_clip, trails
-from llava.train.mini.clips import STRIDE, write_benchmark, write_video
-from llava.train.mini.data import build_tokenizer, prompt_parts
+from eval.mini import questions, scenes
+from eval.mini.clip_grounding import first_head
+from eval.mini.clip_questions import TYPES, WORDS, ask, clip_questions
+from eval.mini.clip_scenes import CLIP_GRID, MOMENTS, MOVES, Actor, Clip, draw_clip, generate_clip, owners, trails
+from eval.mini.clips import STRIDE, write_benchmark, write_video
+from eval.mini.data import build_tokenizer, prompt_parts
 
 SEEDS = range(40)
 
@@ -145,6 +148,27 @@ def test_trails_tell_the_way_the_time_and_the_gaps():
         way = [actor.distance * down, actor.distance * right]
         assert last.tolist() == [*way, MOMENTS - 1, actor.first_seen, actor.blinks]
         assert all(np.isnan(told[moment][actor.place(moment)]).all() for moment in actor.gone)
+
+
+def test_owners_are_where_trails_are_and_each_has_its_own_number():
+    clip = next(clip for clip in map(generate_clip, SEEDS) if clip.doing("blinking") and clip.doing("moving"))
+    whose = owners(clip)
+    assert np.array_equal(whose >= 0, ~np.isnan(trails(clip)[..., 0]))
+    for number, actor in enumerate(clip.actors):
+        for moment in set(range(MOMENTS)) - actor.gone:
+            row, col = actor.place(moment)
+            assert whose[moment, row * CLIP_GRID + col] == number
+
+
+def test_the_first_head_is_the_one_that_the_layer_computes_with():
+    config = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=8)
+    model = LlamaModel(config).eval()
+    model.set_attn_implementation("eager")
+    hidden, position = torch.randn(2, 6, 32), torch.tensor([[0, 1, 5, 6, 9, 30]] * 2)
+    inputs = {"inputs_embeds": hidden, "position_ids": position, "attention_mask": torch.ones(2, 6)}
+    whole = model(**inputs, output_attentions=True, use_cache=False).attentions[0]
+    share = first_head(model.layers[0], hidden, model.rotary_emb(hidden, position))
+    torch.testing.assert_close(share.exp(), whole[:, 0])
 
 
 def test_splits_share_no_clip_and_seeds_no_clip_of_a_split():

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from fabricated import QUESTIONS, results_folder, write_cell
 
-from eval import significance, table
-from eval.against import RIVAL, Difference, against, leaders
-from eval.collect import collect, timing
-from eval.layout import Layout, complete, lines
+from eval.report import significance, table
+from eval.report.against import RIVAL, Difference, against, leaders
+from eval.report.layout import Layout, complete, lines
+from eval.report.results import collect, timing
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("mini_gqa", "mini_pope")

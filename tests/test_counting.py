@@ -9,7 +9,7 @@ from tiny import ours, pictures, prompt
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval import rows
+from eval.run import rows
 from mustdrop import MustDrop, Reducer, macs
 from mustdrop.compose import Compose
 from mustdrop.cost import CONVENTIONS

@@ -17,13 +17,16 @@ import torch
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
-from eval import cli, rows, run, samples, settings, summary, tasks
-from eval.cell import Cell
-from eval.inference import LoadedModel, ahead
-from eval.lmms import LlavaMustDrop
+from eval import tasks
 from eval.methods import method_at, read_method
+from eval.mini import questions, scenes
+from eval.report import summary
+from eval.run import command as run
+from eval.run import rows, samples, settings
+from eval.run.cell import Cell
+from eval.run.inference import LoadedModel, ahead
+from eval.run.lmms import LlavaMustDrop
 from eval.tasks import mini_gqa
-from llava.train.mini import questions, scenes
 from mustdrop.cost import ModelShape
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,6 +173,13 @@ def test_a_models_own_thresholds_come_first(configs):
     assert method_at("some/model", "fastv", 10, configs) == ({"method": "fastv", "retain": 10}, None)
     with pytest.raises(ValueError, match="mustdrop calibrate --model some/model --method mustdrop --retain 10"):
         method_at("some/model", "mustdrop", 10, configs)
+    whole = own.with_name("mustdrop.yaml")
+    whole.write_text("method: mustdrop\nat:\n  9: {global_threshold: 0.07}\n  8: {global_threshold: 0.08}\n")
+    assert method_at("some/model", "mustdrop", 9, configs) == ({"method": "mustdrop", "global_threshold": 0.07}, whole)
+    assert read_method(str(whole), {"retain": "8", "window": "2"}) == method_at("model", "mustdrop", 8, configs)[0] | {
+        "window": 2
+    }
+    whole.unlink()
     own.write_text("method: mustdrop\nkey_rte: 1\n")
     with pytest.raises(ValueError, match=r"mustdrop_9\.yaml: .*key_rte"):
         method_at("some/model", "mustdrop", 9, configs)
@@ -456,14 +466,3 @@ def test_several_processes_share_the_questions(checkpoint, configs, small_task, 
     assert timeless[0] == timeless[1] and two[1]["n"] == 5
     (lines,) = (tmp_path / "two" / "cells" / "mini_gqa").glob("mustdrop_9-*.jsonl")
     assert len(lines.read_text().splitlines()) == 5
-
-
-def test_every_command_has_help(capsys):
-    assert cli.main([]) == 0
-    printed = capsys.readouterr().out
-    for name in cli.COMMANDS:
-        assert name in printed
-        with pytest.raises(SystemExit) as left:
-            cli.main([name, "--help"])
-        assert left.value.code == 0 and "usage:" in capsys.readouterr().out
-    assert cli.main(["runn"]) == 2 and "'runn'" in capsys.readouterr().err

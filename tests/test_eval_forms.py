@@ -15,14 +15,18 @@ import forms
 import pytest
 from safetensors.torch import load_file, save_file
 
-from eval import calibrate, calibrate_heads, checkpoints, run, runner, tasks
-from eval.cell import Cell
-from eval.collect import collect
-from eval.inference import LoadedModel
-from eval.lmms import LlavaMustDrop
+from eval import checkpoints, tasks
+from eval.calibrate import heads as calibrate_heads
+from eval.calibrate import thresholds as calibrate
 from eval.methods import VANILLA
-from eval.sweep import __main__ as sweep
-from eval.sweep import plan
+from eval.report.results import collect
+from eval.run import command as run
+from eval.run import runner
+from eval.run.cell import Cell
+from eval.run.inference import LoadedModel
+from eval.run.lmms import LlavaMustDrop
+from eval.sweep import command as sweep
+from eval.sweep import methods, plan
 from eval.tasks import mini_gqa
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -288,7 +292,7 @@ def test_bases_and_towers_on_the_hub_are_left_to_the_loader(online, tmp_path, mo
 
 
 def test_sizes_of_an_adapter_are_its_bases(folder, tmp_path):
-    assert plan.shape_of(str(folder / "plain")).layers == 16
-    method = plan.Method("fastv", 600, {"method": "fastv", "retain": 600})
+    assert methods.shape_of(str(folder / "plain")).layers == 16
+    method = methods.Method("fastv", 600, {"method": "fastv", "retain": 600})
     with pytest.raises(ValueError, match="plain has only 576 vision tokens"):
-        plan.out_of_reach(method, str(folder / "plain"))
+        methods.out_of_reach(method, str(folder / "plain"))

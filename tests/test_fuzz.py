@@ -156,6 +156,7 @@ KEYS = {
         "tasks",
         "methods",
         "retain",
+        "of",
         "seeds",
         "batch_size",
         "limit",
@@ -164,7 +165,7 @@ KEYS = {
         "unreachable",
     ],
     "table": ["title", "model", "columns", "budgets", "methods", "show", "costs", "notes"],
-    "method": ["method", "window", "filter_layers", "retain", "key_rate", "stages", "compat", "budget", "parts"],
+    "method": ["method", "window", "filter_layers", "retain", "key_rate", "stages", "compat", "budget", "parts", "at"],
 }
 RIGHT = {
     "sweep": {"models": "checkpoints/llava-mini", "tasks": "[mini_gqa]", "methods": "[mustdrop]", "retain": "[64]"},
@@ -241,7 +242,10 @@ def places(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(autouse=True)
 def nothing_heavy(monkeypatch, tmp_path):
     """No model is loaded and nothing is evaluated; the working folder is empty but for a way to the checkpoint."""
-    from eval import bench_model, inference, run, tasks
+    from eval import tasks
+    from eval.bench import model as bench_model
+    from eval.run import command as run
+    from eval.run import inference
 
     def reached(*_, **__):
         raise AssertionError("accepted: the model was about to be loaded")

@@ -11,21 +11,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lmms_eval.api.instance import Instance
+from PIL import Image
 from safetensors import safe_open
 from test_scenes import named, solve
 
-from eval import checkpoints, run, tasks
-from eval.cell import Cell
-from eval.sweep import __main__ as sweep
+from eval import checkpoints, tasks
+from eval.mini import highres, scenes, tiles, tiles_evaluate
+from eval.mini.export import export_tiles
+from eval.run import command as run
+from eval.run.cell import Cell
+from eval.run.lmms import LlavaMustDrop
+from eval.sweep import command as sweep
 from eval.tasks import LOCAL, SUITE, mini_highres
 from llava.anyres import get_anyres_image_grid_shape, process_anyres_image
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.train.mini import highres, scenes, tiles, tiles_evaluate
-from llava.train.mini.export import export_tiles
 
 ROOT = Path(__file__).resolve().parents[1]
 NEXT = ROOT / "checkpoints" / "llava-mini-next"
+MINI = ROOT / "checkpoints" / "llava-mini"
 SEEDS = range(30)
 
 
@@ -205,6 +210,55 @@ def test_protocol_flat_by_command_and_environment(monkeypatch):
     assert flat.key != plain.key and "protocol" not in plain.identity()
     with pytest.raises(ValueError, match="^protocol: got 'flatter'"):
         checkpoints.check_checkpoint(folder, protocol="flatter")
+
+
+def plugin(words: str) -> LlavaMustDrop:
+    """The model as `lmms_eval --model llava_mustdrop --model_args WORDS` makes it."""
+    return LlavaMustDrop.create_from_arg_string(words, {"batch_size": "1"})
+
+
+def asked(model: LlavaMustDrop, image: Image.Image) -> list[float]:
+    """Vision tokens of one question at every layer, as the plugin records them."""
+    model.task_dict["task"] = {"test": [{"image": image}]}
+    settings = {"max_new_tokens": 2, "temperature": 0, "until": ["\n\n"]}
+    arguments = "What is this?", settings, lambda document: [document["image"]], 0, "task", "test"
+    metadata = {"task": "task", "doc_id": 0, "repeats": 1}
+    model.generate_until([Instance(request_type="generate_until", arguments=arguments, idx=0, metadata=metadata)])
+    return model.records[0]["vision_tokens"]
+
+
+@pytest.mark.parametrize("method", ["vanilla", "fastv,layer=2,drop_ratio=0.5"])
+def test_protocol_of_the_lmms_plugin_reaches_the_model(method):
+    """A wide image is an overview and two tiles to the model, and in papers' protocol five views like every other."""
+    image = Image.new("RGB", (400, 150), "teal")
+    words = f"pretrained={NEXT},device=cpu,dtype=float32,method={method}"
+    found = {protocol: asked(plugin(words + protocol), image) for protocol in ("", ",protocol=model", ",protocol=flat")}
+    assert found[""] == found[",protocol=model"] and found[",protocol=flat"][0] == 5 * 144 > found[""][0]
+    assert found[",protocol=flat"][-1] == (5 * 72 if "fastv" in method else 5 * 144)
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "protocol", "line"),
+    [
+        ("nowhere/nothing", "flatter", "protocol is 'flatter': it must be one of model, flat"),
+        (NEXT, "FLAT", "protocol is 'FLAT'"),
+        (NEXT, "1", "protocol is '?1"),
+        (
+            ROOT / "checkpoints" / "llava-mini",
+            "flat",
+            "protocol is 'flat': it is for models that cut images into tiles",
+        ),
+    ],
+)
+def test_a_wrong_protocol_of_the_lmms_plugin_is_one_line_before_anything_loads(pretrained, protocol, line, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("something was loaded")
+
+    monkeypatch.setattr("llava.model.builder.load_weights", refuse)
+    monkeypatch.setattr("llava.model.builder.load_tokenizer", refuse)
+    with pytest.raises(ValueError, match=line) as error:
+        plugin(f"pretrained={pretrained},device=cpu,protocol={protocol}")
+    assert "\n" not in str(error.value)
 
 
 def test_protocol_flat_in_a_sweep(tmp_path, capsys):

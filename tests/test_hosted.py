@@ -11,6 +11,8 @@ import llava  # noqa: F401  (it hosts stock models)
 from mustdrop import Reducer, load_reducer
 from mustdrop.hooks import Keep
 
+IN_VIEWS = [*FAMILIES[1:4], ("qwen2.5 clips", "qwen2"), ("qwen3 clips", "qwen3"), ("internvl", "llama")]
+
 
 @pytest.fixture(autouse=True)
 def _no_gradients():
@@ -86,7 +88,7 @@ def _every_other(model, given) -> torch.Tensor:
     return found[0]
 
 
-@pytest.mark.parametrize(("family", "text"), FAMILIES)
+@pytest.mark.parametrize(("family", "text"), [*FAMILIES, ("qwen3 clips", "qwen3")])
 def test_windows_of_yopo_equal_the_stock_model_with_all_else_masked(family, text):
     model = stock.stock(family, text)
     given = alone(inputs(family, model), 0)
@@ -105,9 +107,10 @@ def test_windows_of_yopo_equal_the_stock_model_with_all_else_masked(family, text
     near = (row[:, None] - row).abs().maximum((column[:, None] - column).abs()) <= 1
     seen[vision] = (seen[vision] & ~vision) | (near[vision] & vision)
     grids = len(row[vision].div(1024, rounding_mode="floor").unique())
-    assert grids == {"llava": 1, "next": 2, "onevision": 2, "video": 4}[family]
+    assert grids == {"next": 2, "onevision": 2, "video": 4, "qwen3 clips": 3, "internvl": 4}.get(family, 1)
     mask = torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None]
-    expected = model(**{**given, "attention_mask": mask, "position_ids": torch.arange(length)[None]}).logits
+    position = stock.positions(model, given)
+    expected = model(**{**given, "attention_mask": mask, "position_ids": position}).logits
     with load_reducer({"method": "yopo", "window": 3}).on(model):
         logits = model(**given).logits
     torch.testing.assert_close(logits, expected, atol=5e-6, rtol=0)
@@ -166,8 +169,7 @@ def test_text_alone_and_beside_an_image(family, text):
     token = stock.VIDEO if family == "video" else stock.IMAGE
     words = ids_of([(3, [], 4)])
     count = int((given["input_ids"][0] == token).sum())
-    mixed = {**given, **ids_of([(4, [], 9), (3, [(token, count)], 6)])}
-    mixed = {name: value[:1] if name not in ("input_ids", "attention_mask") else value for name, value in mixed.items()}
+    mixed = {**alone(given, 0), **stock.typed(family, ids_of([(4, [], 9), (3, [(token, count)], 6)]))}
     plain, both = generate(model, words), generate(model, mixed)
     with reducer_of("mustdrop").on(model) as run:
         assert torch.equal(generate(model, words)[1], plain[1])
@@ -188,6 +190,49 @@ def test_images_and_videos_of_one_prompt_stand_in_its_order():
     with KeepAll().on(model) as run:
         torch.testing.assert_close(model(**given).logits, logits, atol=2e-6, rtol=0)
     assert [image["patches"] for image in run.traces[0].images] == [2 * stock.SIDE**2, stock.SIDE**2]
+
+
+def mixed(family: str, model, kinds: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A prompt about an image (`i`) or a video of four frames (`v`) for each letter, in that order."""
+    side = stock.SIDE
+    per_video = 4 * (side**2 + 1) if family == "video" else 4 * (side // 2) ** 2 + 1
+    many = {"i": side**2 if family == "video" else stock.tokens_of(model, stock.SIZES[0]), "v": per_video}
+    ids = {"i": stock.IMAGE, "v": stock.VIDEO}
+    given = ids_of([(3, [(ids[kind], many[kind]) for kind in kinds], 6)], seed)
+    images, videos = kinds.count("i"), kinds.count("v")
+    if images and family == "video":
+        given["pixel_values_images"] = stock.pixels(images)
+    elif images:
+        given |= {"pixel_values": stock.pixels(images, 5), "image_sizes": torch.tensor(stock.SIZES[:1] * images)}
+        given["batch_num_images"] = torch.tensor([1] * images)
+    return given | ({"pixel_values_videos": stock.pixels(videos, 4, seed=1)} if videos else {})
+
+
+@pytest.mark.parametrize(
+    "name", ["mustdrop", "mustdrop retain", "visionzip", "prumerge", "tome", "hiprune", "trevs", "evs"]
+)
+@pytest.mark.parametrize(("family", "text"), [("video", "llama"), ("onevision", "qwen2")])
+def test_an_image_beside_a_video_is_reduced_as_alone(family, text, name):
+    """Two calls of the towers in one pass: traces speak of both, and what is chosen in a tower is what it was alone."""
+    model = stock.stock(family, text)
+    method = reducer_of(name) if name in METHODS else load_reducer({"method": name, "retain": 40})
+    traces = {}
+    for kinds in ("i", "v", "iv", "vi"):
+        with method.on(model) as run:
+            model(**mixed(family, model, kinds))
+        (traces[kinds],) = run.traces
+    in_towers = ("blocks", "patches", "views")
+    alone = {kind: {fact: traces[kind].images[0][fact] for fact in in_towers} for kind in "iv"}
+    for kinds in ("iv", "vi"):
+        for kind, image in zip(kinds, traces[kinds].images, strict=True):
+            assert {fact: image[fact] for fact in in_towers} == alone[kind]
+        patches = [image["patches"] for image in traces[kinds].images]
+        starts = dict(zip(kinds, (0, patches[0]), strict=True))
+        for block, kept in traces[kinds].kept["vision"].items():
+            for kind, start in starts.items():
+                own = [patch - start for patch in kept if start <= patch < start + alone[kind]["patches"]]
+                assert own == traces[kind].kept["vision"][block]
+        assert len(traces[kinds].tower) == sum(alone[kind]["views"] for kind in kinds)
 
 
 def test_onevision_videos_and_images_that_are_blended():
@@ -239,7 +284,7 @@ def test_methods_for_videos_choose_among_frames(family, text):
 
 
 @pytest.mark.parametrize("name", ["visionzip", "prumerge", "random", "uniform", "avgpool"])
-@pytest.mark.parametrize(("family", "text"), FAMILIES[1:])
+@pytest.mark.parametrize(("family", "text"), IN_VIEWS)
 def test_what_chooses_in_the_tower_counts_an_image_with_all_its_views(family, text, name):
     model = stock.stock(family, text)
     with load_reducer({"method": name, "retain": 15}).on(model) as run:

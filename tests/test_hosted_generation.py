@@ -24,7 +24,7 @@ def _two_in_one_prompt(family, model):
     given = inputs(family, model)
     token = stock.VIDEO if family == "video" else stock.IMAGE
     first, second = (int((row == token).sum()) for row in given["input_ids"])
-    return {**given, **ids_of([(3, [(token, first), (token, second)], 6)])}
+    return {**given, **stock.typed(family, ids_of([(3, [(token, first), (token, second)], 6)]))}
 
 
 encodes_first = hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation")
@@ -151,12 +151,14 @@ def test_several_sequences_of_a_prompt_and_workers_of_a_pool():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_on_either_side(side):
-    model = stock.stock("next")
-    given = inputs("next", model)
+@pytest.mark.parametrize("family", ["next", "qwen2.5"])
+def test_padding_on_either_side(family, side):
+    model = stock.stock(family)
+    given = inputs(family, model)
     rows = [row[mask.bool()] for row, mask in zip(given["input_ids"], given["attention_mask"], strict=True)]
     for name, values in (("input_ids", rows), ("attention_mask", [torch.ones_like(row) for row in rows])):
         given[name] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_side=side)
+    given = stock.typed(family, given)
     with reducer_of("mustdrop").on(model):
         both = model(**given).logits[:, -1]  # what is left is padded on the left
         single = [model(**alone(given, row)).logits[0, -1] for row in range(2)]

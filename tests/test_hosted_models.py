@@ -49,9 +49,10 @@ def test_bfloat16(family, text):
         assert generate(model, given)[1].dtype == torch.float32 or generate(model, given)[1].isfinite().all()
 
 
-def test_threads_with_two_reducers_and_one_with_none_on_one_model():
-    model = stock.stock("next")
-    given = inputs("next", model)
+@pytest.mark.parametrize("family", ["next", "qwen3"])
+def test_threads_with_two_reducers_and_one_with_none_on_one_model(family):
+    model = stock.stock(family)
+    given = inputs(family, model)
     plain = generate(model, given)[1]
     names = "mustdrop", "divprune", None
     alone_, found, barrier = {None: plain}, {}, threading.Barrier(len(names))
@@ -169,14 +170,17 @@ def test_eager_attention_and_its_probabilities():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_steps_reach_tower_and_decoder(checkpointing):
-    model = copy.deepcopy(stock.stock("next")).train()
-    given = inputs("next", model)
+@pytest.mark.parametrize("family", ["next", "qwen2.5", "qwen3"])
+def test_training_steps_reach_tower_and_decoder(family, checkpointing):
+    model = copy.deepcopy(stock.stock(family)).train()
+    given = inputs(family, model)
     if checkpointing:
         model.gradient_checkpointing_enable()
     with torch.enable_grad(), reducer_of("mustdrop").on(model):
         model(**given, labels=given["input_ids"].masked_fill(given["input_ids"] == stock.IMAGE, -100)).loss.backward()
-    parts = model.model.vision_tower.embeddings.patch_embedding, model.model.language_model.layers[0].self_attn.q_proj
+    qwen = family.startswith("qwen")
+    patches = model.model.visual.patch_embed.proj if qwen else model.model.vision_tower.embeddings.patch_embedding
+    parts = patches, model.model.language_model.layers[0].self_attn.q_proj
     assert all(part.weight.grad.abs().sum() > 0 for part in parts)
 
 

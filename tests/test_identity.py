@@ -14,10 +14,10 @@ import yaml
 from fabricated import write_cell
 
 from eval import provenance
-from eval.cell import Cell, _model_fingerprint
-from eval.collect import collect
 from eval.methods import read_method
 from eval.provenance import model_fingerprint
+from eval.report.results import collect
+from eval.run.cell import Cell, _model_fingerprint
 
 
 @pytest.fixture(autouse=True)

@@ -61,6 +61,7 @@ def test_llava_asks_for_everything_at_the_hooks():
     for name, file in modules("llava").items():
         for one in imported(name, file.read_text()):
             assert not one.startswith("mustdrop") or one.startswith("mustdrop.hooks."), f"{name} imports {one}"
+            assert one.split(".")[0] != "eval", f"{name} imports {one}"
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,7 @@ class TestWhoseModules:
                 assert not moves or script.name == "test.sh", "relative paths are the user's"
 
     def test_scripts_use_this_checkouts(self, foreign):
-        done = shell(f"source '{SCRIPTS}/setup.sh' && python -m eval.run --retain many", foreign)
+        done = shell(f"source '{SCRIPTS}/setup.sh' && python -m mustdrop_command run --retain many", foreign)
         assert "error: RETAIN: got 'many'" in done.stderr and "foreign" not in done.stdout, done.stderr[-2000:]
 
     def test_relative_paths_are_the_users(self, foreign):
@@ -330,7 +330,7 @@ class TestWhoseModules:
         code = "import mustdrop_command; print(mustdrop_command.manifest().simple_class_path); import eval, llava; "
         done = self.python(code + "print(eval.__file__, llava.__file__)", foreign, ROOT, safe=False)
         assert done.stdout.splitlines() == [
-            "eval.lmms.LlavaMustDrop",
+            "eval.run.lmms.LlavaMustDrop",
             f"{ROOT / 'eval' / '__init__.py'} {ROOT / 'llava' / '__init__.py'}",
         ], done.stderr[-2000:]
 

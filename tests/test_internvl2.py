@@ -6,6 +6,7 @@ import internvl2
 import numpy as np
 import pytest
 import torch
+from hosted import KeepAll
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import InternVLForConditionalGeneration, LlamaForCausalLM
@@ -13,9 +14,18 @@ from transformers import InternVLForConditionalGeneration, LlamaForCausalLM
 from eval.checkpoints import check_checkpoint
 from llava.model.builder import load_pretrained_model
 from llava.model.convert import internvl_config, internvl_weights
-from llava.model.hosted import hosts
-from mustdrop import load_reducer
+from mustdrop import available_methods, load_reducer
 
+SETTINGS = {
+    "mustdrop": {"window": 2, "filter_layers": [1, 2], "similarity_threshold": -1.0},
+    "mustdrop_plus": {"retain": 6, "window": 2, "filter_layers": [1, 2]},
+    "tome": {"retain": 2, "per": "view"},
+    "fastv": {"layer": 2, "drop_ratio": 0.5},
+    "dart": {"layer": 2, "tokens": 6},
+    "pyramiddrop": {"layers": [1, 2], "ratios": [0.6, 0.4]},
+    "sparsevlm": {"layers": [1, 2], "keeps": [0.6, 0.4]},
+    "yopo": {"window": 3, "heads": 0.5, "mlp_share": 0.5, "layer_cut": 3},
+}
 ROWS = [("internlm2", "300m"), ("internlm2", "6b"), ("phi3", "300m"), ("qwen2", "300m")]
 
 
@@ -148,17 +158,35 @@ def test_one_tile_where_the_configuration_says_so(folder):
 
 
 @torch.no_grad()
-def test_a_reducer_works_on_it(saved):
+def test_every_method_works_on_it(saved):
     _, folder, _ = saved
     _, model, processor, _ = load_pretrained_model(folder, device="cpu")
-    if not hosts(model):
-        pytest.skip("transformers' InternVL is not hosted here")
     prompt = processor.apply_chat_template(turn("image", "look"), add_generation_prompt=True)
     given = processor(images=[picture(100, 60)], text=[prompt], return_tensors="pt")
-    with load_reducer({"method": "fastv", "layer": 2, "drop_ratio": 0.5}).on(model) as run:
-        model.generate(**given, max_new_tokens=2, do_sample=False)
-    trace = run.traces[0]
-    assert trace.vision_tokens_after[-1] == trace.vision_tokens[0] // 2
+    tokens = internvl2.TOKENS * len(given["pixel_values"])
+    for name in available_methods():
+        if name in ("vanilla", "evs", "smallimage"):
+            continue
+        settings = SETTINGS.get(name, {"retain": 6})
+        with load_reducer({"method": name, **settings}).on(model) as run:
+            logits = model.generate(
+                **given, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True
+            ).logits
+        assert torch.stack(logits).isfinite().all()
+        (trace,) = run.traces
+        assert [image["patches"] for image in trace.images] == [tokens], name
+        assert trace.vision_tokens_after[-1] < tokens, name
+
+
+@torch.no_grad()
+def test_keeping_all_under_a_reducer_equals_the_original(saved):
+    _, folder, original = saved
+    _, model, processor, _ = load_pretrained_model(folder, device="cpu")
+    prompt = processor.apply_chat_template(turn("image", "look"), add_generation_prompt=True)
+    given = processor(images=[picture(100, 60)], text=[prompt], return_tensors="pt")
+    wanted = original(given["input_ids"], given["pixel_values"], model.config.image_token_id)
+    with KeepAll().on(model):
+        torch.testing.assert_close(model(**given).logits, wanted, rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("change", ["missing", "foreign", "shape"])

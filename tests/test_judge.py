@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from eval import judge, judging, predictions
-from eval.judging import RUBRIC, Judge, JudgeFailed, Verdict, parse
+from eval.run import judge, judging, predictions
+from eval.run.judging import RUBRIC, Judge, JudgeFailed, Verdict, parse
 
 YES, NO = Verdict(True, 4), Verdict(False, 0)
 

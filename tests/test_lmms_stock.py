@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from eval import tasks
-from eval.inference import LoadedModel
-from eval.lmms import LlavaMustDrop
+from eval.run.inference import LoadedModel
+from eval.run.lmms import LlavaMustDrop
 from eval.tasks import mini_gqa
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "checkpoints" / "llava-mini"

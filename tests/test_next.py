@@ -154,11 +154,28 @@ def test_sizes_that_do_not_fit_the_tiles_are_named():
         assert "\n" not in str(error.value)
 
 
-def test_a_method_that_orders_tiles_needs_their_sizes():
+VISIONZIP = {"method": "visionzip", "dominant": 4, "contextual": 2, "compat": "official"}
+ORDERING = [VISIONZIP, {"method": "compose", "parts": [VISIONZIP, {"method": "fastv", "layer": 2, "drop_ratio": 0.5}]}]
+
+
+@pytest.mark.parametrize("settings", ORDERING)
+@pytest.mark.parametrize("merge", ["flat", "spatial", "spatial_unpad"])
+def test_a_method_that_orders_tiles_needs_their_sizes(merge, settings):
     """VisionZip as published lays tiles out by the image's shape; without it, it would leave them as they come."""
-    model, given = native(), prompts([(3, 1, 4)])["input_ids"]
-    official = load_reducer({"method": "visionzip", "dominant": 4, "contextual": 2, "compat": "official"})
-    with official.on(model), pytest.raises(ValueError, match="image_sizes: left out"):
-        model(given, images=stacks([SIZES["wide"]]))
-    with official.on(model):
+    model, given = native(mm_patch_merge_type=merge), prompts([(3, 1, 4)])["input_ids"]
+    with load_reducer(settings).on(model):
+        with pytest.raises(ValueError, match="image_sizes: left out"):
+            model(given, images=stacks([SIZES["wide"]]))
         model(given, images=stacks([SIZES["wide"]]), image_sizes=[SIZES["wide"]])
+        model(given, images=[stacks([SIZES["wide"]])[0][:1]])  # an overview alone has no order
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_where_nothing_is_stitched_a_method_answers_without_sizes_as_with_them(name):
+    """Where nothing is stitched, only methods that order tiles read the sizes, and those say so."""
+    model, given = native(protocol="flat"), prompts([(3, 1, 4)])["input_ids"]
+    pixels, sizes = [stock.pixels(5)], [(160, 150)]
+    method = reducer_of(name)
+    with method.on(model):
+        expected = model(given, images=pixels, image_sizes=sizes).logits
+        assert method.needs_tiles or torch.equal(model(given, images=pixels).logits, expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import LAYERS, SIDE, batch, ours, pictures, prompt, run
 
-from eval import ragged
+from eval.bench import padding as ragged
 from llava.model.language_model import layers, loop
 from llava.model.language_model.packed import PackedRows
 from mustdrop import MustDrop

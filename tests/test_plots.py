@@ -9,8 +9,8 @@ import pytest
 from fabricated import PATCHES, QUESTIONS, results_folder, write_cell
 from PIL import Image
 
-from eval import plots
-from eval.collect import collect, merge_seeds
+from eval.report import plots
+from eval.report.results import collect, merge_seeds
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,12 @@ import torch
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
-from eval import calibrate, run, runner, summary
-from eval.inference import UnfitQuestion
-from eval.lmms import LlavaMustDrop
+from eval.calibrate import thresholds as calibrate
+from eval.report import summary
+from eval.run import command as run
+from eval.run import runner
+from eval.run.inference import UnfitQuestion
+from eval.run.lmms import LlavaMustDrop
 from eval.tasks import mini_gqa
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.mm_utils import tokenizer_image_token
@@ -174,7 +177,7 @@ def test_loglikelihood_with_a_token_that_is_text(loaded):
 @pytest.fixture
 def small_run(checkpoint, tmp_path, monkeypatch) -> list[str]:
     """A run of four questions, the third of which has an image that cannot be read."""
-    from eval.lmms import LlavaMustDrop
+    from eval.run.lmms import LlavaMustDrop
 
     monkeypatch.setenv("MUSTDROP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(mini_gqa, "SCENES", 2)
@@ -208,7 +211,7 @@ def test_prompts_beyond_the_context_are_counted():
 
 def test_calibration_blames_the_question(checkpoint, loaded, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(calibrate, "read_samples", lambda *_: [(DAMAGED, "What?")])
-    monkeypatch.setattr("eval.inference.LoadedModel.load", lambda *_, **__: loaded)
+    monkeypatch.setattr("eval.run.inference.LoadedModel.load", lambda *_, **__: loaded)
     arguments = [
         "--model",
         str(checkpoint),

@@ -14,10 +14,11 @@ import torch
 from fabricated import PATCHES, PICTURES, kept, results_folder, write_cell
 from PIL import Image
 
-from eval import drawing, report
-from eval.collect import collect
-from eval.samples import pack, patches
-from eval.tiled import count, on_image, places, tiling
+from eval.report import html as report
+from eval.report import viewer as drawing
+from eval.report.results import collect
+from eval.run.samples import pack, patches
+from eval.run.tiled import count, on_image, places, tiling
 from llava.model.stitched import layout_of
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}

@@ -11,9 +11,12 @@ import pytest
 from fabricated import results_folder, write_cell
 from PIL import Image
 
-from eval import drawing, plots, report, run, significance, table
-from eval.collect import collect
-from eval.records import BadRecord, file_name, read_answers, read_lines, read_record
+from eval.report import html as report
+from eval.report import plots, significance, table
+from eval.report import viewer as drawing
+from eval.report.results import collect
+from eval.run import command as run
+from eval.run.records import BadRecord, file_name, read_answers, read_lines, read_record
 from eval.sweep import jobs
 
 
@@ -245,7 +248,7 @@ def cells(checkpoint, tmp_path, monkeypatch):
     """Two finished cells of a run whose evaluation is made up; the results folder and what was evaluated."""
     from test_sweep import Workers
 
-    from eval import runner
+    from eval.run import runner
 
     monkeypatch.setenv("MUSTDROP_CACHE", str(tmp_path / "cache"))
     stand_in = Workers()

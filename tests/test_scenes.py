@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from llava.train.mini import questions, scenes
+from eval.mini import questions, scenes
 
 SEEDS = range(12)
 

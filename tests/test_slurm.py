@@ -14,7 +14,7 @@ import slurm
 import yaml
 from checkpoint import save_checkpoint
 
-from eval.records import read_answers as read_lines
+from eval.run.records import read_answers as read_lines
 from eval.tasks import mini_gqa, prepare
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,9 +16,9 @@ from lmms_eval.api.model import lmms
 from test_scenes import parse, solve
 
 from eval import tasks
+from eval.mini import questions, scenes
 from eval.tasks import BENCHMARKS, GROUP, SUITE, TASKS, headline, question_scores, statistic
 from eval.tasks.mini_mmbench import NONE
-from llava.train.mini import questions, scenes
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = 6
@@ -402,6 +402,6 @@ def test_a_script_per_benchmark():
     assert set(scripts) == set(IMAGES)
     for name, path in scripts.items():
         text = path.read_text(encoding="utf-8")
-        assert f'\nexec python -m eval.run --task {name} "$@"\n' in text and os.access(path, os.X_OK)
+        assert f'\nexec python -m mustdrop_command run --task {name} "$@"\n' in text and os.access(path, os.X_OK)
         assert name == "gqa" or f"lmms-eval's {BENCHMARKS[name].stock}." in text
         assert f"synthetic {BENCHMARKS[name].mini}" in text

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
+from eval.mini import data, endtoend, evaluate, export, language, option_loss, questions, scenes, vision
+from eval.mini.optim import parse_phases
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.train import dataset as conversations
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
-from llava.train.mini import choosing, data, endtoend, evaluate, export, language, questions, scenes, vision
-from llava.train.mini.optim import parse_phases
 from llava.train.train import train
 from llava.train.trainer import PROJECTOR_FILE, ModalityLengthSampler
 
@@ -109,9 +109,9 @@ def test_guidance_sees_the_models_own_attention(stages):
         )
         rows = torch.tensor([choice.row for choice in text.choices])
         tokens = embeds.shape[1] - text.ids.shape[1] + torch.tensor([choice.token for choice in text.choices])
-        scores = choosing.attention_scores(mini.model, 2, output.hidden_states[2], positions, rows, tokens)
+        scores = option_loss.attention_scores(mini.model, 2, output.hidden_states[2], positions, rows, tokens)
     looked = (scores + mask[rows, 0, tokens]).softmax(-1)
-    torch.testing.assert_close(looked, output.attentions[2][rows, choosing.HEAD, tokens])
+    torch.testing.assert_close(looked, output.attentions[2][rows, option_loss.HEAD, tokens])
 
 
 def test_bad_phases_are_named():

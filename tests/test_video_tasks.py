@@ -10,14 +10,16 @@ from pathlib import Path
 import clips
 import pytest
 import stock
+import stock_folders
 
-from eval import calibrate, predictions, run, tasks
-from eval.collect import collect
-from eval.report import task_tables
+from eval import tasks
+from eval.calibrate import thresholds as calibrate
+from eval.report.html import task_tables
+from eval.report.results import collect
+from eval.run import command as run
+from eval.run import predictions
 from eval.tasks import BENCHMARKS, SUITE, TASKS, mini_video, video_qa
-from eval.tasks.registry import FRAMES
 from eval.tasks.video_qa import scoring
-from llava import video
 from mustdrop.read import read_yaml
 
 ASKED = ["--method", "divprune", "--retain", "40"]
@@ -48,7 +50,9 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="module")
 def video_llava(tmp_path_factory, tokenizer_folder):
-    return stock.save(tmp_path_factory.mktemp("stock") / "Video-LLaVA-tiny-hf", "video", "llama", tokenizer_folder)
+    return stock_folders.save(
+        tmp_path_factory.mktemp("stock") / "Video-LLaVA-tiny-hf", "video", "llama", tokenizer_folder
+    )
 
 
 # Files
@@ -140,7 +144,7 @@ KINDS = [no_root, no_folder, no_answers, no_answer, no_video, no_videos, a_name_
 
 @pytest.mark.parametrize("kind", [*KINDS, outside], ids=lambda kind: kind.__name__)
 def test_what_is_missing_is_one_line_before_any_model_is_loaded(kind, root, monkeypatch, checkpoint, capsys):
-    from eval.inference import LoadedModel
+    from eval.run.inference import LoadedModel
 
     monkeypatch.setattr(LoadedModel, "load", lambda *_, **__: pytest.fail("loaded"))
     match = kind(root, monkeypatch)
@@ -238,7 +242,7 @@ def test_the_embedded_model_gets_the_synthetic_task_once(small, checkpoint, tmp_
 
 
 def test_image_tasks_know_nothing_of_videos(small, checkpoint, tmp_path):
-    assert "mini_video" not in SUITE and TASKS["mini_video"].synthetic and FRAMES == video.FRAMES
+    assert "mini_video" not in SUITE and TASKS["mini_video"].synthetic
     assert not any(TASKS[task].videos for task in SUITE)
 
 

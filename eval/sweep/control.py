@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
-from eval.cell import Cell
+from eval.run.cell import Cell
 from eval.sweep.jobs import (
     CHANGED,
     FOLDER,

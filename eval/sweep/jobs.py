@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from eval.cell import Cell, write_json
 from eval.provenance import digest
-from eval.records import BadRecord, read_json
+from eval.run.cell import Cell, write_json
+from eval.run.records import BadRecord, read_json
 from eval.sweep import slurm
 from eval.sweep.launch import Launch, visible_gpus
 
@@ -135,7 +135,7 @@ def run_cells(cells: dict[str, Cell], out: Path, command: Sequence[str], notes: 
     """
     from submitit.core.utils import UncompletedJobError
 
-    from eval.runner import evaluate
+    from eval.run.runner import evaluate
 
     if any(cell.key != key for key, cell in cells.items()):
         notes.failed = dict.fromkeys(cells, CHANGED)

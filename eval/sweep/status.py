@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from eval.cell import Cell, write_json
-from eval.records import read_record
+from eval.run.cell import Cell, write_json
+from eval.run.records import read_record
 
 STATES = ("failed", "running", "queued", "waiting", "finished")
 """In the order in which they are shown."""

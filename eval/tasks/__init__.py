@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).parent
-GENERATOR = ROOT.parents[1] / "llava" / "train" / "mini"
+GENERATOR = ROOT.with_name("mini")
 LOCAL = tuple(name for name, task in TASKS.items() if task.synthetic)
 SUITE = tuple(name for name in LOCAL if mirrored(name) != name and not TASKS[name].videos)
 """The synthetic tasks that stand in for benchmarks of images; the others are for models of a special kind."""

@@ -10,9 +10,9 @@ from math import prod
 import numpy as np
 from PIL import Image
 
-from llava.train.mini import scenes
-from llava.train.mini.questions import ATTRIBUTES, VALUES, matches, phrase, split_scenes
-from llava.train.mini.scenes import Scene
+from eval.mini import scenes
+from eval.mini.questions import ATTRIBUTES, VALUES, matches, phrase, split_scenes
+from eval.mini.scenes import Scene
 
 Attributes = dict[str, str]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FRAMES = 8
-"""Frames of a video that are shown, as ``llava.video.FRAMES``, whose import takes seconds."""
+from llava.constants import FRAMES
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Task:
     note : str
         What else a reader of its scores has to know.
     generator : tuple of str
-        The files of `llava.train.mini` that make a synthetic task's scenes and questions.
+        The files of `eval.mini` that make a synthetic task's scenes and questions.
     """
 
     metrics: tuple[str, ...]

@@ -80,6 +80,7 @@ def load_pretrained_model(
         If an argument's name is unknown.
     """
     settings = LoadSettings.of(load_8bit, load_4bit, device_map, device, kwargs)
+    check_protocol(protocol, "anyres")  # its name, before anything is fetched
     if stock := stock_config(model_path, **settings.hub):
         check_stock(stock[1], model_base, compile, protocol)
         model, processor = load_stock(model_path, *stock, settings)

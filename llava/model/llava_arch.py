@@ -189,8 +189,8 @@ class LlavaMetaForCausalLM:
         if shown:
             views, known = [len(stack) for stack in shown], {place: sizes[i] for i, place in which.items()}
             sized = [(count, known.get(place)) for place, count in enumerate(views)]
-            if has_newline(self.config) and state.overrides("on_projected_features"):
-                check_sizes(sized)
+            if state.reducer.needs_tiles:
+                check_sizes(self.config, sized)
             tiles = tile_grids(self.config, sized)
             encoded = self.encode_images(torch.cat(shown), state, views, tiles)
         embedding = self.get_input_embeddings()

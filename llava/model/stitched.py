@@ -21,9 +21,10 @@ from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from llava.anyres import canvases, get_anyres_image_grid_shape
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.model.hosted.base import TowerRun
 from llava.model.hosted.door import Arrival, enter
 from llava.model.hosted.layout import EXTRA, Layout, tiles
-from llava.model.hosted.towers.vit import placed, untouched
+from llava.model.hosted.tokens import placed, untouched
 from llava.model.masks import labels_of
 from mustdrop.hooks import ForwardState, Tokens, VisionTokens, gather
 
@@ -60,9 +61,10 @@ def sizes_of(image_sizes: Sequence | Tensor | None, stacks: list[Tensor]) -> lis
     return [tuple(map(int, size)) for size in sizes]
 
 
-def check_sizes(images: Sequence[tuple[int, tuple[int, int] | None]]) -> None:
-    """Raise ValueError if an image of several views, given as their number and its size, has no size."""
-    if any(views > 1 and size is None for views, size in images):
+def check_sizes(config, images: Sequence[tuple[int, tuple[int, int] | None]]) -> None:
+    """Raise ValueError if an image in tiles, given as its number of views and its size, has no size."""
+    in_tiles = getattr(config, "image_aspect_ratio", None) == "anyres"
+    if in_tiles and any(views > 1 and size is None for views, size in images):
         raise ValueError("image_sizes: left out, this method orders tiles by the (width, height) of each image")
 
 
@@ -198,7 +200,8 @@ def splice_stitched(
         _pick(state, order, encoded.device)
     position = (real.cumsum(-1) - 1).clamp(min=0).to(text.device)
     layouts = [("image", layout) for layout in images.layouts]
-    arrival = Arrival(state, full, {"image": IMAGE_TOKEN_INDEX}, layouts, [encoded])
+    maps, state.vision = state.vision, {}
+    arrival = Arrival(state, full, {"image": IMAGE_TOKEN_INDEX}, layouts, [TowerRun.of(encoded, maps)])
     embeds, tokens = enter(arrival, embeds.view(*full.shape, -1), valid, position)
     if shared:  # the record speaks of what was encoded
         _pick(state, [order.index(row) for row in range(len(images.tokens.patch_index))], encoded.device)

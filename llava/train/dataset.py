@@ -23,8 +23,6 @@ from llava.constants import (
 )
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
-from llava.train.mini import questions, scenes
-from llava.train.mini.data import ask_scene
 from llava.train.records import answered_turns, count_marks, images_of, look_over, name_record, read_records
 
 log = logging.getLogger(__name__)
@@ -231,27 +229,6 @@ def cut_example(example: dict[str, Any], limit: int, tile_tokens: int) -> dict[s
     ids = ids[:kept]
     images = images[: int((ids == IMAGE_TOKEN_INDEX).sum())]
     return {"input_ids": ids, "labels": example["labels"][:kept], "images": images}
-
-
-class SceneRecords(Sequence):
-    """Questions about synthetic scenes in LLaVA's format, one scene and one question each, drawn when asked for."""
-
-    def __init__(self, count: int, seed: int = 0):
-        self.count, self.first = count, 900_000_000 + 1_000_000 * (seed % 90)
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < self.count:
-            raise IndexError(index)
-        scene = scenes.generate_scene(scenes.scene_seed("train", self.first + index))
-        question: questions.Question = ask_scene(scene, 1)[0]
-        turns = [
-            {"from": "human", "value": f"{DEFAULT_IMAGE_TOKEN}\n{question.text}"},
-            {"from": "gpt", "value": question.answer},
-        ]
-        return {"image": lambda: scenes.render(scene), "conversations": turns}
 
 
 @dataclass

@@ -19,8 +19,9 @@ checkpoint when the same command is given again. ``--mini_scenes N`` trains on s
 from __future__ import annotations
 
 import logging
+import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import transformers
@@ -32,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.train.arguments import DataArguments, ModelArguments, TrainingArguments
 from llava.train.command import Parser, one_line
-from llava.train.dataset import Collator, ConversationDataset, SceneRecords
+from llava.train.dataset import Collator, ConversationDataset
 from llava.train.loading import load_model
 from llava.train.lora import add_lora, load_lora
 from llava.train.records import Record, images_of, look_over, read_records
@@ -47,6 +48,8 @@ from llava.train.resume import (
 from llava.train.trainer import LlavaTrainer
 
 log = logging.getLogger(__name__)
+
+SCENES = "eval.mini.records:SceneRecords"
 
 
 def choose_trainable(model: LlavaLlamaForCausalLM, args: ModelArguments, training: TrainingArguments) -> nn.Module:
@@ -69,10 +72,18 @@ def choose_trainable(model: LlavaLlamaForCausalLM, args: ModelArguments, trainin
 def make_records(data: DataArguments, model: ModelArguments, seed: int) -> Sequence[Record]:
     """What is learned from; ``ValueError`` names the first record that cannot be."""
     if data.mini_scenes:
-        return SceneRecords(data.mini_scenes, seed)
+        return _scenes()(data.mini_scenes, seed)
     records = read_records(data.data_path)
     look_over(records, model.version, data.image_folder)
     return records
+
+
+def _scenes() -> Callable[[int, int], Sequence[Record]]:
+    """What draws synthetic scenes, asked for by name: the trainer is used without the evaluation, too."""
+    try:
+        return pkgutil.resolve_name(SCENES)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"mini_scenes: {SCENES} is not there ({error}), expected it beside llava") from None
 
 
 def make_dataset(

@@ -52,6 +52,7 @@ class HiPrune(InTower):
     def check_tower(self, tower: Tower) -> None:
         block, right = ops.layer_index(self.object_block, tower.blocks), f"below {tower.last}, the last that is run"
         require(block < tower.last, "object_block", self.object_block, right)
+        tower.check_compares("object_block", self.object_block, block)
 
     def touches(self, tower: Tower) -> Touch:
         last, middle = tower.last, ops.layer_index(self.object_block, tower.blocks)

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from mustdrop.checks import require
 from mustdrop.methods.retaining import Retaining
 
 
@@ -18,7 +19,9 @@ class SmallImage(Retaining):
     """A smaller input image.
 
     Images are scaled down (bicubic, antialiased) before they are cut into patches, the position embeddings of the
-    vision encoder are interpolated, and everything after that computes on fewer patches: the encoder too.
+    vision encoder are interpolated, and everything after that computes on fewer patches: the encoder too. For
+    models that take images of any size the processor does it, within a budget of pixels or of tiles, and the model only
+    looks whether it did.
 
     Parameters
     ----------
@@ -40,11 +43,19 @@ class SmallImage(Retaining):
     retain: int | float = 64
     per: str = field(default="image", kw_only=True)
 
-    def check_placeholders(self) -> None:
-        raise ValueError(
-            "method: smallimage makes images smaller, but in transformers' own classes a prompt has a placeholder for "
-            "every patch; use uniform or avgpool, or a checkpoint that llava.model.builder loads as our LLaVA"
+    def check_placeholders(self, any_size: bool = False) -> None:
+        if not any_size:
+            raise ValueError(
+                "method: smallimage makes images smaller, but in transformers' own classes a prompt has a placeholder "
+                "for every patch; use uniform or avgpool, or a checkpoint that llava.model.builder loads as our LLaVA"
+            )
+        right = (
+            "a number of tokens, not a share, where a processor makes images smaller before a model is told their size"
         )
+        require(not isinstance(self.retain, float), "retain", self.retain, right)
+
+    def pixel_budget(self, views: int) -> int:
+        return int(self.retain) * (views if self.per == "view" else 1)
 
     def shrinks(self, grid: tuple[int, int]) -> tuple[int, int]:
         return self._smaller(grid, 1)

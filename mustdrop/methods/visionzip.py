@@ -66,6 +66,7 @@ class VisionZip(Retaining):
         one_of("compat", self.compat, ("default", "official"))
         official = self.compat == "official"
         self.positions, self.tile_order = ("renumber", "flat") if official else ("original", "model")
+        self.needs_tiles = official
         self.per = self.per or ("view" if official else "image")
         super().__post_init__()
         numbers, retain = (self.dominant, self.contextual), self.retain
@@ -100,7 +101,7 @@ class VisionZip(Retaining):
         contextual = max(1, round(retain * CONTEXTUAL_SHARE))
         return retain - contextual, contextual
 
-    def check_placeholders(self) -> None:
+    def check_placeholders(self, any_size: bool = False) -> None:
         if self.compat == "official":
             raise ValueError(
                 "compat: got 'official', expected 'default': it makes a token of CLS, for which a prompt of "

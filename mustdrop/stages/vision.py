@@ -200,6 +200,7 @@ class KeyTokens(Reducer):
     def check_tower(self, tower: Tower) -> None:
         block, right = self.block % tower.blocks, f"at most {tower.run}: of {tower.blocks} ViT blocks so many are run"
         require(block <= tower.run, "key_block", self.block, right)
+        tower.check_compares("key_block", self.block, block)
 
     def protects(self, grid: tuple[int, int], tokens: int) -> int:
         return self._keys(grid[0] * grid[1], tokens)

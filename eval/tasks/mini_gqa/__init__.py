@@ -19,7 +19,7 @@ def documents(n_scenes: int | None = None, split: str = SPLIT) -> Iterator[dict]
         ``question_id``, ``scene`` (its seed), ``image`` (PIL), ``question``, ``answer`` and ``type``. The five question
         types are equally likely, unlike in training.
     """
-    from llava.train.mini.questions import TYPES, scene_questions
+    from eval.mini.questions import TYPES, scene_questions
 
     mix = dict.fromkeys(TYPES, 1 / len(TYPES))
     for index, (image, question, answer, kind, scene) in enumerate(

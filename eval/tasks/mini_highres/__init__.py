@@ -17,10 +17,10 @@ def documents(n_scenes: int | None = None, split: str = SPLIT) -> Iterator[dict]
     ------
     dict
         ``question_id``, ``scene`` (its seed), ``image`` (PIL), ``question``, ``answer`` and ``type``, one of
-        `llava.train.mini.highres.TYPES`. A third of the questions are about
+        `eval.mini.highres.TYPES`. A third of the questions are about
         what a sign says.
     """
-    from llava.train.mini.highres import split_questions
+    from eval.mini.highres import split_questions
 
     number = 0
     for scene, image, asked in split_questions(split, n_scenes or SCENES, PER_SCENE, SEED, "2x2"):

@@ -25,7 +25,7 @@ def documents(n_scenes: int | None = None, split: str = SPLIT) -> Iterator[dict]
         ``L2-category``, ``source`` and ``split``. The category is the type of the question; the five are equally
         likely, unlike in training.
     """
-    from llava.train.mini.questions import LETTERS, TYPES, choice_questions, choice_text
+    from eval.mini.questions import LETTERS, TYPES, choice_questions, choice_text
 
     mix = dict.fromkeys(TYPES, 1 / len(TYPES))
     for index, (image, choice, scene) in enumerate(

@@ -34,7 +34,7 @@ def color(rng, scene) -> tuple[str, str]:
 
 def position(rng, scene) -> tuple[str, str]:
     """Questions for the side on which one object is of another, and for the opposite side."""
-    from llava.train.mini.questions import ask_relation
+    from eval.mini.questions import ask_relation
 
     while True:
         question = ask_relation(rng, scene)

@@ -21,7 +21,7 @@ def documents(n_scenes: int | None = None, split: str = SPLIT) -> Iterator[dict]
         ``question_id``, ``scene`` (its seed), ``image`` (PIL), ``question``, ``answer`` and, as TextVQA has ten,
         ``answers``.
     """
-    from llava.train.mini.questions import scene_questions
+    from eval.mini.questions import scene_questions
 
     readings = scene_questions(split, n_scenes or SCENES, MOST_SIGNS, SEED, mix={"reading": 1.0})
     kept = (reading for reading in readings if reading[2] not in ARTICLES)

@@ -15,7 +15,7 @@ def write(folder: Path) -> None:
     """Write the benchmark's folder unless it is there; it appears whole or not at all."""
     if folder.is_dir():
         return
-    from llava.train.mini.clips import write_benchmark
+    from eval.mini.clips import write_benchmark
 
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -12,15 +12,13 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava.anyres import parse_grid_pinpoints
+from llava.constants import PROTOCOLS
 from llava.model.checkpoint.files import first_line
 
 SUPPORTED = (
     "LLaVA-1.5 and LLaVA-NeXT on LLaMA or Mistral: original ('llava', 'llava_llama', 'llava_mistral') or, for "
     "LLaVA-1.5, Hugging Face ('llava'), and as transformers has them 'llava_next', 'llava_onevision', 'video_llava'"
 )
-PROTOCOLS = "model", "flat"
-"""How images are cut into tiles and laid out: as the model does it, or as papers count 2880 tokens (see `anyres`)."""
-
 MISTRAL = "llava_mistral"
 _ORIGINAL_TYPES = ("llava", "llava_llama", "llama", MISTRAL)
 _FEATURES = {"default": "patch", "full": "cls_patch"}

@@ -15,6 +15,9 @@ from llava.model.tokenizer import load_tokenizer
 MARKS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
 """The tokens around an image, and its placeholder, by the names that transformers' processor asks for."""
 
+VIDEO = "<video>"
+"""Stands for a video in templates; in no vocabulary, for every frame gets the marks of an image."""
+
 _NAMED_INTERNVL = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 )
@@ -54,7 +57,7 @@ def processor_parts(folder: Path, config: InternVLConfig, facts: Mapping[str, An
     check_tokens(load_tokenizer(folder), needed, config.text_config.vocab_size)
     # Naming a token adds it where it is missing, so looking comes first.
     tokenizer = load_tokenizer(folder, extra_special_tokens=MARKS, padding_side="left")
-    tokenizer.video_token = "<video>"  # in no vocabulary: the processor only has to tell it from an image
+    tokenizer.video_token = VIDEO
     config.image_token_id = tokenizer.convert_tokens_to_ids(MARKS["context_image_token"])
     return {
         "image_processor": image_processor(config, facts),
@@ -84,19 +87,20 @@ def closing(template: str) -> str:
 def chat_template(name: Any) -> str:
     """A template of the `conversation.py` that comes with checkpoints, for `apply_chat_template`.
 
-    An image is `<IMG_CONTEXT>` and a new line, which the processor fills up to the image's tokens.
+    An image is `<IMG_CONTEXT>` and a new line, a video `<video>` and one; the processor fills them up to their tokens.
     """
     if name not in TEMPLATES:
         raise ValueError(f"template is {name!r}: it must be {', '.join(TEMPLATES)}")
     opening, end, system = TEMPLATES[name]
     before, after = opening.split("{role}")
     first = opening.format(role="system") + system + end
-    image = MARKS["context_image_token"] + "\n"
+    image, video = MARKS["context_image_token"] + "\n", VIDEO + "\n"
     return (
         f"{{% if messages[0]['role'] != 'system' %}}{{{{ {first!r} }}}}{{% endif %}}"
         f"{{% for message in messages %}}{{{{ {before!r} + message['role'] + {after!r} }}}}"
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-        f"{{% if part['type'] == 'image' %}}{{{{ {image!r} }}}}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
+        f"{{% if part['type'] == 'image' %}}{{{{ {image!r} }}}}{{% elif part['type'] == 'video' %}}{{{{ {video!r} }}}}"
+        "{% else %}{{ part['text'] }}{% endif %}"
         f"{{% endfor %}}{{% endif %}}{{{{ {end!r} }}}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{{{{ {opening.format(role='assistant')!r} }}}}{{% endif %}}"
     )

@@ -22,6 +22,10 @@ HOSTS = {
     "llava_next": "llava_family:LlavaNext",
     "llava_onevision": "llava_family:LlavaOnevision",
     "video_llava": "llava_family:VideoLlava",
+    "qwen2_vl": "qwen_vl:Qwen2VL",
+    "qwen2_5_vl": "qwen_vl:Qwen25VL",
+    "qwen3_vl": "qwen_vl:Qwen3VL",
+    "internvl": "internvl:InternVL",
 }
 """`model_type` of a configuration -> file and class that host such models."""
 
@@ -40,5 +44,10 @@ def hosting(model: PreTrainedModel) -> AbstractContextManager[Host]:
     ValueError
         If the model is of a form that cannot be hosted.
     """
-    file, name = HOSTS[model.config.model_type].split(":")
-    return opened(model, getattr(import_module(f"{__name__}.{file}"), name))
+    return opened(model, host_class(model.config.model_type))
+
+
+def host_class(model_type: str) -> type[Host]:
+    """The class that hosts the models of a configuration's `model_type`."""
+    file, name = HOSTS[model_type].split(":")
+    return getattr(import_module(f"{__name__}.{file}"), name)

@@ -34,12 +34,11 @@ class Attached:
     def attach(self) -> None:
         """Replace the model's functions."""
         host, inner, text = self.host, self.host.inner, self.host.text
-        towers = [getattr(inner, name) for name in host.towers]
         parts = [
             (host.model, forwards.outer, (host,)),
             (inner, forwards.inner, (host,)),
             (text, forwards.text, (host,)),
-            *((tower, forwards.tower, (host, tower)) for tower in towers),
+            *host.tower_parts(),
             *((layer, forwards.layer, (layer,)) for layer in text.layers),
         ]
         try:
@@ -94,7 +93,7 @@ class _Generating:
             return super().generate(inputs, generation_config, *args, **kwargs)
         given = kwargs if generation_config is None else {**kwargs, "generation_config": generation_config}
         current = _prompt(self, attached.host, inputs, given)
-        with opened(self, type(attached.host)), under_way(current):
+        with opened(self, type(attached.host)), under_way(current), attached.host.unchanged():
             return super().generate(inputs, generation_config, *args, **{**kwargs, "use_cache": True})
 
 

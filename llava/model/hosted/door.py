@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -10,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava.model.hosted.base import TowerRun
 from llava.model.hosted.layout import Layout
 from llava.model.hosted.places import Places
-from llava.model.hosted.towers.vit import untouched
+from llava.model.hosted.tokens import untouched
 from mustdrop.hooks import ForwardState, ImageFacts, PromptFacts, Tokens, VisionStep, VisionTokens, compact, gather
 
 
@@ -30,15 +30,15 @@ class Arrival:
         The id of an image's placeholder, and of a video's.
     layouts : list of (str, Layout)
         Every image and video, in the order in which the towers were given them.
-    towers : list of VisionTokens
-        What the towers left, without prefix; empty where they ran as stock.
+    towers : list of TowerRun
+        What the towers did; empty where they ran as stock.
     """
 
     state: ForwardState
     ids: Tensor | None
     placeholders: dict[str, int]
     layouts: list[tuple[str, Layout]]
-    towers: list[VisionTokens]
+    towers: list[TowerRun]
 
 
 def enter(arrival: Arrival, embeds: Tensor, mask: Tensor | None, position: Tensor | None) -> tuple[Tensor, Tokens]:
@@ -52,8 +52,8 @@ def enter(arrival: Arrival, embeds: Tensor, mask: Tensor | None, position: Tenso
         Embeddings as the stock model has spliced them; a prompt's copies for beams lie side by side.
     mask : `[rows, length]`, optional
         Zero for padding.
-    position : int64 `[rows or 1, length]`, optional
-        Rotary positions.
+    position : int64 `[..., rows or 1, length]`, optional
+        Rotary positions, with a leading axis where a model counts along several.
     """
     rows, length = embeds.shape[:2]
     if arrival.ids is None and arrival.layouts:
@@ -67,7 +67,7 @@ def enter(arrival: Arrival, embeds: Tensor, mask: Tensor | None, position: Tenso
     places = Places.of(ids, valid, arrival.layouts, arrival.placeholders)
     if position is None:
         position = torch.arange(length, device=embeds.device)[None]
-    position = position.expand(rows, -1)[::copies]
+    position = position.expand(*position.shape[:-2], rows, -1)[..., ::copies, :]
     tokens = _record(places, position, valid)
     state = arrival.state
     state.text.extend(fact.text for fact in tokens.prompts)
@@ -92,7 +92,7 @@ def _record(places: Places, position: Tensor, valid: Tensor | None) -> Tokens:
     facts = _facts(places, places.counts, places.counts, None, (~vision & places.valid).sum(-1).tolist())
     return Tokens(
         position=position,
-        original_column=torch.arange(position.shape[1], device=device).repeat(len(position), 1),
+        original_column=torch.arange(position.shape[-1], device=device).repeat(position.shape[-2], 1),
         image=image,
         vision_index=vision_index,
         protected=torch.zeros_like(image, dtype=torch.bool),
@@ -125,11 +125,11 @@ def _images(arrival: Arrival, places: Places, embeds: Tensor, tokens: Tokens) ->
     hooks = [hook for hook in ("on_projected_features", "on_instruction") if state.overrides(hook)]
     columns = places.columns.to(embeds.device, non_blocking=True)
     shown = _shown(places, columns, embeds, bool(hooks))
-    left = _after_towers(shown, places, arrival.towers)
+    left = _after_towers(shown, places, [run.tokens for run in arrival.towers])
     with state.timed("vision", embeds.device):
         for hook in hooks:
             left = state.choose(hook, _step(hook, left, places, embeds))
-    _note_views(state, places)
+    _note_views(state, places, arrival)
     lengths = left.known_lengths
     state.images.extend(
         [(lengths[image], left.patch_to_token[image, : places.counts[image]]) for image in images]
@@ -141,14 +141,24 @@ def _images(arrival: Arrival, places: Places, embeds: Tensor, tokens: Tokens) ->
     return _compacted(places, columns, left, embeds, tokens, hooks)
 
 
-def _note_views(state: ForwardState, places: Places) -> None:
+def _note_views(state: ForwardState, places: Places, arrival: Arrival) -> None:
     """Say which rows of the towers' output show an image, and number what they did by slots."""
-    ends = [0, *accumulate(places.views)]
+    towers, layouts, ends = arrival.towers, arrival.layouts, [0, *accumulate(places.views)]
     state.views.extend([list(range(*ends[image : image + 2])) for image in images] for images in places.prompts)
-    state.view_patches = [places.slot.shape[1]] * len(places.slot)
-    if not places.plain:
-        state.encoded.update(state.vision)
-        state.vision.update({block: _by_slot(stands, places, ends) for block, stands in state.vision.items()})
+    state.view_patches = [layout.slot.shape[1] for _, layout in layouts for _ in range(layout.views)]
+    by_view = places.plain and places.even
+    present = [run.start for run in towers]
+    for block in sorted({block for run in towers for block in run.maps}):
+        present = [run.maps.get(block, before) for run, before in zip(towers, present, strict=True)]
+        stands = torch.cat([_widened(stands, places) for stands in present])
+        state.vision[block] = stands if by_view else _by_slot(stands, places, ends)
+        if not by_view:
+            state.encoded[block] = stands
+
+
+def _widened(of_patches: Tensor, places: Places) -> Tensor:
+    """Something of the patches of views `[views, patches]`, with -1 up to the number of the largest view."""
+    return F.pad(of_patches, (0, places.slot.shape[1] - of_patches.shape[1]), value=-1)
 
 
 def _by_slot(stands: Tensor, places: Places, ends: list[int]) -> Tensor:
@@ -200,7 +210,8 @@ def _after_towers(shown: VisionTokens, places: Places, towers: list[VisionTokens
         to = torch.where(own < 0, images * most, image[rows, None] * most + own)
         notes.append((to, tower.notes or {}))
         marks.append((to, torch.zeros_like(to, dtype=torch.bool) if tower.protected is None else tower.protected))
-        stands.append(own.gather(1, tower.patch_to_token.clamp(min=0)).masked_fill(tower.patch_to_token < 0, -1))
+        stand = own.gather(1, tower.patch_to_token.clamp(min=0)).masked_fill(tower.patch_to_token < 0, -1)
+        stands.append(_widened(stand, places))
     shown = replace(shown, notes=_in_slots(notes, images, most))
     if idle:
         return shown
@@ -211,23 +222,19 @@ def _after_towers(shown: VisionTokens, places: Places, towers: list[VisionTokens
     alive, keys = alive[:-1].view(images, most), keys[:-1].view(images, most)
     stand = torch.cat([of.flatten() for of in stands])[places.middle.to(device)]
     stand = torch.where(alive | (stand < 0), shown.patch_index, stand)
-    whole = places.plain and len(towers) == 1
     left = shown
     if not all(map(untouched, towers)):
-        lengths = _per_image(towers[0].known_lengths, places) if whole else alive.sum(-1).tolist()
+        # Where every patch has a slot of its own the host knows how many tokens are left, and nothing is read.
+        lengths = places.of_images(_known(towers)) if places.plain else alive.sum(-1).tolist()
         left = shown.select(alive, lengths, stand, order=_order(towers, places, alive))
         keys = keys.gather(1, left.patch_index)
         keys = keys if left.valid is None else keys & left.valid
     if all(tower.protected is None for tower in towers):
         return left
-    known = towers[0].keys if whole else None
-    return left.with_protected(keys, keys.sum(-1).tolist() if known is None else _per_image(known, places))
-
-
-def _per_image(numbers: Sequence[int], places: Places) -> list[int]:
-    """The sums of the views' numbers, for every image."""
-    ends = [0, *accumulate(places.views)]
-    return [sum(numbers[first:end]) for first, end in zip(ends, ends[1:], strict=False)]
+    told = places.plain and all(tower.protected is None or tower.keys is not None for tower in towers)
+    numbers = [tower.keys or (0,) * len(tower.patch_index) for tower in towers]
+    known = places.of_images([number for own in numbers for number in own]) if told else keys.sum(-1).tolist()
+    return left.with_protected(keys, known)
 
 
 def _in_slots(notes: list[tuple[Tensor, dict[str, Tensor]]], images: int, most: int) -> dict[str, Tensor] | None:
@@ -238,6 +245,11 @@ def _in_slots(notes: list[tuple[Tensor, dict[str, Tensor]]], images: int, most: 
             total = by_slot.get(name, values.new_zeros(images * most + 1))
             by_slot[name] = total.scatter_reduce(0, to.flatten(), values.flatten(), "mean", include_self=False)
     return {name: values[:-1].view(images, most) for name, values in by_slot.items()} or None
+
+
+def _known(towers: list[VisionTokens]) -> list[int]:
+    """How many tokens are left of every view."""
+    return [length for tower in towers for length in tower.known_lengths]
 
 
 def _order(towers: list[VisionTokens], places: Places, alive: Tensor) -> Tensor | None:

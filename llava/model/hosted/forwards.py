@@ -8,18 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llava.model.hosted.base import Host, Pass, current_of, under_way
+from llava.model.hosted.decoder import HostedDecoder
 from llava.model.hosted.door import Arrival, enter
-from llava.model.hosted.towers.vit import run_tower
 from llava.model.language_model.cache import CACHE_NAME, VisionCache
 from llava.model.language_model.layers import LlamaDecoderLayer
-from llava.model.language_model.loop import DecoderLoop, Record
+from llava.model.language_model.loop import Record
 from llava.model.language_model.stream import Stream
 from llava.model.masks import labels_of
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
 
 class HostedCache(VisionCache):
@@ -31,14 +29,6 @@ class HostedCache(VisionCache):
                 "past_key_values: this cache was filled while a reducer was on, go on with it inside such a block"
             )
         return super().get_mask_sizes(*args, **kwargs)
-
-
-class HostedDecoder(DecoderLoop):
-    """Our loop over the layers of a text model of transformers."""
-
-    def __init__(self, text: PreTrainedModel):
-        self.layers, self.norm, self.rotary_emb, self.config = text.layers, text.norm, text.rotary_emb, text.config
-        self.drops_early = getattr(text, "drops_early", True)
 
 
 def outer(host: Host, stock: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -65,9 +55,11 @@ def outer(host: Host, stock: Callable, *args: Any, **kwargs: Any) -> Any:
 def inner(host: Host, stock: Callable, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
     """The forward of the model without its head: towers, packing, and the text model."""
     if _goes_on(kwargs):
-        return stock(input_ids=input_ids, **kwargs)
+        return stock(input_ids=input_ids, **host.going_on(kwargs))
     current = _fresh(host, {"input_ids": input_ids, **kwargs})
-    with under_way(current):
+    if current is None:
+        return stock(input_ids=input_ids, **kwargs)
+    with under_way(current), host.unchanged():
         return stock(input_ids=input_ids, **kwargs)
 
 
@@ -85,19 +77,6 @@ def _goes_on(kwargs: dict[str, Any]) -> bool:
 def _fresh(host: Host, inputs: dict[str, Any]) -> Pass | None:
     """The pass that is under way for a model, unless it is over; else a new one, if a reducer is on."""
     return current_of(host) or host.begin(inputs.get("input_ids"), inputs)
-
-
-def tower(host: Host, tower: nn.Module, stock: Callable, pixel_values: Tensor, **kwargs: Any) -> Any:
-    """A vision tower's forward: our loop up to the one hidden state that is asked for."""
-    current = current_of(host)
-    layer = kwargs.get("output_hidden_states", host.feature_layer)
-    layer = host.feature_layer if isinstance(layer, bool) else layer
-    if current is None or not isinstance(layer, int):
-        return stock(pixel_values, **kwargs)
-    views = current.views(len(pixel_values))
-    tokens, states = run_tower(CLIPVisionTower.around(tower, layer), pixel_values, current.state, views)
-    current.towers.append(tokens.without_prefix())
-    return BaseModelOutputWithPooling(hidden_states={layer: states})
 
 
 def text(host: Host, stock: Callable, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
@@ -129,6 +108,8 @@ def _prefill(
         )
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
         raise ValueError("attention_mask: with a reducer on it must be [batch, length], zero for padding")
+    if position_ids is not None and position_ids.dim() == 3 and len(position_ids) == 4:
+        position_ids = position_ids[1:]  # in front of M-RoPE's three axes `generate` counts the text along a fourth
     arrival = Arrival(current.state, current.ids, host.placeholder_ids, current.layouts, current.towers)
     hidden, tokens = enter(arrival, inputs_embeds, attention_mask, position_ids)
     model = host.text
@@ -141,7 +122,7 @@ def _prefill(
             cache.expect(current.new_tokens)
     record = _record(model.config, kwargs)
     record.rows = current.rows
-    hidden = HostedDecoder(model).prefill(hidden, tokens, current.state, cache, record=record)
+    hidden = host.decoder(kwargs).prefill(hidden, tokens, current.state, cache, record=record)
     return _output(model, hidden, cache, record)
 
 

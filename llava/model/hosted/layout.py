@@ -68,18 +68,25 @@ class Layout:
         """True for placeholders that show a patch, bool `[placeholders]`."""
         return self.patch != EXTRA
 
+    @property
+    def strip(self) -> bool:
+        """Whether the grids are one patch high or wide."""
+        row, column = (axis[self.shows] for axis in (self.row.remainder(APART), self.column))
+        return not row.any() or not column.any()
+
     def without_extras(self) -> Layout:
         """The placeholders that show patches alone."""
         told = {name: getattr(self, name)[self.shows] for name in ("view", "patch", "row", "column", "group")}
         return replace(self, **told)
 
 
-def frames(count: int, side: int, cls: bool) -> Layout:
+def frames(count: int, grid: tuple[int, int], cls: bool = False) -> Layout:
     """Views one after another, raster order in each, with or without a CLS in front of each."""
-    patch = torch.arange(-1 if cls else 0, side * side).repeat(count)
-    view = torch.arange(count).repeat_interleave(side * side + cls)
-    row, column = _on_grid(patch, side)
-    return Layout.of(view, patch, _apart(row, view), column, view, (count, side * side))
+    patches = grid[0] * grid[1]
+    patch = torch.arange(-1 if cls else 0, patches).repeat(count)
+    view = torch.arange(count).repeat_interleave(patches + cls)
+    row, column = _on_grid(patch, grid[1])
+    return Layout.of(view, patch, _apart(row, view), column, view, (count, patches))
 
 
 def pooled_frames(count: int, side: int, pooled: int) -> Layout:
@@ -151,6 +158,6 @@ def _apart(row: Tensor, view: Tensor) -> Tensor:
     return torch.where(row < 0, row, row + view * APART)
 
 
-def _on_grid(patch: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Row and column of patches in raster order; -1 for extras."""
-    return tuple(part.masked_fill(patch < 0, -1) for part in (patch // side, patch % side))
+def _on_grid(patch: Tensor, across: int) -> tuple[Tensor, Tensor]:
+    """Row and column of patches in raster order on a grid of so many columns; -1 for extras."""
+    return tuple(part.masked_fill(patch < 0, -1) for part in (patch // across, patch % across))

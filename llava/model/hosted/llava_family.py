@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from llava.model.hosted.base import Host
+from llava.model.hosted.base import OneLayerHost
 from llava.model.hosted.layout import Layout, frames, pooled_frames, tiles
+from llava.model.hosted.towers import vit
+from mustdrop.hooks import Reducer
 
 _ALL = "anyres_max_1000000"  # so many tiles are never blended
 
 
-class LlavaLike(Host):
-    """A CLIP or SigLIP tower whose features come from one hidden state."""
+class LlavaLike(OneLayerHost):
+    """A CLIP or SigLIP tower whose features come from one hidden state.
+
+    Attributes
+    ----------
+    towers : tuple of str
+        Where the model's vision towers are.
+    fixed_size : bool
+        Whether every image has as many vision tokens as a tower has patches.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("clip_vision_model", "siglip_vision_model")
+    towers: ClassVar[tuple[str, ...]] = ("vision_tower",)
+    fixed_size: ClassVar[bool] = False
+
+    @property
+    def side(self) -> int:
+        """Patches along the side of a view."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    def tower_parts(self) -> list[tuple[nn.Module, Callable, tuple]]:
+        towers = [getattr(self.inner, name) for name in self.towers]
+        return [(tower, vit.forward, (self, tower)) for tower in towers]
+
+    def check(self, reducer: Reducer) -> None:
+        super().check(reducer)
+        heads, patches, blocks = self.config.num_attention_heads, self.side**2, self.num_vision_layers
+        reducer.check_sizes(self.num_layers, blocks, self.blocks_run, patches, heads, one_view=self.fixed_size)
 
     def with_cls(self, inputs: dict[str, Any]) -> bool:
         """Whether the CLS of a view is among its placeholders."""
@@ -25,7 +55,9 @@ class LlavaLike(Host):
     def plain(self, inputs: dict[str, Any]) -> list[tuple[str, Layout]]:
         """Images of one view each."""
         pixels = _first(inputs, "pixel_values", "pixel_values_images")
-        return [] if pixels is None else [("image", frames(1, self.side, self.with_cls(inputs)))] * len(pixels)
+        if pixels is None:
+            return []
+        return [("image", frames(1, (self.side, self.side), self.with_cls(inputs)))] * len(pixels)
 
 
 class Llava(LlavaLike):
@@ -113,8 +145,9 @@ class VideoLlava(LlavaLike):
 
     def layouts(self, inputs: dict[str, Any]) -> list[tuple[str, Layout]]:
         videos = inputs.get("pixel_values_videos")
-        of_videos = [] if videos is None else [("video", frames(videos.shape[1], self.side, True))] * len(videos)
-        return self.plain(inputs) + of_videos
+        if videos is None:
+            return self.plain(inputs)
+        return self.plain(inputs) + [("video", frames(videos.shape[1], (self.side, self.side), True))] * len(videos)
 
 
 def _first(inputs: dict[str, Any], *names: str) -> Any:

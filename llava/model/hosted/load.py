@@ -20,11 +20,10 @@ from llava.model.checkpoint.settings import LoadSettings
 from llava.model.convert.internvl import load_internvl, original_facts
 from llava.model.convert.internvl_config import ORIGINAL, translated
 from llava.model.convert.internvl_processor import processor_parts
-from llava.model.hosted import HOSTS
-from llava.model.hosted.base import TEXTS, TOWERS
+from llava.model.hosted import HOSTS, host_class
 from llava.video import FrameProcessor
 
-UNPACKED = ["vision_tower", "image_tower", "video_tower", "multi_modal_projector", "lm_head"]
+UNPACKED = ["vision_tower", "image_tower", "video_tower", "multi_modal_projector", "visual", "lm_head"]
 _SAID = OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError
 
 
@@ -49,19 +48,16 @@ def stock_config(path: object, **hub: Any) -> tuple[Path, PreTrainedConfig] | No
     facts = read_json(folder / "config.json")
     if facts.get("model_type") == ORIGINAL:
         return _with_weights(path, folder), _said_of(path, translated, facts)
-    parts = [facts.get(name) for name in ("text_config", "vision_config")]
-    if facts.get("model_type") not in HOSTS or not all(isinstance(part, dict) for part in parts):
+    if facts.get("model_type") not in HOSTS or _ours(facts):
         return None
-    text, tower = (part.get("model_type", kind) for part, kind in zip(parts, ("llama", TOWERS[0]), strict=True))
-    if facts["model_type"] == "llava" and (text, tower) in ((TEXTS[0], TOWERS[0]), *_refused_by_our_own(text, tower)):
-        return None
-    for name, kind, known in (("text_config", text, TEXTS), ("vision_config", tower, TOWERS)):
-        if kind not in known:
-            raise ValueError(f"{path}: {name}.model_type is {kind!r}: supported are {', '.join(known)}")
     try:
         config = AutoConfig.from_pretrained(folder)
     except _SAID as error:
         raise ValueError(f"{path}: config.json: {first_line(error)}") from None
+    try:
+        host_class(config.model_type).check_kinds(config.get_text_config(), config.vision_config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return _with_weights(path, folder), config
 
 
@@ -80,9 +76,18 @@ def _said_of(path: object, translate: Callable, *given: Any) -> Any:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _refused_by_our_own(text: str, tower: str) -> list[tuple[str, str]]:
-    """Kinds of Hugging Face's LLaVA that nobody supports: our own loader says so in its own words."""
-    return [] if text in TEXTS and tower in TOWERS else [(text, tower)]
+def _ours(facts: dict[str, Any]) -> bool:
+    """Whether a configuration of a known type is our own loader's: what it computes, or refuses in its own words."""
+    if not facts["model_type"].startswith(("llava", "video_llava")):
+        return False
+    parts = [facts.get(name) for name in ("text_config", "vision_config")]
+    if not all(isinstance(part, dict) for part in parts):
+        return True
+    llama, clip = "llama", "clip_vision_model"
+    text, tower = (part.get("model_type", kind) for part, kind in zip(parts, (llama, clip), strict=True))
+    host = host_class("llava")
+    stranger = text not in host.texts or tower not in host.kinds
+    return facts["model_type"] == "llava" and (stranger or (text, tower) == (llama, clip))
 
 
 def load_stock(
@@ -120,20 +125,27 @@ def load_stock_processor(folder: Path, config: PreTrainedConfig) -> ProcessorMix
     """A stock model's processor; its part for videos is our own, which gives the same pixels on every machine."""
     kind = PROCESSOR_MAPPING[type(config)]
     if facts := original_facts(folder):
-        return _images_only(kind)(**_said_of(folder, processor_parts, folder, config, facts))
+        processor = _images_only(kind)(**_said_of(folder, processor_parts, folder, config, facts))
+        processor.video_processor = FrameProcessor(processor.image_processor.to_dict())
+        return processor
     videos = any("video" in name for name in kind.get_attributes())
     if not is_torchvision_available() and videos:
         kind = _images_only(kind)
+    framed = videos and hasattr(config.vision_config, "image_size")  # Qwen takes frames of any size, as its own makes
     try:
         processor = kind.from_pretrained(folder)
-        if videos:
-            processor.video_processor = FrameProcessor(_video_settings(folder) or processor.image_processor.to_dict())
+        if framed:
+            own = None if host_class(config.model_type).frames_are_tiles else _video_settings(folder)
+            processor.video_processor = FrameProcessor(own or processor.image_processor.to_dict())
     except _SAID as error:
         raise ValueError(f"{folder}: no processor can be read ({first_line(error)})") from None
+    if not framed:
+        return processor
     side = config.vision_config.image_size
-    if videos and processor.video_processor.size != (side, side):
-        found = " x ".join(map(str, processor.video_processor.size))
-        raise ValueError(f"{folder}: the processor makes frames of {found}, the vision tower takes {side} x {side}")
+    wanted = tuple(side) if isinstance(side, list | tuple) else (side, side)
+    if processor.video_processor.size != wanted:
+        made, taken = (" x ".join(map(str, size)) for size in (processor.video_processor.size, wanted))
+        raise ValueError(f"{folder}: the processor makes frames of {made}, the vision tower takes {taken}")
     return processor
 
 

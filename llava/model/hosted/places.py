@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -32,7 +33,8 @@ class Places:
     middle : int64 `[images, slots]`
         Row of the towers' output and patch that each slot shows, `row * patches + patch`; 0 for padding.
     slot : int64 `[views, patches]`
-        Slot of its image that shows each patch of the towers' rows, -1 where none does.
+        Slot of its image that shows each patch of the towers' rows, -1 where none does; as many patches as the largest
+        view has.
     image_of_view : int64 `[views]`
         Number of the image that a row of the towers belongs to.
     counts : tuple of int
@@ -41,6 +43,8 @@ class Places:
         Rows of the towers' output for each image.
     plain : bool
         Whether slots are the patches of the views, all of them and in their order.
+    even : bool
+        Whether all views have equally many patches.
     frames : tuple of int
         Frames of each video; 1 for images, tiles or not.
     prompts : list of list of int
@@ -64,6 +68,7 @@ class Places:
     counts: tuple[int, ...]
     views: tuple[int, ...]
     plain: bool
+    even: bool
     frames: tuple[int, ...]
     prompts: list[list[int]]
     raster: bool
@@ -90,7 +95,8 @@ class Places:
             return torch.full((ids.numel(),), fill).scatter(0, at, values).view(ids.shape)
 
         first_view = torch.tensor([0, *accumulate(views)])[number]
-        patches = parts[0].slot.shape[1] if parts else 0
+        patches = max((layout.slot.shape[1] for layout in parts), default=0)
+        slots = [F.pad(layout.slot, (0, patches - layout.slot.shape[1]), value=-1) for layout in parts]
         middle = (first_view + told["view"]) * patches + told["patch"]
         placeholder = everywhere(torch.ones_like(at), 0).bool()
         real = torch.ones_like(placeholder) if valid is None else valid
@@ -106,15 +112,21 @@ class Places:
             instruction=real & ~placeholder & (placeholder.cumsum(-1) > 0),
             columns=_padded(at[shows], counts, ids.numel()),
             middle=_padded(middle[shows], counts, 0),
-            slot=torch.cat([layout.slot for layout in parts]) if parts else torch.zeros(0, 0, dtype=torch.long),
+            slot=torch.cat(slots) if slots else torch.zeros(0, 0, dtype=torch.long),
             image_of_view=torch.arange(len(parts)).repeat_interleave(torch.tensor(views, dtype=torch.long)),
             counts=counts,
             views=views,
             frames=tuple(layout.views if kind == "video" else 1 for kind, layout in layouts),
             plain=all(layout.plain for layout in parts),
+            even=len({layout.slot.shape[1] for layout in parts}) < 2,
             prompts=prompts,
             raster=_one_run_each(at[shows], number[shows]),
         )
+
+    def of_images(self, numbers: list[int]) -> list[int]:
+        """The sum over its views for every image, of a number of each view."""
+        ends = [0, *accumulate(self.views)]
+        return [sum(numbers[start:end]) for start, end in pairwise(ends)]
 
     @property
     def images(self) -> int:

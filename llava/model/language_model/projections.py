@@ -36,9 +36,9 @@ class Part:
         return self.stop - self.start
 
     def __call__(self, states: Tensor) -> Tensor:
-        if type(self.linear) is nn.Linear:
+        if type(self.linear) is nn.Linear and self.linear.weight.device.type != "meta":
             return F.linear(states, self.weight, self.bias)
-        return self.linear(states)[..., self.start : self.stop]  # quantised, or with an adapter
+        return self.linear(states)[..., self.start : self.stop]  # quantised, adapted, offloaded
 
 
 def query_key_value(attention: nn.Module) -> tuple[nn.Module | Part, nn.Module | Part, nn.Module | Part]:
@@ -81,12 +81,12 @@ def rotated(states: Tensor, attention: nn.Module, rotary: tuple[Tensor, Tensor],
     states = states.unflatten(-1, (-1, attention.head_dim))
     states = (states if norm is None else norm(states)).transpose(1, 2)
     cos, sin = (table.unsqueeze(1) for table in rotary)
-    if (turned := cos.shape[-1]) == states.shape[-1]:
-        return _turned(states, cos, sin)
-    return torch.cat([_turned(states[..., :turned], cos, sin), states[..., turned:]], dim=-1)
+    if (width := cos.shape[-1]) == states.shape[-1]:
+        return turned(states, cos, sin)
+    return torch.cat([turned(states[..., :width], cos, sin), states[..., width:]], dim=-1)
 
 
-def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding: the halves of a head are the coordinates of planes, each turned by its own angle."""
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat([-second, first], dim=-1) * sin

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from llava.model.hosted.base import OneLayerHost, TowerRun, current_of
+from llava.model.hosted.tokens import placed, untouched
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from mustdrop.hooks import ForwardState, VisionTokens
 
 
+def forward(host: OneLayerHost, tower: nn.Module, stock: Callable, pixel_values: Tensor, **kwargs: Any) -> Any:
+    """A vision tower's forward: our loop up to the one hidden state that is asked for."""
+    current = current_of(host)
+    if current is None:
+        return stock(pixel_values, **kwargs)
+    layer = host.asked_layer(kwargs.get("output_hidden_states"), current.state.reducer)
+    if not isinstance(layer, int):
+        return stock(pixel_values, **kwargs)
+    views = current.views(len(pixel_values))
+    run, states = run_tower(CLIPVisionTower.around(tower, layer), pixel_values, current.state, views)
+    current.towers.append(run)
+    return BaseModelOutputWithPooling(hidden_states={layer: states})
+
+
 def run_tower(
     tower: CLIPVisionTower, pixels: Tensor, state: ForwardState, views: Sequence[int] | None = None
-) -> tuple[VisionTokens, Tensor]:
+) -> tuple[TowerRun, Tensor]:
     """What is left of the views, and the states in full layout that the stock code goes on with.
 
     `pixels` `[rows, 3, height, width]`, of which `views` neighbouring ones show one image each; the states are
@@ -21,7 +39,8 @@ def run_tower(
     """
     with state.timed("vision", pixels.device):
         tokens = tower.encode(pixels, state, views)
-        return tokens, full_layout(tokens)
+        maps, state.vision = state.vision, {}
+        return TowerRun.of(tokens.without_prefix(), maps), full_layout(tokens)
 
 
 def full_layout(tokens: VisionTokens) -> Tensor:
@@ -39,19 +58,6 @@ def full_layout(tokens: VisionTokens) -> Tensor:
     prefix = torch.arange(tokens.prefix, device=column.device).expand(len(column), -1)
     column = torch.cat([prefix, column + tokens.prefix], dim=1)
     return tokens.hidden.gather(1, column[..., None].expand(-1, -1, tokens.hidden.shape[-1]))
-
-
-def untouched(tokens: VisionTokens) -> bool:
-    """Whether no token has been dropped, merged or moved: the tokens are the patches."""
-    return tokens.lengths is None and tokens.valid is None
-
-
-def placed(tokens: VisionTokens) -> Tensor:
-    """For every patch the column of the token that sits on it, int64 `[views, patches]`, -1 for none."""
-    patches = tokens.patch_to_token.shape[1]
-    place = tokens.patch_index if tokens.valid is None else tokens.patch_index.masked_fill(~tokens.valid, patches)
-    column = torch.arange(place.shape[1], device=place.device).expand_as(place)
-    return place.new_full((len(place), patches + 1), -1).scatter(1, place, column)[:, :patches]
 
 
 def _nearest(tokens: VisionTokens) -> Tensor:

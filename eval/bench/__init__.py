@@ -1,0 +1,1 @@
+"""Speed, memory and their floors of methods on models of any shape."""
