@@ -43,6 +43,8 @@ class PassRecord:
         `Keep.merge_into` after each decoder layer that merged tokens.
     tokens_in, tokens_out : list of Tokens
         Entering and leaving each decoder layer.
+    finished : list of Tokens or int
+        What went through each decoder layer's output projection and MLP, or how many of its last positions.
     cached : list of Tokens
         What each layer has cached when prefill ends.
     kv_bytes : list of int
@@ -65,6 +67,7 @@ class PassRecord:
     merge_maps: dict[int, Tensor] = field(default_factory=dict)
     tokens_in: list[Tokens] = field(default_factory=list)
     tokens_out: list[Tokens] = field(default_factory=list)
+    finished: list[Tokens | int] = field(default_factory=list)
     cached: list[Tokens] = field(default_factory=list)
     kv_bytes: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -102,6 +105,9 @@ class Trace:
         tokens, "prefill" after a decoder layer that dropped some, "decode" in the cache of every decoder layer.
     cache_lengths : list of int
         Positions each layer's cache holds for this prompt when prefill ends; empty without a cache.
+    mlp_lengths : list of int
+        Positions that went through each decoder layer's output projection and MLP: those that nobody reads are left
+        out (`llava.model.drop_early`).
     cache_bytes : int
         Bytes of these keys and values.
     plans : dict
@@ -163,6 +169,7 @@ class Trace:
             "vision_tokens_after": _vision_counts(record.tokens_out, row),
             "kept": kept,
             "cache_lengths": cache_lengths,
+            "mlp_lengths": _mlp_lengths(record, row),
             "cache_bytes": sum(n * size for n, size in zip(cache_lengths, record.kv_bytes, strict=True)),
             "plans": _plans(record, row) if images else {},
             "selector_macs": record.selector_macs,
@@ -217,6 +224,15 @@ class Trace:
 
     def __repr__(self) -> str:
         return f"Trace(vision_tokens={self.vision_tokens}, mean_tokens={self.mean_tokens:.1f})"
+
+
+def _mlp_lengths(record: PassRecord, row: int) -> list[int]:
+    """Positions of a prompt that went through the second half of each decoder layer."""
+    counts = {id(tokens): int(tokens.counts[row]) for tokens in (*record.tokens_in, *record.tokens_out)}
+    return [
+        min(done, counts[id(entering)]) if isinstance(done, int) else counts[id(done)]
+        for entering, done in zip(record.tokens_in, record.finished, strict=True)
+    ]
 
 
 def _plans(record: PassRecord, row: int) -> dict[int, dict]:
