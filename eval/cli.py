@@ -12,6 +12,8 @@ from mustdrop.checks import hint, shown
 from mustdrop.command import command
 
 COMMANDS = {
+    "ask": ("eval.ask.command", "one question to the baseline and a method: answers, costs, and what was kept, drawn"),
+    "chat": ("llava.serve.cli", "chat about images in the terminal, with fewer vision tokens if wanted"),
     "run": ("eval.run.command", "evaluate a method at several budgets on some benchmarks"),
     "sweep": ("eval.sweep.command", "evaluate models x tasks x methods x budgets from a YAML file, here or on SLURM"),
     "calibrate": ("eval.calibrate.thresholds", "find the settings that keep a wanted number of tokens"),
@@ -21,6 +23,7 @@ COMMANDS = {
     "plots": ("eval.report.plots", "accuracy against tokens, FLOPs and time, as PNG and SVG"),
     "significance": ("eval.report.significance", "paired comparison of methods on the same questions"),
     "report": ("eval.report.html", "one HTML file with tables, plots, settings and images of what was kept"),
+    "docs": ("eval.report.docs", "render the tables of README.md and docs/ from docs/data"),
     "bench": ("eval.bench.speed", "time, memory and their floors, for any model's shape"),
     "bench-padding": ("eval.bench.padding", "what a batch pads where each image keeps another number of tokens"),
     "cost": ("mustdrop.cost", "FLOPs and cache of a model at given token counts"),

@@ -65,7 +65,7 @@ class Convention:
 
 
 def _part_flops(shape: ModelShape, work: Workload, *parts: str) -> int:
-    macs = costs(shape, work)
+    macs = costs(shape, work.in_whole_layers)
     if "selector" in parts and work.selector_macs is None:
         raise ValueError("selector: what choosing cost is not known of a trace without count, see Reducer.on")
     return 2 * sum(macs[part] for part in parts)
@@ -102,7 +102,7 @@ CONVENTIONS: dict[str, Convention] = {
         lambda shape, work: 2 * _formula(shape, work, work.text_tokens, causal=True),
     ),
     "with-text-tower": Convention(
-        "all up to the first new token: tower, projector, selector, exact prefill (grouped queries, vocabulary)",
+        "all up to the first new token: tower, projector, selector, whole layers (grouped queries), vocabulary",
         lambda shape, work: _part_flops(shape, work, "vision_tower", "projector", "selector", "prefill"),
     ),
     "mean-tokens": Convention(
@@ -210,6 +210,7 @@ def as_table(facts: dict) -> str:
     headers = ["convention, one prompt", "unit", "full", "reduced", "saved", "claim", "needs at most"]
     second = tabulate(rows, headers, colalign=align, disable_numparse=True, missingval="none")
     notes = [f"{name}: {row['explanation']}" for name, row in facts["conventions"].items()]
+    notes.append("prefill above: without what nobody reads of a layer; conventions count whole layers, as papers do")
     notes.append("needs at most: so many vision tokens in every layer reach the claim; none: not even zero would")
     return "\n".join([title, "", first, "", second, "", *notes])
 

@@ -63,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto", help="auto (float16 on a GPU, float32 on a CPU), float32, float16, bfloat16")
     add("--attn-implementation", default="sdpa", help=f"{', '.join(ATTENTION)} (%(default)s)")
     add("--compile", action="store_true", help="every row a second time with a compiled decoder (torch.compile)")
-    add("--drop-early", action="store_true", help="this project's rows leave out what nobody reads of a layer")
+    text = "whether this project's rows leave out what nobody reads of a layer (they do)"
+    add("--drop-early", action=argparse.BooleanOptionalAction, default=True, help=text)
     add("--device", type=text_, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     add("--threads", metavar="N", help="CPU threads (default: torch's own choice)")
     add("--repeats", default=5, metavar="N", help="measured rounds (%(default)s)")
@@ -213,7 +214,7 @@ def _step(one: Contestant, model, twin, shape, inputs, new_tokens: int) -> Calla
         if on_gpu:
             apart = bench_passes.run_ours(model, reducer, inputs, 1, timing=True)
             done.times["selector_ms"] = apart.times["selector_ms"]
-        lengths = (tuple(done.lengths.tower), done.lengths.projector, tuple(done.lengths.decoder))
+        lengths = repr(done.lengths)
         if lengths not in floors:
             floors[lengths] = bench_passes.floor_pass(model, inputs, done.lengths)
             floors[lengths]()
