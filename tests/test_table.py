@@ -89,6 +89,18 @@ def test_every_method_of_the_papers_table_of_next_has_its_figures():
     )
 
 
+@pytest.mark.parametrize(("name", "budget"), [("next", 320), ("video", 194)])
+def test_docs_print_the_published_figures_as_they_are(name, budget):
+    layout = read_layout(ROOT / "configs" / "tables" / f"{name}.yaml")
+    layout = replace(layout, show=("published",), budgets=(budget,))
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    text_rows = table.render(layout, table_rows(layout, pd.DataFrame()), "markdown").splitlines()
+    printed = [line for line in text_rows if line[:1] == "|"]
+    assert len(printed) > 3 and "\n".join(printed) in text
+    for share in published.shares(layout.model):
+        assert all(f"{value:.1f}" in text for value in share.values), share.method
+
+
 def rows_between(text: str, first: str, end: str) -> list[str]:
     """Published rows of a terminal table from the first row of a budget to the line that begins with `end`."""
     body = text[text.index(f"\n{first:>8} ") : text.index(f"\n{end}")]

@@ -48,7 +48,7 @@ def cells(args) -> list[Cell]:
     )
     checkpoint = check_checkpoint(args.model, **loading(args))
     model = checkpoint["model"]
-    tasks = check_tasks(named, model, limit)
+    tasks = check_tasks(named, model, limit, skips=args.skip_unfit)
     common = {
         **checkpoint,
         "limit": limit,
@@ -179,10 +179,13 @@ def benchmarks(names: str | Sequence[str]) -> list[str]:
     return list(found)
 
 
-def check_tasks(names: Sequence[str], model: str, limit: int | None, online: bool = True) -> list[tuple[str, str]]:
+def check_tasks(
+    names: Sequence[str], model: str, limit: int | None, online: bool = True, skips: bool = False
+) -> list[tuple[str, str]]:
     """Pairs of benchmark and lmms-eval task; the embedded model gets the synthetic tasks, each once.
 
-    Without `online`, whether what they need from the internet is there is left open.
+    Without `online`, whether what they need from the internet is there is left open. With `skips`, some videos of a
+    benchmark may be missing.
 
     Raises
     ------
@@ -200,7 +203,7 @@ def check_tasks(names: Sequence[str], model: str, limit: int | None, online: boo
         if limit and limit % TASKS[task].group:
             raise ValueError(f"LIMIT: got {limit}, but {task} scores questions by {TASKS[task].group}")
         if video_qa.is_of_files(task):
-            video_qa.check(task, limit)
+            video_qa.check(task, limit, skips)
         pairs.setdefault(task, benchmark)
     return [(benchmark, task) for task, benchmark in pairs.items()]
 
