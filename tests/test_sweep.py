@@ -16,6 +16,7 @@ import yaml
 from eval import checkpoints
 from eval.run import runner
 from eval.run.cell import Cell, write_json
+from eval.run.lock import lock
 from eval.sweep import command as cli
 from eval.sweep import control, jobs, launch, plan
 from eval.sweep.jobs import run_cells
@@ -468,9 +469,9 @@ def test_sweep_ends_when_the_code_changes_under_it(write, workers, tmp_path, mon
 
 def test_only_one_sweep_works_on_a_folder(write, workers, tmp_path, monkeypatch, capsys):
     used = workers()
-    monkeypatch.setattr(control, "ORPHANS", 0.0)
+    monkeypatch.setattr("eval.run.lock.ORPHANS", 0.0)
     with ExitStack() as stack:
-        control.lock(tmp_path / "out", stack)
+        lock(tmp_path / "out", stack)
         assert cli.main([str(write()), "--out", str(tmp_path / "out")]) == 2
         message = capsys.readouterr().err
         assert message.startswith("error: OUT: another sweep or run is at work") and "process" in message
@@ -482,7 +483,7 @@ def test_a_job_ends_with_its_sweep(tmp_path, monkeypatch):
     ended = threading.Event()
     monkeypatch.setattr(jobs.os, "_exit", lambda status: ended.set())
     with ExitStack() as stack:
-        path = control.lock(tmp_path, stack)
+        path = lock(tmp_path, stack)
         threading.Thread(target=jobs._end_with, args=(path,), daemon=True).start()
         assert not ended.wait(0.2)
     assert ended.wait(10)
