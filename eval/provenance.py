@@ -10,8 +10,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -37,10 +37,10 @@ POINTERS = {
 LARGE = 1 << 24
 """Bytes from which a file's hash is kept."""
 
-ANSWERING = (
-    "generation.py", "inference.py", "lmms.py", "questions.py", "records.py", "rows.py", "runner.py", "samples.py",
+NOT_ANSWERING = (
+    "__init__.py", "__main__.py", "cell.py", "command.py", "judge.py", "judging.py", "lock.py", "settings.py",
 )  # fmt: skip
-"""Files of ``eval/run`` that decide a result."""
+"""Files of ``eval/run`` that decide no result: what is asked, and what is done with finished ones."""
 
 
 def digest(value: object) -> str:
@@ -52,7 +52,7 @@ def code_fingerprint() -> str:
     """Hash of the Python code that decides a result: ``llava``, ``mustdrop`` and the answering part of ``eval``."""
     files = [path for package in ("llava", "mustdrop") for path in (ROOT / package).rglob("*.py")]
     files = [path for path in files if "train" not in path.relative_to(ROOT).parts]
-    files += [ROOT / "eval" / "run" / name for name in ANSWERING]
+    files += [path for path in (ROOT / "eval" / "run").glob("*.py") if path.name not in NOT_ANSWERING]
     hashes = {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     return digest(hashes)
 
@@ -151,11 +151,21 @@ def replace_file(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}")  # processes of other machines may have our number
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        with naming_file(path):
+            temporary.write_bytes(content)
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Errors of the machine from inside name a file; those of a full disk name none by themselves."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -481,8 +482,16 @@ def test_borrowed_thresholds_are_told_and_calibrated_ones_are_not(configs, capsy
     assert not capsys.readouterr().err
 
 
-def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+def full_disk(path: Path, content: bytes) -> None:
+    path.touch()
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
     (tmp_path / "result.json").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=r"result\.json'$"):
         replace_file(tmp_path / "result.json", b"{}")
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match=r"No space left on device: '.*other\.json'"):
+        replace_file(tmp_path / "other.json", b"{}")
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
