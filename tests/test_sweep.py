@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 import time
 from contextlib import ExitStack, suppress
@@ -477,6 +479,25 @@ def test_only_one_sweep_works_on_a_folder(write, workers, tmp_path, monkeypatch,
         assert message.startswith("error: OUT: another sweep or run is at work") and "process" in message
     assert not used.jobs
     assert cli.main([str(write()), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sweep.lock").symlink_to(tmp_path / "mine")
+    with ExitStack() as stack, pytest.raises(OSError, match="sweep.lock"):
+        lock(tmp_path / "out", stack)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def without(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("eval.run.lock.fcntl.flock", without)
+    with ExitStack() as stack:
+        lock(tmp_path, stack)
+    assert "has no locks: start nothing else there" in capsys.readouterr().err
 
 
 def test_a_job_ends_with_its_sweep(tmp_path, monkeypatch):
