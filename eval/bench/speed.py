@@ -95,7 +95,9 @@ def main(argv: list[str] | None = None) -> int:
         check_file("json", args.json)
     report = measure(args, numbers, rows_wanted, argv)
     if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        from eval.provenance import replace_file
+
+        replace_file(args.json, (json.dumps(report, indent=1) + "\n").encode())
     print(table(report))
     return 0
 
