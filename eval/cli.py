@@ -12,7 +12,6 @@ from mustdrop.checks import hint, shown
 from mustdrop.command import command
 
 COMMANDS = {
-    "ask": ("eval.ask.command", "one question to the baseline and a method: answers, costs, and what was kept, drawn"),
     "run": ("eval.run.command", "evaluate a method at several budgets on some benchmarks"),
     "sweep": ("eval.sweep.command", "evaluate models x tasks x methods x budgets from a YAML file, here or on SLURM"),
     "calibrate": ("eval.calibrate.thresholds", "find the settings that keep a wanted number of tokens"),
@@ -25,6 +24,8 @@ COMMANDS = {
     "bench": ("eval.bench.speed", "time, memory and their floors, for any model's shape"),
     "bench-padding": ("eval.bench.padding", "what a batch pads where each image keeps another number of tokens"),
     "cost": ("mustdrop.cost", "FLOPs and cache of a model at given token counts"),
+    "ask": ("eval.ask.command", "one question to the baseline and a method: answers, costs, and what was kept, drawn"),
+    "chat": ("llava.serve.cli", "talk to a LLaVA about images, under a method"),
     "tasks": ("eval.tasks.__main__", "make a synthetic benchmark for lmms-eval"),
     "mini-train": ("eval.mini.run", "train the embedded model, stage by stage"),
     "mini-tiles": ("eval.mini.tiles", "train the embedded model on images in tiles"),
