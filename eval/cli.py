@@ -25,6 +25,7 @@ COMMANDS = {
     "bench-padding": ("eval.bench.padding", "what a batch pads where each image keeps another number of tokens"),
     "cost": ("mustdrop.cost", "FLOPs and cache of a model at given token counts"),
     "ask": ("eval.ask.command", "one question to the baseline and a method: answers, costs, and what was kept, drawn"),
+    "demo": ("eval.ask.demo", "a page to try methods on, with gradio"),
     "chat": ("llava.serve.cli", "talk to a LLaVA about images, under a method"),
     "tasks": ("eval.tasks.__main__", "make a synthetic benchmark for lmms-eval"),
     "mini-train": ("eval.mini.run", "train the embedded model, stage by stage"),
