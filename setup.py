@@ -27,7 +27,7 @@ CORE = [
 # whole of it.
 LMMS_EVAL = "lmms-eval==0.7.3"
 FILELOCK = "filelock>=3.13,<4.3"  # lmms-eval 0.7.3 imports filelock._api, which 4.3 no longer has
-TABLES = ["scipy>=1.14.1", "matplotlib>=3.9.2", "jinja2>=3.1.3"]
+TABLES = ["pandas>=2.3", "scipy>=1.14.1", "matplotlib>=3.9.2", "jinja2>=3.1.3"]
 SWEEPS = ["submitit>=1.5.2", "rich>=13.7"]
 TRAIN = ["deepspeed>=0.18; sys_platform == 'linux'", "datasets>=4.0", "peft>=0.18"]
 VIDEO = ["av>=14.0,<16"]

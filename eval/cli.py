@@ -12,6 +12,9 @@ from mustdrop.checks import hint, shown
 from mustdrop.command import command
 
 COMMANDS = {
+    "ask": ("eval.ask.command", "one question to the baseline and a method: answers, costs, and what was kept, drawn"),
+    "chat": ("llava.serve.cli", "chat about images in the terminal, with fewer vision tokens if wanted"),
+    "demo": ("eval.ask.demo", "a page to try methods on, with gradio"),
     "run": ("eval.run.command", "evaluate a method at several budgets on some benchmarks"),
     "sweep": ("eval.sweep.command", "evaluate models x tasks x methods x budgets from a YAML file, here or on SLURM"),
     "calibrate": ("eval.calibrate.thresholds", "find the settings that keep a wanted number of tokens"),
@@ -21,12 +24,10 @@ COMMANDS = {
     "plots": ("eval.report.plots", "accuracy against tokens, FLOPs and time, as PNG and SVG"),
     "significance": ("eval.report.significance", "paired comparison of methods on the same questions"),
     "report": ("eval.report.html", "one HTML file with tables, plots, settings and images of what was kept"),
+    "docs": ("eval.report.docs", "render the tables of README.md and docs/ from docs/data"),
     "bench": ("eval.bench.speed", "time, memory and their floors, for any model's shape"),
     "bench-padding": ("eval.bench.padding", "what a batch pads where each image keeps another number of tokens"),
     "cost": ("mustdrop.cost", "FLOPs and cache of a model at given token counts"),
-    "ask": ("eval.ask.command", "one question to the baseline and a method: answers, costs, and what was kept, drawn"),
-    "demo": ("eval.ask.demo", "a page to try methods on, with gradio"),
-    "chat": ("llava.serve.cli", "talk to a LLaVA about images, under a method"),
     "tasks": ("eval.tasks.__main__", "make a synthetic benchmark for lmms-eval"),
     "mini-train": ("eval.mini.run", "train the embedded model, stage by stage"),
     "mini-tiles": ("eval.mini.tiles", "train the embedded model on images in tiles"),

@@ -37,9 +37,10 @@ LARGE = 1 << 24
 """Bytes from which a file's hash is kept."""
 
 ANSWERING = (
-    "generation.py", "inference.py", "lmms.py", "questions.py", "records.py", "rows.py", "runner.py", "samples.py",
+    "run/generation.py", "run/inference.py", "run/lmms.py", "run/questions.py", "run/records.py", "run/rows.py",
+    "run/runner.py", "run/samples.py", "statistics.py",
 )  # fmt: skip
-"""Files of ``eval/run`` that decide a result."""
+"""Files of ``eval`` that decide a result."""
 
 
 def digest(value: object) -> str:
@@ -51,7 +52,7 @@ def code_fingerprint() -> str:
     """Hash of the Python code that decides a result: ``llava``, ``mustdrop`` and the answering part of ``eval``."""
     files = [path for package in ("llava", "mustdrop") for path in (ROOT / package).rglob("*.py")]
     files = [path for path in files if "train" not in path.relative_to(ROOT).parts]
-    files += [ROOT / "eval" / "run" / name for name in ANSWERING]
+    files += [ROOT / "eval" / name for name in ANSWERING]
     hashes = {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     return digest(hashes)
 

@@ -17,10 +17,11 @@ import torch
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
-from eval import tasks
+from eval import statistics, tasks
 from eval.methods import method_at, read_method
 from eval.mini import questions, scenes
 from eval.report import summary
+from eval.report.results import frame_of
 from eval.run import command as run
 from eval.run import rows, samples, settings
 from eval.run.cell import Cell
@@ -112,18 +113,19 @@ def row(method: str, scores: list[float], records: list[dict]) -> dict:
 def test_row_and_shares():
     plain = row("vanilla", [1, 1, 1, 0], [record(576, t) for t in (1, 2, 3, 400)])
     cut = row("mustdrop", [1, 1, 0, 0], [record(64)] * 4)
-    plain, cut = summary.with_shares([plain, cut])
     assert (plain["n"], plain["accuracy"], plain["prefill_ms"], plain["mean_tokens"]) == (4, 0.75, 2.5, 576)
-    assert plain["flops_reduction"] == pytest.approx(0, abs=1e-6) and plain["share_of_vanilla"] == 1
-    assert cut["share_of_vanilla"] == pytest.approx(2 / 3)
+    assert plain["flops_reduction"] == pytest.approx(0, abs=1e-6)
     assert cut["flops_reductions"]["vision-only"] == pytest.approx(0.891, abs=5e-4)
     assert cut["flops_reduction"] < cut["flops_reductions"]["vision-only"]
     assert cut["selector_macs"] == 7 * 64 and cut["selector_prompt"]["vision_tokens"] == 64
     assert cut["accuracy_by_type"] == {"a": {"accuracy": 1, "n": 2}, "b": {"accuracy": 0, "n": 2}}
     low, high = cut["ci95"]
     assert 0 < low < 0.5 < high < 1
-    assert "64.0" in summary.table([plain, cut], "github") and "50.0 (15.0-85.0)" in summary.table([cut], "simple")
-    assert summary.with_shares([cut])[0]["share_of_vanilla"] is None
+    results = [({"row": one, "identity": {}, "provenance": {}}, Path("a.json")) for one in (plain, cut)]
+    frame = frame_of(results)
+    assert list(frame.share) == [100, pytest.approx(200 / 3)] and frame_of(results[1:]).share[0] is None
+    text = summary.render(*summary.table(frame), "github")
+    assert "64.0" in text and "50.0 (15.0-85.0)" in text and "66.7 %" in text
 
 
 def test_wilson_interval_against_its_formula():
@@ -131,15 +133,15 @@ def test_wilson_interval_against_its_formula():
     share, width = correct / n, z * math.sqrt(correct * (n - correct) / n**3 + z * z / (4 * n * n))
     middle = share + z * z / (2 * n)
     expected = [(middle + sign * width) / (1 + z * z / n) for sign in (-1, 1)]
-    assert rows.share_interval(correct, n) == pytest.approx(expected, abs=1e-6)
+    assert statistics.share_interval(correct, n) == pytest.approx(expected, abs=1e-6)
 
 
 def test_bootstrap_interval_of_a_mean_is_the_normal_one():
     values = torch.arange(400).remainder(4).double().numpy()
-    low, high = rows.bootstrap_interval(lambda drawn: values[drawn].mean(), len(values))
+    low, high = statistics.bootstrap_interval(lambda drawn: values[drawn].mean(), len(values))
     width = 1.96 * values.std() / 20
     assert (low, high) == pytest.approx((1.5 - width, 1.5 + width), abs=0.02)
-    assert rows.bootstrap_interval(lambda drawn: 7.0, 1) == (7, 7)
+    assert statistics.bootstrap_interval(lambda drawn: 7.0, 1) == (7, 7)
 
 
 def test_kept_patches_survive_packing():

@@ -19,7 +19,7 @@ from eval import checkpoints, tasks
 from eval.calibrate import heads as calibrate_heads
 from eval.calibrate import thresholds as calibrate
 from eval.methods import VANILLA
-from eval.report.results import collect
+from eval.report.results import load
 from eval.run import command as run
 from eval.run import runner
 from eval.run.cell import Cell
@@ -86,7 +86,7 @@ def test_four_bits_are_another_model_and_say_so(folder, tmp_path, capsys):
     assert {row["model"] for row in rows} == {"plain-4bit"} and identities[0]["load_4bit"]
     printed = capsys.readouterr().out
     assert printed.count("Language model quantised by bitsandbytes: vanilla 576 (4 bit), fastv 64 (4 bit).") == 1
-    _, notes = collect([tmp_path / "out"])
+    _, notes = load([tmp_path / "out"])
     assert notes == ["plain-4bit: language model in 4 bit, quantised by bitsandbytes"]
 
 

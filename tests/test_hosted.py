@@ -266,14 +266,28 @@ def test_several_images_of_onevision_have_one_view_each():
     assert [image["tokens"] for image in run.traces[0].images] == [stock.SIDE**2] * 2
 
 
-@pytest.mark.parametrize(("family", "text"), [("video", "llama"), ("onevision", "qwen2")])
+VIDEOS = [("video", "llama"), ("onevision", "qwen2"), ("qwen2 clips", "qwen2"), ("qwen2.5 clips", "qwen2")]
+
+
+def _four_frames(family: str) -> tuple[dict, int]:
+    """A prompt with a video whose third frame differs from the others, and the places of a frame."""
+    if family.endswith("clips"):
+        grid, places = [4, 8, 12], 24
+        given = stock.qwen_inputs([(3, 6)], [grid], family)
+        frames = given["pixel_values_videos"].view(4, 8 * 12, -1)
+        frames[[1, 3]] = frames[0].clone()
+        return given, places
+    places, extra = (stock.SIDE**2, 4) if family == "video" else ((stock.SIDE // 2) ** 2, 1)
+    still = stock.pixels(1, 4)[:, :1].repeat(1, 4, 1, 1, 1)
+    still[:, 2] = stock.pixels(1, 1, seed=1)[:, 0]
+    ids = ids_of([(3, [(stock.VIDEO, 4 * places + extra)], 6)])
+    return {**ids, "pixel_values_videos": still}, places
+
+
+@pytest.mark.parametrize(("family", "text"), VIDEOS)
 def test_methods_for_videos_choose_among_frames(family, text):
     model = stock.stock(family, text)
-    places = stock.SIDE**2 if family == "video" else (stock.SIDE // 2) ** 2
-    still = stock.pixels(1, 4)[:, :1].repeat(1, 4, 1, 1, 1)
-    still[:, 2] = stock.pixels(1, 1, seed=1)[:, 0]  # one frame that differs, and so does what follows it
-    extra = 4 if family == "video" else 1
-    given = {**ids_of([(3, [(stock.VIDEO, 4 * places + extra)], 6)]), "pixel_values_videos": still}
+    given, places = _four_frames(family)
     for name, count in (("evs", 3 * places), ("vidcom2", 2 * places)):
         with load_reducer({"method": name, "retain": count}).on(model) as run:
             generate(model, given)

@@ -10,11 +10,15 @@ import stock_folders
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.utils import is_torchvision_available
 
 from eval.checkpoints import check_checkpoint
 from eval.run import command as run
+from eval.run.inference import LoadedModel
+from eval.run.lmms import LlavaMustDrop
 from llava.model.builder import load_pretrained_model
 from llava.model.hosted.pixels import limited
+from llava.video import Video
 from mustdrop import load_reducer
 
 KINDS = [
@@ -190,9 +194,6 @@ def test_smallimage_of_internvl_is_a_number_of_tiles(tmp_path, tokenizer_folder,
 
 @pytest.mark.parametrize(("family", "text"), [("qwen2.5", "qwen2"), ("internvl", "qwen2")])
 def test_the_plugin_asks_with_smaller_images(tmp_path, tokenizer_folder, family, text):
-    from eval.run.inference import LoadedModel
-    from eval.run.lmms import LlavaMustDrop
-
     loaded = LoadedModel.load(str(stock_folders.save(tmp_path / family, family, text, tokenizer_folder)), device="cpu")
     plugin = LlavaMustDrop(loaded=loaded, method="smallimage", retain=36)
     prepared = plugin._prepare(["the dog"], [[Image.new("RGB", (900, 600))]])
@@ -200,6 +201,22 @@ def test_the_plugin_asks_with_smaller_images(tmp_path, tokenizer_folder, family,
     assert len(texts) == 1 and 0 < traces[0].vision_tokens[0] <= 36
     whole = loaded.prepare([loaded.prompt("the dog", 1)], [[Image.new("RGB", (900, 600))]])
     assert len(whole["input_ids"][0]) > len(prepared["input_ids"][0])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "internvl"])
+def test_videos_are_asked_about_or_refused_in_one_line(tmp_path, tokenizer_folder, family):
+    loaded = LoadedModel.load(
+        str(stock_folders.save(tmp_path / family, family, TEXTS[family], tokenizer_folder)), device="cpu"
+    )
+    clip = Video(tuple(Image.new("RGB", (60, 40), (shade, 0, 0)) for shade in (0, 90, 180)))
+    prompt = loaded.prompt_about("what moves", [clip])
+    if family == "qwen2" and not is_torchvision_available():
+        with pytest.raises(ValueError, match="it shows a video, but qwen2_vl needs torchvision for videos"):
+            loaded.prepare([prompt], [[clip]])
+        return
+    with load_reducer({"method": "uniform", "retain": 9}).on(loaded.model) as run:
+        loaded.answer([prompt], [[clip]], max_new_tokens=2, do_sample=False)
+    assert run.traces[0].vision_tokens[0] == (27 if family == "internvl" else 9)  # its frames are images
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "internvl"])

@@ -63,7 +63,7 @@ def test_python_runs_on_the_embedded_model():
 
 
 def test_the_first_page_is_short():
-    assert len(README.split()) <= 900
+    assert len([word for word in README.split() if any(map(str.isalnum, word))]) <= 900
 
 
 @needs_model

@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     from eval import checkpoints
 
-    new = Parser("ask", __doc__)
+    new = Parser("ask", description=__doc__)
     new.add_argument(
         "inputs",
         nargs="*",

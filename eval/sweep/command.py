@@ -88,9 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.any_commit and args.force:
         raise ValueError("--any-commit: not with --force, which computes everything again")
-    plan = read(args.file, args.limit, args.where, online=not args.dry_run, model=_model(args))
-    if args.skip_unfit:
-        plan = replace(plan, cells=tuple(replace(cell, skip_unfit=True) for cell in plan.cells))
+    plan = read(args.file, args.limit, args.where, not args.dry_run, _model(args), args.skip_unfit)
     out = check_out(Path(args.out or Path("results") / plan.name))
     launch = _launch(plan, args)
     if args.dry_run:

@@ -52,9 +52,6 @@ class Method:
     settings: dict
 
 
-UNTOUCHED = Method(VANILLA, None, {"method": VANILLA})
-
-
 @dataclass(frozen=True)
 class Budgets:
     """Numbers of tokens, or shares of an image's; with `of`, numbers are shares of so many."""

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from eval import checkpoints
 from eval.run import settings
-from eval.run.cell import Cell
+from eval.run.cell import Cell, expand
 from eval.sweep.errors import naming, wrong
 from eval.sweep.launch import Launch
-from eval.sweep.methods import UNTOUCHED, Budgets, LeftOut, as_list, methods_of
+from eval.sweep.methods import Budgets, LeftOut, as_list, methods_of
 from eval.tasks import BENCHMARKS, GROUP, LOCAL, TASKS
 from llava.constants import PROTOCOLS
 from mustdrop.checks import hint, shown
@@ -61,6 +61,7 @@ def read(
     where: str | None = None,
     online: bool = True,
     model: str | Mapping | None = None,
+    skip_unfit: bool = False,
 ) -> Plan:
     """Read and check a sweep.
 
@@ -76,6 +77,8 @@ def read(
         Whether to see that the hub has the models, and that there are tokens for what tasks download.
     model : str or mapping, optional
         Instead of the file's models, an entry as they are: a checkpoint, or a mapping with some of ``MODEL_KEYS``.
+    skip_unfit : bool
+        Whether questions that cannot be asked are skipped and counted.
 
     Raises
     ------
@@ -107,19 +110,14 @@ def read(
     for checkpoint in models:
         model = checkpoint["model"]
         with naming(file, "tasks"):
-            pairs = settings.check_tasks(tasks, model, limit, online)
+            pairs = settings.check_tasks(tasks, model, limit, online, skip_unfit)
         views = sorted({TASKS[task].views for _, task in pairs})
         methods, beyond = methods_of(file, given.get("methods", []), checkpoint, budgets, views)
         if beyond and given.get("unreachable") != "skip":
             raise ValueError(f"{file}: retain: {beyond[0].reason}")
         left_out += beyond
-        common = {**checkpoint, "limit": limit, "batch_size": batch_size, **overrides}
-        cells += [
-            Cell(**common, benchmark=benchmark, task=task, seed=seed, **vars(method))
-            for benchmark, task in pairs
-            for seed in seeds
-            for method in (UNTOUCHED, *methods)
-        ]
+        common = {**checkpoint, "limit": limit, "batch_size": batch_size, "skip_unfit": skip_unfit, **overrides}
+        cells += expand(common, pairs, seeds, list(map(vars, methods)))
     facts = {
         **given,
         "models": [entry if len(entry) > 1 else entry["model"] for entry in entries],

@@ -70,7 +70,7 @@ def load_pretrained_model(
     tuple
         `(tokenizer, model, image_processor, context_len)`; the model is in evaluation mode. The image processor is
         None only for a model without a vision tower. Of a stock model (LLaVA-NeXT, LLaVA-OneVision, Video-LLaVA,
-        Hugging Face's LLaVA on other text models than LLaMA) these are transformers' own class and its processor.
+        Qwen-VL, InternVL, Hugging Face's LLaVA on other text models than LLaMA) these are transformers' own class and its processor.
 
     Raises
     ------

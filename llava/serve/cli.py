@@ -1,8 +1,6 @@
 """Chat with a LLaVA about images, with fewer vision tokens if wanted.
 
-    mustdrop chat --model-path liuhaotian/llava-v1.5-7b --image-file view.jpg --load-4bit --method mustdrop
-
-which is also `python -m llava.serve.cli`, as in LLaVA.
+    python -m llava.serve.cli --model-path liuhaotian/llava-v1.5-7b --image-file view.jpg --load-4bit --method mustdrop
 
 Commands while chatting: /image FILE shows another image with the next question, /clear starts anew; an empty line ends.
 """
@@ -27,7 +25,7 @@ TEMPLATES = {
 
 def parser() -> argparse.ArgumentParser:
     """The command line, as LLaVA's users know it."""
-    new = Parser("chat", __doc__)
+    new = Parser("chat", description=__doc__)
     new.add_argument("--model-path", type=text, default="checkpoints/llava-mini", help="folder or hub id (%(default)s)")
     new.add_argument("--model-base", type=text, help="the model under a projector or LoRA weights")
     new.add_argument("--image-file", type=text, nargs="+", default=[], help="images for the first question")
