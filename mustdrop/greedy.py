@@ -58,12 +58,15 @@ class Coverage:
     """Facility location: how well the chosen tokens stand for all of an image.
 
     A token is covered as well as it is similar to the chosen one most similar to it; at first not at all.
-    `similarity` `[rows, tokens, tokens]`; padding, where `valid` `[rows, tokens]` is False, need not be covered.
+    `similarity` `[rows, tokens, tokens]`; padding, where `valid` `[rows, tokens]` is False, need not be covered. Those
+    of `chosen`, bool `[rows, tokens]`, cover from the beginning.
     """
 
-    def __init__(self, similarity: Tensor, valid: Tensor | None = None):
+    def __init__(self, similarity: Tensor, valid: Tensor | None = None, chosen: Tensor | None = None):
         self.similarity = similarity if valid is None else similarity.masked_fill(~valid[:, None], 0)
         self.covered = torch.zeros_like(similarity[:, 0])
+        if chosen is not None:
+            self.covered = self.similarity.masked_fill(~chosen[..., None], 0).amax(1)
 
     def gain(self) -> Tensor:
         """By how much each token would raise the sum over all tokens, `[rows, tokens]`."""

@@ -54,8 +54,10 @@ class MustDrop(Compose):
         the image's patches. Works out how much is merged (unless `merge_to` says it) and what every filter leaves; all
         tokens or more: nothing is done.
     diverse : int or float, optional
-        Of the merged tokens only so many of every image enter the decoder, those that repeat others least and the key
-        tokens (not published). Default: all.
+        Of the merged tokens only so many of every image enter the decoder, among them the key tokens (not published).
+        Default: all.
+    entrance : {"difference", "coverage"}
+        With `diverse`: those that repeat others least, or those that together stand best for all; see `DiverseTokens`.
     taper : float
         With `retain`: what the last filter leaves of what the first left. Default: as the published thresholds do.
     budget : sequence of int or float, optional
@@ -105,6 +107,7 @@ class MustDrop(Compose):
     decode_positions: str | None = None
     score_dtype: str | None = None
     per: str | None = None
+    entrance: str = "difference"
 
     diverse_times: ClassVar[int | None] = None
 
@@ -148,7 +151,7 @@ class MustDrop(Compose):
         first = self.filter_layers[0] if self.cache_from is None else self.cache_from
         cache = OutputAwareCache(first_layer=first, output_threshold=self.output_threshold)
         fewer = target.diverse is not None or target.diverse_times is not None
-        diverse = [DiverseTokens(count=self.diverse, target=target)] if fewer else []
+        diverse = [DiverseTokens(self.diverse, target, self.entrance)] if fewer else []
         parts = {"vision": [merge, keys, *diverse], "prefill": [filters], "decode": [cache]}
         super().__init__(
             [part for stage in STAGES if stage in self.stages for part in parts[stage]],

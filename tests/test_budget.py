@@ -10,10 +10,10 @@ from tiny import LAYERS, SIDE, batch, ours, pictures, prompt, run
 
 from mustdrop import MustDrop, MustDropPlus, Reducer, load_reducer
 from mustdrop.compose import Compose
-from mustdrop.hooks import ForwardState, Keep
+from mustdrop.hooks import ForwardState, Keep, VisionStep, VisionTokens
 from mustdrop.macs import mean_tokens_official
 from mustdrop.methods import FastV
-from mustdrop.stages import DualAttentionFilter, KeyTokens, LocalSpatialMerge, OutputAwareCache
+from mustdrop.stages import DiverseTokens, DualAttentionFilter, KeyTokens, LocalSpatialMerge, OutputAwareCache
 from mustdrop.stages.budget import filter_schedule, windows_to_merge
 
 PATCHES = SIDE * SIDE
@@ -31,6 +31,8 @@ OPTIONS = {
     "official": {**EXACT, "compat": "official", "filter_layers": [1, 3, 4, 5]},
     "half precision scores": {**EXACT, "score_dtype": "model"},
     "decode threshold": {**EXACT, "output_threshold": 0.004},
+    "solved, covering": {"retain": 40, "diverse": 70, "entrance": "coverage"},
+    "solved, covering, small windows": {"retain": 40, "diverse": 70, "entrance": "coverage", "window": 2},
     "all caches": {**EXACT, "cache_from": 0},
     "filter alone": {"budget": [60, 41, 30, 20], "stages": ["prefill"]},
     "merging alone in numbers": {"merge_to": 104, **THRESHOLDS},
@@ -124,7 +126,13 @@ def test_batch_equals_one_by_one(settings, attention, prompts):
 
 
 @pytest.mark.parametrize(
-    "settings", [EXACT, {"retain": 40}, {**EXACT, "merge_order": "score", "positions": "renumber"}]
+    "settings",
+    [
+        EXACT,
+        {"retain": 40},
+        OPTIONS["solved, covering"],
+        {**EXACT, "merge_order": "score", "positions": "renumber"},
+    ],
 )
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
@@ -218,6 +226,39 @@ def test_mustdrop_plus_lets_tokens_that_differ_enter_the_decoder_key_tokens_amon
     assert len(diverse.key_tokens) == math.ceil(0.08 * 96) <= diverse.vision_tokens[-1]
 
 
+def projected(images: int = 2, keys: int = 3, seed: int = 0) -> VisionTokens:
+    """Projected features of images on which a few kinds of patches repeat, the first ones being key tokens."""
+    torch.manual_seed(seed)
+    kinds = torch.randn(images, 9, 16).repeat_interleave(torch.tensor([30, 12, 6, 5, 4, 3, 2, 1, 1]), dim=1)
+    tokens = VisionTokens.from_patches(kinds + 0.05 * torch.randn_like(kinds), (8, 8), prefix=0)
+    protected = torch.arange(64).expand(images, -1) < keys
+    return tokens.with_protected(protected, [keys] * images)
+
+
+def entered(tokens: VisionTokens, count: int, entrance: str) -> VisionTokens:
+    return DiverseTokens(count, entrance=entrance).on_projected_features(VisionStep(tokens)).apply(tokens)
+
+
+def test_covering_tokens_are_as_many_as_different_ones_and_stand_better_for_the_image():
+    def nearest(entrance: str) -> torch.Tensor:
+        tokens = projected()
+        chosen = entered(tokens, 12, entrance)
+        assert chosen.known_lengths == (12, 12) and chosen.protected.sum() == 6
+        units = [torch.nn.functional.normalize(one.patches, dim=-1) for one in (tokens, chosen)]
+        return (units[0] @ units[1].transpose(1, 2)).amax(-1).mean(-1)
+
+    assert (nearest("coverage") > nearest("difference")).all()
+
+
+def test_the_first_covering_token_beside_the_key_tokens_is_of_the_kind_most_patches_are_of():
+    tokens = projected(keys=0)
+    most = entered(tokens, 2, "coverage").patch_index
+    assert (most[:, 0] < 30).all() and (most[:, 1] >= 30).all()
+    tokens = projected(keys=1)
+    assert (entered(tokens, 2, "coverage").patch_index[:, 1] >= 30).all()
+    assert entered(projected(keys=20), 5, "coverage").known_lengths == (20, 20)
+
+
 def test_two_names_for_two_algorithms():
     published, ours_ = MustDrop(retain=64), MustDropPlus(retain=64)
     assert (published.key_rate, published.taper, published.diverse) == (0.08, 0.73, None)
@@ -258,6 +299,7 @@ def test_a_budget_that_another_reducer_has_undercut_changes_nothing():
         ({"budget": [9, 5, 6, 1]}, r"budget is \[9, 5, 6, 1\]: it must be numbers that do not rise"),
         ({"budget": [9, 0.5, 0.4, 0.1]}, r"budget is .*all whole or all shares"),
         ({"budget": [1.5, 1.0, 1.0, 1.0]}, r"budget is 1.5: it must be a number of tokens, or a share of the patches"),
+        ({"diverse": 9, "entrance": "best"}, r"entrance is 'best': it must be"),
         ({"diverse": 0}, r"diverse is 0: it must be 1 or more"),
         ({"diverse": 9, "stages": ["prefill"]}, r"diverse is 9: it must be left out without the vision stage"),
         ({"retain": 64, "taper": 0}, r"taper is 0: it must be more than 0 and at most 1"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from mustdrop import ops
 from mustdrop.attention import cls_attention
 from mustdrop.checks import one_of, require
+from mustdrop.greedy import Coverage, cosines, in_turn
 from mustdrop.hooks import Keep, Reducer, VisionStep, VisionTokens
 from mustdrop.reach import Touch, Tower, square
 from mustdrop.retain import check_per, check_retain
@@ -229,10 +230,9 @@ class KeyTokens(Reducer):
 
 @dataclass
 class DiverseTokens(Reducer):
-    """Tokens that repeat others do not enter the decoder; not part of the published method.
+    """Tokens that others stand for do not enter the decoder; not part of the published method.
 
-    After the projector every image keeps so many, the key tokens first; see `ops.redundancy`. What DivPrune (arXiv
-    2503.02175) chooses one token at a time is here chosen at once, by the same measure of similarity.
+    After the projector every image keeps so many, the key tokens first.
 
     Parameters
     ----------
@@ -241,13 +241,19 @@ class DiverseTokens(Reducer):
         nothing is done.
     target : Target, optional
         Instead: the numbers of a whole reducer.
+    entrance : {"difference", "coverage"}
+        "difference": those that repeat others least, all in one step, see `ops.redundancy`; what DivPrune (arXiv
+        2503.02175) chooses one token at a time, by the same measure of similarity. "coverage": those that together
+        stand best for all (facility location), each chosen in view of those before it, see `greedy.Coverage`.
     """
 
     count: int | float | None = None
     target: Target | None = None
+    entrance: str = "difference"
 
     def __post_init__(self) -> None:
         check_retain(self.count, field="diverse")
+        one_of("entrance", self.entrance, ("difference", "coverage"))
         self.target = self.target or Target(diverse=self.count)
 
     def leaves(self, grid: tuple[int, int], tokens: int) -> int:
@@ -257,8 +263,19 @@ class DiverseTokens(Reducer):
         tokens, counts = step.tokens, step.tokens.divided(self._entering)
         if counts == list(tokens.known_lengths):
             return None
-        redundancy = ops.redundancy(tokens.patches, tokens.valid, tokens.protected)
-        return Keep.top(-redundancy, counts)
+        if self.entrance == "coverage":
+            return Keep.top(self._turns(tokens, counts), counts)
+        return Keep.top(-ops.redundancy(tokens.patches, tokens.valid, tokens.protected), counts)
+
+    def _turns(self, tokens: VisionTokens, counts: list[int]) -> Tensor:
+        """How early each token is chosen to stand for others; key tokens, which stay in any case, do so already."""
+        keys = tokens.keys or (0,) * len(counts)
+        coverage = Coverage(cosines(tokens.patches), tokens.valid, tokens.protected)
+        free = tokens.valid
+        if tokens.protected is not None:
+            free = ~tokens.protected if free is None else free & ~tokens.protected
+        most = max(count - key for count, key in zip(counts, keys, strict=True))
+        return in_turn(max(1, most), coverage.gain, coverage.take, free)
 
     def _entering(self, patches: int, tokens: int) -> int:
         return self.target.solve(patches, tokens=tokens, keys=0).entering
