@@ -87,9 +87,7 @@ def complete() -> list[str]:
 def cuda() -> list[str]:
     offered = {canonicalize_name(entry.name): str(entry.specifier)[2:] for entry in locked("cuda")}
     needs = needs_of_torch()
-    other = [
-        str(need) for need in needs if not need.specifier.contains(offered.get(canonicalize_name(need.name), "0"))
-    ]
+    other = [str(need) for need in needs if not need.specifier.contains(offered.get(canonicalize_name(need.name), "0"))]
     return other if needs else ["torch asks for no CUDA packages"]
 
 

@@ -2,7 +2,8 @@
 
     python scripts/second_question.py --scenes 20
 
-Prints one JSON object for each way. The first question of a scene is asked and answered, then the second is scored.
+Prints one JSON object for each way. The first question of a scene is asked and answered, then the second is scored;
+at last, the share of what the second one would keep in the last layer, asked alone, that the first one has left.
 """
 
 from __future__ import annotations
@@ -48,6 +49,21 @@ def main() -> None:
             read += chat.prefilled
         facts = {"way": way, "scenes": args.scenes, "first_right": right[0], "second_right": right[1]}
         print(json.dumps({**facts, "tokens_read_before_second_answer": round(read / args.scenes)}), flush=True)
+
+    shared = []
+    for number in range(
+        0, len(asked), 2
+    ):  # what each question, asked alone, would leave of the image in the last layer
+        kept = []
+        for image, question, *_ in asked[number : number + 2]:
+            chat = Chat(model, tokenizer, processor, reducer=load_reducer(WAYS["mustdrop_plus 64, cache kept"][0]))
+            chat.show(image)
+            list(chat.ask(question, max_new_tokens=1))
+            kept.append(set(list(chat.recorder.traces[-1].kept["decode"].values())[-1]))
+        shared.append(len(kept[0] & kept[1]) / len(kept[1]))
+    print(
+        json.dumps({"scenes": args.scenes, "second_questions_patches_that_the_first_leaves": sum(shared) / len(shared)})
+    )
 
 
 if __name__ == "__main__":
