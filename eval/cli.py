@@ -14,6 +14,7 @@ from mustdrop.command import command
 COMMANDS = {
     "ask": ("eval.ask.command", "one question to the baseline and a method: answers, costs, and what was kept, drawn"),
     "chat": ("llava.serve.cli", "chat about images in the terminal, with fewer vision tokens if wanted"),
+    "demo": ("eval.ask.demo", "a page to try methods on, with gradio"),
     "run": ("eval.run.command", "evaluate a method at several budgets on some benchmarks"),
     "sweep": ("eval.sweep.command", "evaluate models x tasks x methods x budgets from a YAML file, here or on SLURM"),
     "calibrate": ("eval.calibrate.thresholds", "find the settings that keep a wanted number of tokens"),

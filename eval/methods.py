@@ -101,7 +101,7 @@ def method_at(
     from mustdrop.calibrate import OutOfReach
 
     own = configs / Path(model).name
-    for file in (_file_at(folder, method, retain) for folder in (own, configs)):
+    for file in (file_at(folder, method, retain) for folder in (own, configs)):
         if file is None:
             continue
         try:
@@ -128,7 +128,7 @@ def method_at(
     )
 
 
-def _file_at(folder: Path, method: str, retain: int | float) -> Path | None:
+def file_at(folder: Path, method: str, retain: int | float) -> Path | None:
     """The file in a folder that has a method's settings for a budget: one for all budgets, or for this one alone."""
     whole, single = folder / f"{method}.yaml", folder / f"{method}_{retain}.yaml"
     if str(retain) in file_budgets(whole):

@@ -28,9 +28,9 @@ install() {
             "$python" -m pip uninstall --quiet --yes torchaudio torchcodec # built for CUDA, and not needed
         fi
     fi
-    if ! gpu && ! "$python" -c 'import torchvision' 2>/dev/null; then
-        local packages
-        packages="$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    local packages
+    packages="$(echo "$venv"/lib/python*/site-packages)"
+    if ! gpu && [ ! -e "$packages/torchvision_schemas.pth" ] && ! "$python" -c 'import torchvision' 2>/dev/null; then
         cp "$root/scripts/torchvision_schemas.py" "$packages/"
         echo "import torchvision_schemas" >"$packages/torchvision_schemas.pth"
     fi
@@ -55,4 +55,5 @@ if ! gpu; then
     export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
     options+=(--enforce-eager)
 fi
-exec "$venv/bin/vllm" serve "$model" "${options[@]}" "$@"
+# Not the command `vllm`, which does not start from the package vllm-cpu.
+exec "$python" -m vllm.entrypoints.openai.api_server --model "$model" "${options[@]}" "$@"

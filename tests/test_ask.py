@@ -7,7 +7,7 @@ import json
 import clips
 import numpy as np
 import pytest
-import stock
+import stock_folders
 from PIL import Image
 
 from eval import cli
@@ -31,7 +31,7 @@ def asked(request, tmp_path_factory, tokenizer_folder, checkpoint):
     if kind == "tiles":
         return LoadedModel.load("checkpoints/llava-mini-next", device="cpu"), [picture((400, 150))]
     if kind.startswith("stock"):
-        stock.save(folder, kind.split()[1], "llama", tokenizer_folder)
+        stock_folders.save(folder, kind.split()[1], "llama", tokenizer_folder)
         return LoadedModel.load(str(folder), device="cpu"), [picture((160, 70))]
     loaded = LoadedModel.load(str(checkpoint), device="cpu")
     if kind == "video":

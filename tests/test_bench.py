@@ -179,7 +179,7 @@ def test_help_teaches(capsys):
 
 
 def test_compiled_rows_stand_beside_plain_ones():
-    rows = bench_speed.contestants(["mustdrop"], [64], [1, 8], compiled=True)
+    rows = bench_speed.bench_cases(["mustdrop"], [64], [1, 8], compiled=True)
     labels = ["huggingface", "vanilla", "vanilla compiled", "mustdrop 64", "mustdrop 64 compiled"]
     assert [row.label for row in rows] == 2 * labels
     assert [row.batch_size for row in rows] == [1] * 5 + [8] * 5

@@ -156,8 +156,8 @@ def test_wrong_arguments_are_one_line(name, tmp_path, monkeypatch, capsys):
 
 
 def test_a_model_of_transformers_own_is_sent_elsewhere(monkeypatch, tmp_path, tokenizer_folder, capsys):
-    import stock
+    import stock_folders
 
-    folder = stock.save(tmp_path / "next", "next", "llama", tokenizer_folder)
+    folder = stock_folders.save(tmp_path / "next", "next", "llama", tokenizer_folder)
     assert cli.main(["--model-path", str(folder), "--device", "cpu"]) == 2
     assert "mustdrop ask takes it" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def test_every_help_says_its_name(name, capsys):
 def test_wrong_command_gets_the_right_one(capsys):
     assert cli.main(["swep", "x.yaml"]) == 2
     printed = capsys.readouterr().err
-    assert "command: got 'swep' (did you mean sweep?), expected one of ask, chat, run, sweep" in printed
+    assert "command: got 'swep' (did you mean sweep?), expected one of ask, chat, demo, run, sweep" in printed
     assert printed.count("\n") == 1
 
 

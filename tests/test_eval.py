@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from PIL import Image
 from eval import statistics, tasks
 from eval.methods import method_at, read_method
 from eval.mini import questions, scenes
+from eval.provenance import replace_file
 from eval.report import summary
 from eval.report.results import frame_of
 from eval.run import command as run
@@ -468,3 +470,30 @@ def test_several_processes_share_the_questions(checkpoint, configs, small_task, 
     assert timeless[0] == timeless[1] and two[1]["n"] == 5
     (lines,) = (tmp_path / "two" / "cells" / "mini_gqa").glob("mustdrop_9-*.jsonl")
     assert len(lines.read_text().splitlines()) == 5
+
+
+def test_borrowed_thresholds_are_told_and_calibrated_ones_are_not(configs, capsys):
+    (configs / "mustdrop.yaml").write_text("method: mustdrop\nat:\n  9: {global_threshold: 0.07}\n")
+    names = {"model": "some/model", "benchmark": "gqa", "task": "mini_gqa", "method": "mustdrop"}
+    cell = Cell(**names, retain=9, settings={"method": "mustdrop"})
+    run.note_borrowed([cell], configs)
+    assert "note: 9 tokens: settings published for LLaVA-1.5-7B" in capsys.readouterr().err
+    (configs / "model").mkdir()
+    (configs / "model" / "mustdrop.yaml").write_text("method: mustdrop\nat:\n  9: {global_threshold: 0.05}\n")
+    run.note_borrowed([cell], configs)
+    assert not capsys.readouterr().err
+
+
+def full_disk(path: Path, content: bytes) -> None:
+    path.touch()
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(OSError, match=r"result\.json'$"):
+        replace_file(tmp_path / "result.json", b"{}")
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match=r"No space left on device: '.*other\.json'"):
+        replace_file(tmp_path / "other.json", b"{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]

@@ -146,7 +146,7 @@ def test_unfit_documents_are_skipped_and_tried_again_later(loaded, tmp_path):
     }
     assert set(skipped) == {3, 4, 5} and all(reason.startswith("a_task, document") for reason in skipped.values())
     again = plugin(loaded, batch_size=2, samples=str(samples), skip_unfit=True, resume=True)
-    assert sorted(doc_id for doc_id, *_ in again._answered) == ["0", "2"]
+    assert sorted(doc_id for doc_id, *_ in again.answers.known) == ["0", "2"]
 
 
 def test_a_failing_method_names_its_documents(loaded, monkeypatch):

@@ -295,12 +295,12 @@ def test_a_folder_in_a_results_place_is_told_before_anything_runs(cells, suffix,
 def test_run_and_sweep_share_a_lock(cells, tmp_path, monkeypatch, capsys):
     from contextlib import ExitStack
 
-    from eval.sweep import control
+    from eval.run.lock import lock
 
     arguments, *_ = cells
-    monkeypatch.setattr(control, "ORPHANS", 0.0)
+    monkeypatch.setattr("eval.run.lock.ORPHANS", 0.0)
     with ExitStack() as stack:
-        control.lock(tmp_path / "out", stack)
+        lock(tmp_path / "out", stack)
         capsys.readouterr()
         assert run.main(arguments) == 2
         assert capsys.readouterr().err.startswith("error: OUT: another sweep or run is at work")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 import time
 from contextlib import ExitStack, suppress
@@ -16,6 +18,7 @@ import yaml
 from eval import checkpoints
 from eval.run import runner
 from eval.run.cell import Cell, write_json
+from eval.run.lock import lock
 from eval.sweep import command as cli
 from eval.sweep import control, jobs, launch, plan
 from eval.sweep.jobs import run_cells
@@ -468,9 +471,9 @@ def test_sweep_ends_when_the_code_changes_under_it(write, workers, tmp_path, mon
 
 def test_only_one_sweep_works_on_a_folder(write, workers, tmp_path, monkeypatch, capsys):
     used = workers()
-    monkeypatch.setattr(control, "ORPHANS", 0.0)
+    monkeypatch.setattr("eval.run.lock.ORPHANS", 0.0)
     with ExitStack() as stack:
-        control.lock(tmp_path / "out", stack)
+        lock(tmp_path / "out", stack)
         assert cli.main([str(write()), "--out", str(tmp_path / "out")]) == 2
         message = capsys.readouterr().err
         assert message.startswith("error: OUT: another sweep or run is at work") and "process" in message
@@ -478,11 +481,30 @@ def test_only_one_sweep_works_on_a_folder(write, workers, tmp_path, monkeypatch,
     assert cli.main([str(write()), "--out", str(tmp_path / "out")]) == 0
 
 
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sweep.lock").symlink_to(tmp_path / "mine")
+    with ExitStack() as stack, pytest.raises(OSError, match="sweep.lock"):
+        lock(tmp_path / "out", stack)
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def without(file, how):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("eval.run.lock.fcntl.flock", without)
+    with ExitStack() as stack:
+        lock(tmp_path, stack)
+    assert "has no locks: start nothing else there" in capsys.readouterr().err
+
+
 def test_a_job_ends_with_its_sweep(tmp_path, monkeypatch):
     ended = threading.Event()
     monkeypatch.setattr(jobs.os, "_exit", lambda status: ended.set())
     with ExitStack() as stack:
-        path = control.lock(tmp_path, stack)
+        path = lock(tmp_path, stack)
         threading.Thread(target=jobs._end_with, args=(path,), daemon=True).start()
         assert not ended.wait(0.2)
     assert ended.wait(10)

@@ -94,8 +94,8 @@ def test_docs_print_the_published_figures_as_they_are(name, budget):
     layout = read_layout(ROOT / "configs" / "tables" / f"{name}.yaml")
     layout = replace(layout, show=("published",), budgets=(budget,))
     text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    text_rows = table.render(layout, table_rows(layout, pd.DataFrame()), "markdown").splitlines()
-    printed = [line for line in text_rows if line[:1] == "|"]
+    rendered = table.render(layout, table_rows(layout, pd.DataFrame()), "markdown")
+    printed = [line for line in rendered.splitlines() if line[:1] == "|"]
     assert len(printed) > 3 and "\n".join(printed) in text
     for share in published.shares(layout.model):
         assert all(f"{value:.1f}" in text for value in share.values), share.method

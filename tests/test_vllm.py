@@ -33,7 +33,7 @@ ENVIRONMENT = {
 }
 APART = 3  # answers of 120 that may be right here and wrong there
 
-pytestmark = pytest.mark.skipif(not (VENV / "bin" / "vllm").exists(), reason=f"no vLLM in {VENV}; see docs/serving.md")
+pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason=f"no vLLM in {VENV}; see docs/serving.md")
 
 
 def answers(engine: str, *settings: dict | None) -> list[dict]:

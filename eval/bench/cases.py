@@ -20,7 +20,7 @@ EAGER_SCHEDULE = {
 
 
 @dataclass
-class Contestant:
+class BenchCase:
     """What one row is about.
 
     `settings` are a reducer's, None for Hugging Face's LLaVA; `compiled` says whether the decoder goes through
@@ -43,9 +43,9 @@ class Contestant:
         return self.method + retain + (" compiled" if self.compiled else "")
 
 
-def contestants(
+def bench_cases(
     methods: list[str], retains: list[int | float], batch_sizes: list[int], compiled: bool = False
-) -> list[Contestant]:
+) -> list[BenchCase]:
     """The rows that are asked for, Hugging Face's and the untouched model first for every batch size.
 
     A YAML file is taken as it is; a method's name gets every number of tokens, unless it has no such setting. With
@@ -78,14 +78,14 @@ def contestants(
         else:
             plans += [(method, retain, {**settings, "retain": retain}) for retain in retains]
     return [
-        Contestant(name, retain, batch, settings, twice)
+        BenchCase(name, retain, batch, settings, twice)
         for batch in dict.fromkeys(batch_sizes)
         for name, retain, settings in plans
         for twice in ((False, True) if compiled and settings is not None and name != EAGER else (False,))
     ]
 
 
-def check_reach(rows: list[Contestant], shape) -> None:
+def check_reach(rows: list[BenchCase], shape) -> None:
     """Ask every reducer whether it can do what is wanted on a model of this shape."""
     for settings in (one.settings for one in rows if one.settings is not None):
         retain = settings.get("retain")

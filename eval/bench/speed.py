@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-from eval.bench.cases import EAGER, HUGGING_FACE, VANILLA, Contestant, check_reach, contestants
+from eval.bench.cases import EAGER, HUGGING_FACE, VANILLA, BenchCase, bench_cases, check_reach
 from eval.bench.table import row_of, table
 from eval.checkpoints import check_checkpoint
 from eval.run.settings import LARGEST_BATCH, MANY, check_file, check_loading, retained_tokens
@@ -88,19 +88,21 @@ def main(argv: list[str] | None = None) -> int:
     batch_sizes = [needed_number("batch_size", word, most=LARGEST_BATCH) for word in _words(args.batch_size)]
     if not 0 < len(batch_sizes) <= MANY:
         raise ValueError(f"batch_size: got {len(batch_sizes)} numbers, expected 1 to {MANY}")
-    rows_wanted = contestants(args.methods, retained_tokens(args.retain), batch_sizes, args.compile)
+    rows_wanted = bench_cases(args.methods, retained_tokens(args.retain), batch_sizes, args.compile)
     if args.json is not None:
         if not args.json.parent.is_dir():
             raise ValueError(f"json: the folder of {shown(str(args.json))} does not exist")
         check_file("json", args.json)
     report = measure(args, numbers, rows_wanted, argv)
     if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        from eval.provenance import replace_file
+
+        replace_file(args.json, (json.dumps(report, indent=1) + "\n").encode())
     print(table(report))
     return 0
 
 
-def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestant], argv: list[str]) -> dict:
+def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[BenchCase], argv: list[str]) -> dict:
     """Build the model, run all rounds and return the report: rows, settings, provenance."""
     import torch
 
@@ -146,7 +148,7 @@ def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestan
     with torch.no_grad():
         compiled = compile_model(model).get_model().compiled if args.compile else None
 
-    def step_of(one: Contestant) -> Callable[[bool], None]:
+    def step_of(one: BenchCase) -> Callable[[bool], None]:
         run = _step(one, model, twin, shape, inputs[one.batch_size], numbers["new_tokens"])
 
         def step(keep: bool) -> None:
@@ -184,7 +186,7 @@ def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestan
     return {"rows": rows, "settings": facts, "provenance": command}
 
 
-def _step(one: Contestant, model, twin, shape, inputs, new_tokens: int) -> Callable[[bool], None]:
+def _step(one: BenchCase, model, twin, shape, inputs, new_tokens: int) -> Callable[[bool], None]:
     """What one round does for a row."""
     from eval.bench import eager as bench_eager
     from eval.bench import passes as bench_passes

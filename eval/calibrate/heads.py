@@ -73,7 +73,7 @@ def calibrate(args, argv: list[str], model: str, rule: dict, samples: int, batch
     """Measure the heads on the samples and write the two files."""
     import numpy as np
 
-    from eval.provenance import provenance
+    from eval.provenance import provenance, replace_file
     from eval.run.inference import LoadedModel
     from mustdrop.methods.yopo import HeadAttention, head_mask
 
@@ -104,7 +104,7 @@ def calibrate(args, argv: list[str], model: str, rule: dict, samples: int, batch
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     np.save(out, mask)
-    out.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    replace_file(out.with_suffix(".json"), (json.dumps(facts, indent=2) + "\n").encode())
     of = f"{facts['mean_active']:.1f} of {mask.shape[1]} heads per layer, threshold {threshold:.4g}"
     print(f"{of}, {len(pairs)} samples -> {out}")
     return 0

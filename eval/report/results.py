@@ -164,16 +164,15 @@ def load(folders: Iterable[str | Path]) -> tuple[pd.DataFrame, list[str]]:
         raise ValueError(damaged[0].removesuffix("; it is left out"))
     every = frame_of(found)
     key = pd.Series(list(zip(*(every[name] for name in (*ONE, "limit", "seed")), strict=True)), dtype=object)
-    age = pd.DataFrame({"date": every.date, "written": [file.stat().st_mtime for file in every.file]})
-    last = key[age.sort_values(["date", "written"]).index].drop_duplicates(keep="last").index.sort_values()
-    counts = key.value_counts()
+    counts, written = key.value_counts(), [file.stat().st_mtime for file in every.file]
+    by_age = every.assign(key=key, written=written).sort_values(["date", "written"])
+    newest = by_age.drop_duplicates("key", keep="last").sort_index()
     copies = [
-        f"{every.task[place]}, {every.label[place]}: the newest of {counts[key[place]]} results with different "
-        "settings or code"
-        for place in last
-        if counts[key[place]] > 1
+        f"{row.task}, {row.label}: the newest of {counts[row.key]} results with different settings or code"
+        for row in newest.itertuples()
+        if counts[row.key] > 1
     ]
-    whole, left_out = _most_questions(every.loc[last])
+    whole, left_out = _most_questions(newest)
     notes = [*damaged, *copies, *left_out, *_same_names(whole), *_quantised(whole), *_not_asked(whole)]
     return whole.reset_index(drop=True), notes + uncounted(whole)
 

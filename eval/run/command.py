@@ -18,11 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from eval import checkpoints
-from eval.methods import CONFIGS
+from eval.methods import CONFIGS, file_at
 from eval.report import summary
 from eval.run import settings
 from eval.run.cell import Cell
-from eval.sweep.control import lock
+from eval.run.lock import lock
 from mustdrop.command import Parser, command, path, text
 
 
@@ -173,7 +173,7 @@ def note_borrowed(cells: Sequence[Cell], configs: Path) -> None:
         str(cell.retain): None
         for cell in cells
         if cell.retain is not None and "retain" not in cell.settings
-        if not (configs / Path(cell.model).name / f"{cell.method}_{cell.retain}.yaml").is_file()
+        if file_at(configs / Path(cell.model).name, cell.method, cell.retain) is None
     }
     if borrowed:
         base = f" --model-base {cells[0].model_base}" if cells[0].model_base else ""

@@ -126,7 +126,7 @@ def _evaluate(cell: Cell, out: Path, loaded, manager, force: bool, verbose: bool
     from lmms_eval.models import get_model
 
     from eval.run import predictions
-    from eval.run.lmms import rank_files
+    from eval.run.answer_file import rank_files
     from eval.tasks import TASKS, is_local, stock
 
     if not verbose:

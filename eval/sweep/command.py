@@ -26,6 +26,7 @@ from eval import checkpoints, provenance
 from eval.progress import progress
 from eval.report import summary
 from eval.run.command import check_data
+from eval.run.lock import lock
 from eval.run.settings import check_out
 from eval.sweep.jobs import chunks, running_jobs
 from eval.sweep.launch import PLACES, Launch, cpu_cores
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         help="leave finished results as they are that differ from what is wanted in the code's version alone",
     )
     new.add_argument(
-        "--skip-unfit", action="store_true", help="skip and count questions that cannot be asked; see eval.run"
+        "--skip-unfit", action="store_true", help="skip and count questions that cannot be asked; see mustdrop run"
     )
     new.add_argument("--force", action="store_true", help="throw finished results away and compute them again")
     return new
@@ -121,7 +122,7 @@ def _launch(plan: Plan, args: argparse.Namespace) -> Launch:
 def _sweep(
     plan: Plan, out: Path, launch: Launch, argv: Sequence[str], args: argparse.Namespace, stack: ExitStack
 ) -> int:
-    from eval.sweep.control import Control, lock
+    from eval.sweep.control import Control
 
     lock_file = lock(out, stack)
     command = ["sweep", *argv]
