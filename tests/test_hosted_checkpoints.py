@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.utils import is_torchvision_available
 
+from eval.ask.compare import compare
 from eval.checkpoints import check_checkpoint
 from eval.run import command as run
 from eval.run.inference import LoadedModel
@@ -225,3 +226,15 @@ def test_a_llava_that_says_it_is_another_model_is_refused(checkpoint, tmp_path, 
     facts = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**facts, "model_type": kind}))
     refused(folder, "no processor can be read|weights are missing|model_type is|config.json: ")
+
+
+def test_a_question_is_asked_with_smaller_images_beside_whole_ones(tmp_path, tokenizer_folder):
+    folder = stock_folders.save(tmp_path / "qwen3", "qwen3", "qwen3", tokenizer_folder)
+    loaded = LoadedModel.load(str(folder), device="cpu")
+    reducers = {name: load_reducer({"method": name, "retain": 12}) for name in ("uniform", "smallimage")}
+    shown = [Image.new("RGB", (600, 300), "blue")]
+    reducers = {"vanilla": load_reducer({"method": "vanilla"}), **reducers}
+    outcomes = compare(loaded, "a dog", shown, reducers, new_tokens=2, repeats=1)
+    whole, uniform, small = (one.trace for one in outcomes)
+    assert whole.vision_tokens[0] > 12 == uniform.vision_tokens[0] >= small.vision_tokens[0]
+    assert [image["patches"] for image in small.images] == small.vision_tokens[:1]

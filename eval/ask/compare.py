@@ -55,9 +55,10 @@ class Outcome:
 
 @dataclass
 class _Measured:
-    """A reducer while it is measured."""
+    """A reducer while it is measured, and what the model is given with it."""
 
     reducer: Reducer
+    prepared: dict
     selector_macs: int | None
     first_ms: list[float] = field(default_factory=list)
 
@@ -94,18 +95,18 @@ def compare(
         If the question cannot be asked, or a reducer's settings do not fit the model.
     """
     prompt = loaded.prompt_about(question, visuals)
-    prepared = loaded.prepare([prompt], [visuals])
     shape = shape_of(loaded.model.config.to_dict(), "model", str(loaded.dtype).removeprefix("torch."))
     measured = {}
     for label, reducer in reducers.items():  # counting is the pass that warms up
-        counted = loaded.selector_cost(reducer, prompt, visuals) if visuals else {"selector_macs": None}
-        measured[label] = _Measured(reducer, counted["selector_macs"])
+        own = loaded.for_method(reducer)
+        counted = own.selector_cost(reducer, prompt, visuals) if visuals else {"selector_macs": None}
+        measured[label] = _Measured(reducer, own.prepare([prompt], [visuals]), counted["selector_macs"])
     for _ in range(repeats):
         for one in measured.values():
-            one.first_ms.append(_generate(loaded, one.reducer, prepared, 1)[2])
+            one.first_ms.append(_generate(loaded, one.reducer, one.prepared, 1)[2])
     outcomes = []
     for label, one in measured.items():
-        answer, trace, spent = _generate(loaded, one.reducer, prepared, new_tokens)
+        answer, trace, spent = _generate(loaded, one.reducer, one.prepared, new_tokens)
         facts = {**trace.to_dict(), "selector_macs": one.selector_macs}
         used = flops(facts, shape).get(FLOPS_CONVENTION) if shape is not None else None
         macs = None if used is None else 2 * used["used"]

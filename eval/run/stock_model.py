@@ -31,7 +31,8 @@ class StockModel(AskedModel):
         return found
 
     def for_method(self, reducer: Reducer) -> StockModel:
-        return replace(self, image_processor=limited(self.image_processor, reducer))
+        processor = limited(self.image_processor, reducer)
+        return self if processor is self.image_processor else replace(self, image_processor=processor)
 
     def prompt(self, question: str, images: int, answer: str | None = None, videos: Collection[int] = ()) -> str:
         """A one-turn conversation in the chat template of the checkpoint; images as ``LoadedModel.prompt`` has them.
