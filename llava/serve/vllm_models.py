@@ -69,7 +69,7 @@ class Reduced:
         self.encoder = ImageEncoder(self.counter.sizes, self.counter.settings, *parts)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Of towers that are stored with and without `vision_model.` in their names; old ones number their positions."""
+        """Of towers stored with and without `vision_model.` in their names; old ones number their positions."""
         own = "vision_tower.vision_model." if self.counter is None else "vision_tower.vision_tower."
         kept = ((name, weight) for name, weight in weights if not name.endswith("embeddings.position_ids"))
         return super().load_weights((_renamed(name, own), weight) for name, weight in kept)
