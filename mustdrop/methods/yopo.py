@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mustdrop.checks import require, shown
+from mustdrop.checks import one_of, require, shown
 from mustdrop.hooks import DecoderStep, LayerPlan, Reducer
 from mustdrop.reach import square
 
@@ -26,8 +26,11 @@ class YOPO(Reducer):
         its patch does; of dropped ones nothing is left to attend to. None: ordinary causal attention. Published: 5.
     heads : float, str or sequence of sequences of bool
         Active visual heads: a .npy file (or nested lists) `[layers, heads]`, true where a head is active; or a share,
-        counted from the first head, for models trained with it. An inactive head gives vision rows nothing and ignores
-        vision columns for everybody, after the softmax, here and in decoding. `mustdrop calibrate-heads` makes files.
+        counted from the first head, for models trained with it. An inactive head ignores vision keys for everybody,
+        after the softmax, here and in decoding. `mustdrop calibrate-heads` makes files.
+    head_scope : str
+        "all", the authors' form on LLaVA: an inactive head also gives vision rows nothing. "keys", their form on
+        Qwen2-VL and InternVL2: vision rows still have what it sees of text.
     mlp_share : float
         Share of the MLP's neurons, counted from the first, that vision tokens go through. Published: 0.5.
     layer_cut : int or float, optional
@@ -43,12 +46,14 @@ class YOPO(Reducer):
     heads: float | str | Sequence[Sequence[bool | int]] = 1.0
     mlp_share: float = 1.0
     layer_cut: int | float | None = None
+    head_scope: str = "all"
 
     def __post_init__(self) -> None:
         fits = self.window is None or (self.window > 0 and self.window % 2 == 1)
         require(fits, "window", self.window, "an odd number of patches, or none")
         require(0 < self.mlp_share <= 1, "mlp_share", self.mlp_share, "above 0 and at most 1")
         require(self.layer_cut is None or self.layer_cut > 0, "layer_cut", self.layer_cut, "above 0, or none")
+        one_of("head_scope", self.head_scope, ("all", "keys"))
         if isinstance(self.heads, int | float):
             require(0 <= self.heads <= 1, "heads", self.heads, "a share from 0 to 1, or a .npy file [layers, heads]")
             self._mask = None
@@ -85,7 +90,9 @@ class YOPO(Reducer):
         if self.layer_cut is not None and layer >= self._cut(layers):
             return LayerPlan(skip=True)
         heads = float(self.heads) if self._mask is None else self._mask[layer]
-        plan = LayerPlan(self.window, 1.0 if isinstance(heads, tuple) and all(heads) else heads, self.mlp_share)
+        heads = 1.0 if isinstance(heads, tuple) and all(heads) else heads
+        scope = "all" if heads == 1.0 else self.head_scope
+        plan = LayerPlan(self.window, heads, self.mlp_share, head_scope=scope)
         return None if plan == LayerPlan() else plan
 
 
