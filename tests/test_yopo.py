@@ -422,6 +422,11 @@ def test_heads_are_measured_on_every_prompt_as_eager_attention_says():
     np.testing.assert_allclose(heads.ratios[0], torch.stack(expected).numpy(), rtol=1e-4)
 
 
+def test_more_full_layers_than_there_are_is_one_line():
+    with pytest.raises(ValueError, match="full_layers is 5: it must be at most the model's 4 layers"):
+        head_mask(np.ones((1, 4, 3)), threshold=0.1, full_layers=5)
+
+
 def test_a_head_needs_more_than_its_share_of_samples():
     ratios = np.zeros((100, 4, 3), "float32")
     ratios[:41, 2, 0] = ratios[:40, 2, 1] = ratios[:, 3] = 0.2
@@ -454,6 +459,9 @@ def test_the_command_writes_a_mask_that_loads(tmp_path, monkeypatch, capsys, tok
     ("arguments", "words"),
     [
         ([], "share: got nothing"),
+        (["--recipe", "qwen2"], "recipe is 'qwen2': it must be one of qwen2-vl-7b, internvl2-4b,"),
+        (["--recipe", "qwen2-vl-7b", "--rows", "all"], "rows: got all, but the recipe's threshold is for generated"),
+        (["--share", "0.5", "--rows", "last"], "rows is 'last': it must be one of all, generated"),
         (["--share", "2"], "share: got '2', expected a number from 0 to 1"),
         (["--threshold", "x"], "threshold: got 'x', expected a number from 0"),
         (["--share", "0.5", "--full-layers", "x"], "full_layers: got 'x'"),

@@ -1,13 +1,17 @@
 """YOPO on Qwen2-VL and InternVL as its authors ran it there: stock classes with masked attention are the judge."""
 
+import copy
 import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import stock
+import stock_folders
 import torch
 import transformers as hf
+from PIL import Image
 from safetensors.torch import load_file
 from stock import IMAGE, LAYERS, alone, generate, ids_of, inputs, patches, typed
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,9 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import llava  # noqa: F401  (it hosts stock models)
+from eval.calibrate import heads as calibrate_heads
 from mustdrop import Reducer, load_reducer, macs
 from mustdrop.families import read_shape
 from mustdrop.macs import Workload
+from mustdrop.methods.yopo import GeneratedHeadAttention
 
 ROWS = [("qwen2", "qwen2"), ("internvl", "qwen2"), ("internvl", "llama"), ("internvl", "phi3")]
 MASK = np.random.default_rng(4).random((LAYERS, 4)) < 0.5
@@ -139,6 +145,55 @@ def test_costs_are_what_torch_counts(family, text, form, tmp_path):
     parts = macs.costs(shape, work)
     assert 2 * sum(parts[name] for name in ("vision_tower", "projector", "prefill")) == counted[form]
     assert counted[form] < counted["plain"]
+
+
+# Calibration
+
+
+@families
+def test_the_first_generated_row_is_measured_as_eager_attention_says(family, text):
+    model = copy.deepcopy(stock.stock(family, text))
+    given, heads = inputs(family, model), GeneratedHeadAttention()
+    plain = generate(model, given)[1]
+    with heads.on(model):
+        assert torch.equal(generate(model, given)[1], plain)
+    model.set_attn_implementation("eager")
+    assert len(heads.ratios) == 2
+    for row, found in enumerate(heads.ratios):
+        one = alone(given, row)
+        more = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
+        paid = torch.stack(
+            [layer[0, :, 0] for layer in model.generate(**one, **more, output_attentions=True).attentions[1]]
+        )
+        vision = torch.cat([one["input_ids"][0] == IMAGE, torch.tensor([False])])
+        expected = paid[..., vision].sum(-1) / paid[..., ~vision].sum(-1)
+        np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "recipe"), [("qwen2", "qwen2", "qwen2-vl-7b"), ("internvl", "phi3", "internvl2-4b")]
+)
+def test_the_command_follows_the_authors_on_a_stock_checkpoint(
+    family, text, recipe, tmp_path, monkeypatch, tokenizer_folder
+):
+    monkeypatch.chdir(tmp_path)
+    folder = stock_folders.save(tmp_path / "model", family, text, tokenizer_folder)
+    entries = [{"image": f"{number}.png", "question": f"the dog {number}"} for number in range(3)]
+    for number, entry in enumerate(entries):
+        Image.new("RGB", (150, 100 + 50 * number), "red").save(entry["image"])
+    Path("data.json").write_text(json.dumps(entries))
+    arguments = ["--model", str(folder), "--data", "data.json", "--device", "cpu"]
+    assert calibrate_heads.main([*arguments, "--recipe", recipe, "--out", "heads.npy"]) == 0
+    facts = json.loads(Path("heads.json").read_text())
+    assert (facts["samples"], facts["rows"], facts["recipe"]) == (1, "generated", recipe)
+    assert facts["threshold"] == {"qwen2-vl-7b": 0.07, "internvl2-4b": 0.08}[recipe]
+    assert calibrate_heads.main([*arguments, "--share", "0.5", "--rows", "generated", "--out", "half.npy"]) == 0
+    facts = json.loads(Path("half.json").read_text())
+    assert (facts["samples"], facts["rows"], facts["mean_active"]) == (3, "generated", 2.0)
+    mask = np.load("half.npy").tolist()
+    assert load_reducer({"method": "yopo", "heads": mask, "head_scope": "keys"}).plan(0, LAYERS) is None
+    assert calibrate_heads.main([*arguments, "--share", "0.5", "--full-layers", "7", "--out", "all.npy"]) == 2
+    assert not Path("all.npy").exists()
 
 
 def golden_model(weights: dict):
