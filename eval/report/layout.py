@@ -193,17 +193,20 @@ def lines(layout: Layout, results: Iterable[Result]) -> list[Line]:
     for method, retain in [(VANILLA, None), *_wanted(layout, rows)]:
         mine = [row for row in rows if row["method"] == method and retain in (None, row["retain"])]
         ours = {column: row for column in layout.columns for row in mine if _fills(row, column)}
+        ours = published.with_means(ours, layout.columns)
         printed = published.rows(layout.model, method, retain)
         found.append(Line(method, retain, ours, [row for row in printed if set(row.values) & set(layout.columns)]))
     return found if layout.methods else _best_first(layout, found)
 
 
-def _wanted(layout: Layout, rows: Sequence[Mapping]) -> list[tuple[str, int]]:
+def _wanted(layout: Layout, rows: Sequence[Mapping]) -> list[tuple[str, int | None]]:
     """Methods and budgets of a table's lines."""
     pairs = sorted({(row["method"], row["retain"]) for row in rows if row["method"] != VANILLA})
     methods = layout.methods or list(dict.fromkeys(method for method, retain in pairs if retain in layout.budgets))
     others = [] if layout.methods else [pair for pair in pairs if pair[0] not in methods]
-    return [*((method, budget) for budget in layout.budgets for method in methods), *others]
+    alone = [method for method in methods if published.rows(layout.model, method, None)]  # without a budget
+    budgeted = [(method, budget) for budget in layout.budgets for method in methods if method not in alone]
+    return [*budgeted, *((method, None) for method in alone), *others]
 
 
 def _best_first(layout: Layout, found: Sequence[Line]) -> list[Line]:
@@ -219,8 +222,7 @@ def _best_first(layout: Layout, found: Sequence[Line]) -> list[Line]:
 
 
 def _same_model(found: str, wanted: str) -> bool:
-    name = published.canonical(wanted)
-    return found == wanted or (wanted == name and published.canonical(found) == name)
+    return published.is_of(found, wanted)
 
 
 def _fills(row: Mapping, column: str) -> bool:
