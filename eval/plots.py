@@ -1,4 +1,4 @@
-"""``python -m eval.plots``, as it was called before ``mustdrop plots``."""
+"""``mustdrop plots`` under its old name."""
 
 import sys
 

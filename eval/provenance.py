@@ -10,11 +10,12 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from uuid import uuid4
 
 from eval.checkpoints import on_hub
 
@@ -36,10 +37,10 @@ POINTERS = {
 LARGE = 1 << 24
 """Bytes from which a file's hash is kept."""
 
-ANSWERING = (
-    "generation.py", "inference.py", "lmms.py", "questions.py", "records.py", "rows.py", "runner.py", "samples.py",
+NOT_ANSWERING = (
+    "__init__.py", "__main__.py", "cell.py", "command.py", "judge.py", "judging.py", "lock.py", "settings.py",
 )  # fmt: skip
-"""Files of ``eval/run`` that decide a result."""
+"""Files of ``eval/run`` that decide no result: what is asked, and what is done with finished ones."""
 
 
 def digest(value: object) -> str:
@@ -50,8 +51,9 @@ def digest(value: object) -> str:
 def code_fingerprint() -> str:
     """Hash of the Python code that decides a result: ``llava``, ``mustdrop`` and the answering part of ``eval``."""
     files = [path for package in ("llava", "mustdrop") for path in (ROOT / package).rglob("*.py")]
-    files = [path for path in files if "train" not in path.relative_to(ROOT).parts]
-    files += [ROOT / "eval" / "run" / name for name in ANSWERING]
+    files = [path for path in files if not {"train", "serve"} & set(path.relative_to(ROOT).parts)]
+    files += [path for path in (ROOT / "eval" / "run").glob("*.py") if path.name not in NOT_ANSWERING]
+    files.append(ROOT / "eval" / "statistics.py")
     hashes = {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     return digest(hashes)
 
@@ -146,11 +148,25 @@ def cache_folder() -> Path:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file in one step: it is there whole or not at all, also for runs side by side."""
+    """Write a file in one step: it is there whole or not at all, also for runs side by side, and on a full disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}")  # processes of other machines may have our number
+    try:
+        with naming_file(path):
+            temporary.write_bytes(content)
+            temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Errors of the machine from inside name a file; those of a full disk name none by themselves."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @cache
@@ -193,10 +209,10 @@ def machine() -> dict:
 def provenance(command: Sequence[str], **more) -> dict:
     """The ``provenance`` object of a result file: the command, code, versions, date, and whatever else is given.
 
-    `command` is what follows ``python -m``: module and arguments.
+    `command` is what follows ``mustdrop``: a command's name and its arguments.
     """
     return {
-        "command": shlex.join(["python", "-m", *command]),
+        "command": shlex.join(["mustdrop", *command]),
         **more,
         "git_commit": git_commit(),
         "code": code_fingerprint(),

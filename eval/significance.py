@@ -1,4 +1,4 @@
-"""``python -m eval.significance``, as it was called before ``mustdrop significance``."""
+"""``mustdrop significance`` under its old name."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``python -m eval.table``, as it was called before ``mustdrop table``."""
+"""``mustdrop table`` under its old name."""
 
 import sys
 

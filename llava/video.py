@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,11 +19,27 @@ from llava.constants import FRAMES
 from llava.images import MAX_PIXELS
 from llava.mm_utils import process_images
 
+if TYPE_CHECKING:
+    from av import VideoFrame
+
+logger = logging.getLogger(__name__)
+
 TRUNCATED = 0.9
 """A file of whose frames, by its own header, a smaller share can be decoded is taken to be truncated."""
 
 NO_VIDEO = ("tty",)
 """FFmpeg's formats that any text file passes for."""
+
+_TURNS = {
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+}
+"""What turns a frame upright, by the signs of a display matrix whose axes point right and down."""
 
 _SETTINGS = ("size", "crop_size", "do_center_crop", "image_mean", "image_std", "resample", "rescale_factor")
 
@@ -51,8 +69,8 @@ def frame_indices(total: int, count: int = FRAMES) -> list[int]:
 def load_video(source: str | os.PathLike, count: int = FRAMES) -> Video:
     """Evenly spaced frames of a video file.
 
-    Frames are counted in the file itself, because headers may say 0 or something else, and are used as they were
-    stored: a rotation in the metadata is not applied.
+    Frames are counted in the file itself, because headers may say 0 or something else, and shown upright, as a display
+    matrix says. Of a video with fewer frames than `count` some are shown several times, as the authors' code does.
 
     Parameters
     ----------
@@ -69,7 +87,7 @@ def load_video(source: str | os.PathLike, count: int = FRAMES) -> Video:
     Raises
     ------
     ValueError
-        In one line that names the file: it is missing, no video, damaged, has no frames or fewer than `count`.
+        In one line that names the file: it is missing, no video, damaged, or has fewer than two frames.
     """
     if not isinstance(source, str | os.PathLike):
         raise ValueError(f"video: got {type(source).__name__}, expected the path of a video file")
@@ -85,8 +103,13 @@ def load_video(source: str | os.PathLike, count: int = FRAMES) -> Video:
         found = frames[1]
         if found < TRUNCATED * declared:
             raise ValueError(f"only {found} of its {declared} frames can be decoded; it is damaged or truncated")
+        if found < 2:
+            raise ValueError(f"it has {found or 'no'} frame{'' if found else 's'}, expected a video")
         if found < count:
-            raise ValueError(f"it has {found} frames, expected at least {count}")
+            logger.warning("video %r: it has %d frames, of the %d shown some are the same", name, found, count)
+        if None in frames[0].values():
+            number = next(index for index, frame in frames[0].items() if frame is None)
+            raise ValueError(f"it is damaged: frame {number} cannot be decoded whole")
         return Video(tuple(frames[0][index] for index in frame_indices(found, count)), name)
 
 
@@ -128,7 +151,7 @@ def _naming(name: str) -> Iterator[None]:
 
 @contextmanager
 def _opened(path: str) -> Iterator[tuple]:
-    """A container and its first video stream."""
+    """A container and the video stream that players show."""
     import av
 
     with av.open(path) as container:
@@ -136,7 +159,7 @@ def _opened(path: str) -> Iterator[tuple]:
             raise ValueError("it cannot be read as a video (it is text)")
         if not container.streams.video:
             raise ValueError("it has no pictures, only sound or data")
-        stream = container.streams.video[0]
+        stream = container.streams.best("video")  # not the cover of a sound file
         stream.thread_type = "AUTO"
         width, height = stream.codec_context.width, stream.codec_context.height
         if width * height > MAX_PIXELS:
@@ -150,15 +173,26 @@ def _count_packets(path: str) -> tuple[int, int]:
         return sum(packet.size > 0 for packet in container.demux(stream)), stream.frames
 
 
-def _decode(path: str, wanted: Collection[int]) -> tuple[dict[int, Image.Image], int]:
-    """The wanted frames by their numbers, RGB, and how many there are in all."""
+def _decode(path: str, wanted: Collection[int]) -> tuple[dict[int, Image.Image | None], int]:
+    """The wanted frames by their numbers, RGB, None for a damaged one, and how many there are in all."""
     kept, total, wanted = {}, 0, set(wanted)
     with _opened(path) as (container, stream):
         for frame in container.decode(stream):
             if total in wanted:
-                kept[total] = frame.to_image()
+                kept[total] = None if frame.is_corrupt else _upright(frame)
             total += 1
     return kept, total
+
+
+def _upright(frame: VideoFrame) -> Image.Image:
+    """A frame as its display matrix turns it; phones store films as the sensor lies."""
+    image = frame.to_image()
+    matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    if matrix is None:
+        return image
+    turn = np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]]  # where the x axis goes, where the y axis goes
+    way = _TURNS.get(tuple(np.sign(turn).tolist()))
+    return image if way is None else image.transpose(way)
 
 
 class FrameProcessor:

@@ -45,7 +45,7 @@ class Attention:
         queries, keys = self.queries(rows), self.keys()
         batch, heads, count, dim = queries.shape
         grouped = queries.reshape(batch, keys.shape[1], -1, dim)
-        scores = (grouped @ keys.transpose(-1, -2)).view(batch, heads, count, -1).float() * self.scale
+        scores = (grouped @ keys.transpose(-1, -2)).view(batch, heads, count, -1).float().mul_(self.scale)
         columns = torch.arange(scores.shape[-1], device=scores.device)
         if self.first_row is not None:
             scores.masked_fill_((columns > rows[..., None] + self.first_row)[:, None], torch.finfo(scores.dtype).min)

@@ -17,7 +17,11 @@ LARGEST = 10**6  # whole numbers that a command line takes, unless it says other
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are ValueErrors, for `command` to say in one line."""
+    """The argument parser of ``mustdrop NAME``; its errors are ValueErrors, for `command` to say in one line."""
+
+    def __init__(self, name: str, description: str | None = None, epilog: str | None = None):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(f"mustdrop {name}", description=description, epilog=epilog, formatter_class=layout)
 
     def error(self, message: str):
         raise ValueError(message)

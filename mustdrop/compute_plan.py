@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
+LEAST_ROWS = 4
+"""Rows of the last layer that are computed in any case: a CPU has other code, and other last bits, for fewer."""
+
 
 @dataclass(frozen=True)
 class LayerPlan:

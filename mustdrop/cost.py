@@ -65,7 +65,7 @@ class Convention:
 
 
 def _part_flops(shape: ModelShape, work: Workload, *parts: str) -> int:
-    macs = costs(shape, work)
+    macs = costs(shape, work.in_whole_layers)
     if "selector" in parts and work.selector_macs is None:
         raise ValueError("selector: what choosing cost is not known of a trace without count, see Reducer.on")
     return 2 * sum(macs[part] for part in parts)
@@ -102,7 +102,7 @@ CONVENTIONS: dict[str, Convention] = {
         lambda shape, work: 2 * _formula(shape, work, work.text_tokens, causal=True),
     ),
     "with-text-tower": Convention(
-        "all up to the first new token: tower, projector, selector, exact prefill (grouped queries, vocabulary)",
+        "all up to the first new token: tower, projector, selector, whole layers (grouped queries), vocabulary",
         lambda shape, work: _part_flops(shape, work, "vision_tower", "projector", "selector", "prefill"),
     ),
     "mean-tokens": Convention(
@@ -210,6 +210,7 @@ def as_table(facts: dict) -> str:
     headers = ["convention, one prompt", "unit", "full", "reduced", "saved", "claim", "needs at most"]
     second = tabulate(rows, headers, colalign=align, disable_numparse=True, missingval="none")
     notes = [f"{name}: {row['explanation']}" for name, row in facts["conventions"].items()]
+    notes.append("prefill above: without what nobody reads of a layer; conventions count whole layers, as papers do")
     notes.append("needs at most: so many vision tokens in every layer reach the claim; none: not even zero would")
     return "\n".join([title, "", first, "", second, "", *notes])
 
@@ -261,27 +262,26 @@ def _argument(parse: Callable, wanted: str) -> Callable:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="python -m mustdrop.cost",
+        "cost",
         description=f"{__doc__}\nWithout --retain, --schedule or --tokens-per-layer nothing is dropped in the decoder.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""examples:
   What do 64 vision tokens in every layer save, and under which way of counting is it 88.5 %?
-    python -m mustdrop.cost --model llava-1.5-7b --retain 64
+    mustdrop cost --model llava-1.5-7b --retain 64
   MustDrop: 350 tokens after merging, filters after layers 2, 6, 10 and 14, cache cut to the survivors
-    python -m mustdrop.cost --merged 350 --schedule 2:80,6:60,10:50,14:45 --output-aware-cache --new-tokens 32
+    mustdrop cost --merged 350 --schedule 2:80,6:60,10:50,14:45 --output-aware-cache --new-tokens 32
   YOPO at half the layers, half the heads and half the MLP: 25 % in the convention vision-only
-    python -m mustdrop.cost --yopo configs/methods/yopo_25.yaml
+    mustdrop cost --yopo configs/methods/yopo_25.yaml
   A checkpoint of your own, for a script
-    python -m mustdrop.cost --model path/to/config.json --images 2 --retain 0.11 --json -
+    mustdrop cost --model path/to/config.json --images 2 --retain 0.11 --json -
   LLaVA-NeXT by the papers' protocol (2880 tokens), and a wide image as the model itself cuts it
-    python -m mustdrop.cost --model llava-next-7b-2880 --retain 320
-    python -m mustdrop.cost --model llava-next-7b --image-size 800x300 --retain 320
+    mustdrop cost --model llava-next-7b-2880 --retain 320
+    mustdrop cost --model llava-next-7b --image-size 800x300 --retain 320
   Video-LLaVA: 8 frames of 256 tokens, reduced to 194
-    python -m mustdrop.cost --model video-llava-7b --frames 8 --retain 194
+    mustdrop cost --model video-llava-7b --frames 8 --retain 194
   Qwen2.5-VL on a photograph of 1288 x 952 pixels, a quarter of its tokens kept
-    python -m mustdrop.cost --model qwen2.5-vl-7b --image-size 1288x952 --retain 0.25
+    mustdrop cost --model qwen2.5-vl-7b --image-size 1288x952 --retain 0.25
   InternVL2 on twelve tiles and their thumbnail
-    python -m mustdrop.cost --model internvl2-8b --images 13 --retain 0.25""",
+    mustdrop cost --model internvl2-8b --images 13 --retain 0.25""",
     )
     add = parser.add_argument
     meaning = f"{', '.join(known())}, a config.json or its folder (%(default)s)"

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mustdrop.active import activated, active, carrying
 from mustdrop.attention import Attention
-from mustdrop.compute_plan import LayerPlan
+from mustdrop.compute_plan import LEAST_ROWS, LayerPlan
 from mustdrop.hosts import host_of, hosting_modules
 from mustdrop.keep import Keep
 from mustdrop.neighbours import SplitRows, causal_blocks
@@ -48,6 +48,7 @@ __all__ = [
     "DecoderStep",
     "ImageFacts",
     "Keep",
+    "LEAST_ROWS",
     "LayerPlan",
     "PromptFacts",
     "Reducer",

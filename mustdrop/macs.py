@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise, zip_longest
 
 import torch
 
-from mustdrop.compute_plan import LayerPlan
+from mustdrop.compute_plan import LEAST_ROWS, LayerPlan
 from mustdrop.neighbours import SplitRows, causal_blocks
 from mustdrop.shape import ImageShape, ModelShape
 from mustdrop.tokens import Tokens
@@ -58,6 +58,9 @@ class Workload:
         `text_tokens` with the newlines of rows of which nothing is left.
     selector_macs : int or None
         Multiply-adds of the method itself, None where they are not known.
+    mlp_lengths : tuple of int
+        Vision and text tokens that go through each decoder layer's output projection and MLP
+        (`Trace.mlp_lengths`); empty: all of them, as papers count.
     """
 
     vision_tokens: tuple[int, ...]
@@ -72,6 +75,7 @@ class Workload:
     images: tuple[ImageShape, ...]
     full_text_tokens: int
     selector_macs: int | None = None
+    mlp_lengths: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -100,7 +104,9 @@ class Workload:
         image); by default `image_tokens` after block 0, shared evenly by the views.
         `plans` are the layers that compute less for vision tokens: `Trace.plans`, or a `LayerPlan` for each; the pairs
         of the latter are estimated as if all text came before the images, and tokens lay evenly on the grid. A layer
-        that is skipped has no vision tokens. What choosing costs is taken to be what MustDrop's costs.
+        that is skipped has no vision tokens. What choosing costs is taken to be what MustDrop's costs, and a layer's
+        second half to be left out as MustDrop allows: for tokens that a filter drops, and in the last layer for all
+        but the last positions.
 
         Raises
         ------
@@ -142,13 +148,14 @@ class Workload:
         full_text = text_tokens if full_text_tokens is None else full_text_tokens
         facts = tower, before_mlp, layerwise, tuple(images), full_text
         work = cls(tuple(vision_tokens), text_tokens, *sequences, new_tokens, *facts)
-        return replace(work, selector_macs=mustdrop_selector_macs(shape, work))
+        return replace(work, selector_macs=mustdrop_selector_macs(shape, work), mlp_lengths=_finished(work))
 
     @classmethod
     def of_trace(cls, shape: ModelShape, trace: Mapping) -> Workload:
         """The prompt that a trace (`Trace.to_dict`) tells of, up to the first new token.
 
-        What choosing cost is what the trace says; it is not known if the trace did not count.
+        What choosing cost is what the trace says; it is not known if the trace did not count. Traces that do not say
+        what was left out of layers are of whole ones.
         """
         # Traces of before tiles had one view an image, whose blocks were the tower's own.
         alone = [[[-1, image["patches"]], *image["blocks"]] for image in trace["images"]]
@@ -167,7 +174,12 @@ class Workload:
             images=[_whole(shape, image, view) for image, view in zip(trace["images"], firsts, strict=True)],
             full_text_tokens=trace.get("full_text_tokens"),
         )
-        return replace(work, selector_macs=trace.get("selector_macs"))
+        return replace(work, selector_macs=trace.get("selector_macs"), mlp_lengths=tuple(trace.get("mlp_lengths", ())))
+
+    @property
+    def in_whole_layers(self) -> Workload:
+        """The same with nothing left out of any decoder layer, as papers count."""
+        return replace(self, mlp_lengths=())
 
     @property
     def vision_tokens_after(self) -> list[int]:
@@ -210,6 +222,20 @@ def _grid_pairs(rows: int, columns: int, images: int, window: int) -> int:
     none = torch.zeros_like(image, dtype=torch.bool)
     tokens = Tokens(number, number, image, number, none, none, row=patch // columns, column=patch % columns)
     return SplitRows.of(tokens, window).pairs()
+
+
+def _finished(work: Workload) -> tuple[int, ...]:
+    """Positions that go through the second half of each decoder layer, where filters choose by attention."""
+    after = [
+        then if layer in work.filter_layers and plan is None else now
+        for layer, (now, then, plan) in enumerate(
+            zip(work.vision_tokens, work.vision_tokens_after, work.plans, strict=True)
+        )
+    ]
+    lengths = [tokens + work.text_tokens for tokens in after]
+    if work.plans[-1] is None:
+        lengths[-1] = min(lengths[-1], LEAST_ROWS)
+    return tuple(lengths)
 
 
 def _through_tower(shape: ModelShape, left: Mapping[int, int]) -> tuple[int, ...]:
@@ -304,18 +330,21 @@ def prefill_macs(
     text_tokens: int,
     causal: bool = False,
     plans: Sequence[PlannedLayer | None] = (),
+    mlp_lengths: Sequence[int] = (),
 ) -> int:
     """All decoder layers, each on its vision tokens and the text, and the vocabulary for the last token only.
 
-    `causal` is for layers without a plan: what a planned one computes is in its plan.
+    `causal` is for layers without a plan: what a planned one computes is in its plan. `mlp_lengths` are the positions
+    that go through each layer's output projection and MLP, by default all.
     """
-    total = shape.hidden * shape.vocab
-    for tokens, plan in zip_longest(vision_tokens, plans):
+    total, second_half = shape.hidden * shape.vocab, shape.hidden * (shape.heads * shape.head_dim + 3 * shape.mlp)
+    for tokens, plan, finished in zip_longest(vision_tokens, plans, mlp_lengths):
         length = tokens + text_tokens
         full = plan is None or not tokens
         total += (
             layer_macs(shape, length, length, causal) if full else planned_layer_macs(shape, tokens, text_tokens, plan)
         )
+        total -= 0 if finished is None else (length - finished) * second_half
     return total
 
 
@@ -358,7 +387,10 @@ def mustdrop_selector_macs(shape: ModelShape, work: Workload) -> int:
 
 
 def costs(shape: ModelShape, work: Workload) -> dict[str, int | None]:
-    """Multiply-adds of every part of one prompt; None for the selector where its cost is not known."""
+    """Multiply-adds of every part of one prompt; None for the selector where its cost is not known.
+
+    What is computed: where `work` leaves something out of decoder layers, so does `prefill`.
+    """
     leaving = sum(tokens[-1] for tokens in work.tower_tokens)
     features = max(leaving, sum(work.image_tokens)) + shape.feature_cls * len(work.tower_tokens)
     return {
@@ -367,7 +399,9 @@ def costs(shape: ModelShape, work: Workload) -> dict[str, int | None]:
         ),
         "projector": projector_macs(shape, features),
         "selector": work.selector_macs,
-        "prefill": prefill_macs(shape, work.vision_tokens, work.text_tokens, plans=work.plans),
+        "prefill": prefill_macs(
+            shape, work.vision_tokens, work.text_tokens, plans=work.plans, mlp_lengths=work.mlp_lengths
+        ),
         "decode": decode_macs(shape, work.cache_lengths, work.new_tokens - 1),
     }
 

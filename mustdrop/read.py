@@ -89,10 +89,12 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def mapping(self, node):
-        """A mapping with distinct keys that are text."""
+        """A mapping with distinct keys that are text; a number is the text that it is written as."""
         found = {}
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True) if isinstance(key_node, yaml.ScalarNode) else None
+            if isinstance(key, (int, float)) and not isinstance(key, bool):
+                key = key_node.value  # the budgets of a method's file; as text, 64 and "64" are one key
             if not isinstance(key, str):
                 raise _wrong("a key that is no text", key_node)
             if key in found:

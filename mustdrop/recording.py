@@ -82,7 +82,11 @@ class ForwardState(PassRecord):
 
     def ask(self, hook: str, step: Any) -> list:
         """What the reducers that are asked at a hook answer to the same step, those left out that have no answer."""
-        answers = [getattr(part, hook)(replace(step, scratch=own)) for part, own in self._asked_at(hook)]
+        answers, asked = [], self._asked_at(hook)
+        for part, own in asked:
+            step = replace(step, scratch=own) if len(asked) > 1 else step
+            step.scratch = own
+            answers.append(getattr(part, hook)(step))
         return [answer for answer in answers if answer is not None]
 
     def pixels(self, images: Tensor, patch_size: int, views: Sequence[int] | None = None) -> Tensor:

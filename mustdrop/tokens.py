@@ -37,11 +37,10 @@ def compact(
     valid : bool `[batch, kept]` or None
         False where an index is padding; None when there is no padding.
     """
-    tokens = keep.shape[-1]
-    if order is None:
-        order = torch.arange(tokens, device=keep.device).expand_as(keep)
-    dropped_last = order + (~keep if pad == "right" else keep) * (order.max() - order.min() + 1)
-    ranked = dropped_last.argsort(dim=-1, stable=True)
+    tokens, last = keep.shape[-1], ~keep if pad == "right" else keep
+    if order is not None:
+        last = order + last * (order.max() - order.min() + 1)
+    ranked = last.argsort(dim=-1, stable=True)
     if length is None:
         length = keep.sum(-1).tolist()
     counts = [length] * len(keep) if isinstance(length, int) else list(length)
@@ -55,7 +54,7 @@ def compact(
 def gather(values: Tensor, indices: Tensor) -> Tensor:
     """Pick `indices` `[batch, kept]` from `values` `[batch, tokens, ...]`; rows are copied whole."""
     if len(indices) == 1:
-        return values[0].index_select(0, indices[0])[None]
+        return values.index_select(1, indices[0])
     return values[torch.arange(len(indices), device=indices.device)[:, None], indices]
 
 
@@ -208,7 +207,9 @@ class Tokens:
             keep = keep & self.valid
         length = None if prompts is None else [prompt.length for prompt in prompts]
         indices, valid = compact(keep, order=order, length=length)
-        record = self.map(lambda value: value.gather(-1, indices.expand(*value.shape[:-1], -1)))
+        record = self.map(
+            lambda value: value.gather(-1, indices if value.dim() == 2 else indices.expand(*value.shape[:-1], -1))
+        )
         if valid is not None:
             record.image = record.image.masked_fill(~valid, -1)
             record.vision_index = record.vision_index.masked_fill(~valid, -1)

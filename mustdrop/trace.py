@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mustdrop.compute_plan import LayerPlan
 from mustdrop.neighbours import SplitRows
-from mustdrop.tokens import Tokens
+from mustdrop.tokens import APART, Tokens
 
 
 @dataclass(eq=False, repr=False)
@@ -43,6 +43,8 @@ class PassRecord:
         `Keep.merge_into` after each decoder layer that merged tokens.
     tokens_in, tokens_out : list of Tokens
         Entering and leaving each decoder layer.
+    finished : list of Tokens or int
+        What went through each decoder layer's output projection and MLP, or how many of its last positions.
     cached : list of Tokens
         What each layer has cached when prefill ends.
     kv_bytes : list of int
@@ -65,6 +67,7 @@ class PassRecord:
     merge_maps: dict[int, Tensor] = field(default_factory=dict)
     tokens_in: list[Tokens] = field(default_factory=list)
     tokens_out: list[Tokens] = field(default_factory=list)
+    finished: list[Tokens | int] = field(default_factory=list)
     cached: list[Tokens] = field(default_factory=list)
     kv_bytes: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -102,6 +105,9 @@ class Trace:
         tokens, "prefill" after a decoder layer that dropped some, "decode" in the cache of every decoder layer.
     cache_lengths : list of int
         Positions each layer's cache holds for this prompt when prefill ends; empty without a cache.
+    mlp_lengths : list of int
+        Positions that went through each decoder layer's output projection and MLP: those that nobody reads are left
+        out (`llava.model.drop_early`).
     cache_bytes : int
         Bytes of these keys and values.
     plans : dict
@@ -163,11 +169,13 @@ class Trace:
             "vision_tokens_after": _vision_counts(record.tokens_out, row),
             "kept": kept,
             "cache_lengths": cache_lengths,
+            "mlp_lengths": _mlp_lengths(record, row),
             "cache_bytes": sum(n * size for n, size in zip(cache_lengths, record.kv_bytes, strict=True)),
             "plans": _plans(record, row) if images else {},
             "selector_macs": record.selector_macs,
         }
         self._patch_to_token, self._record = owners[0], None
+        self._grid_places = _grid_places(tokens_in, row)
         return facts
 
     @cached_property
@@ -178,6 +186,11 @@ class Trace:
             if token >= 0:
                 of_token[token].append(patch)
         return of_token
+
+    @property
+    def places(self) -> list[tuple[int, int, int]] | None:
+        """View, row and column in it of every vision token that entered the language model; None if not known."""
+        return self._grid_places if self._facts else None
 
     def __getattr__(self, name: str):
         if name.startswith("_") or name not in (facts := self._facts):
@@ -211,6 +224,15 @@ class Trace:
 
     def __repr__(self) -> str:
         return f"Trace(vision_tokens={self.vision_tokens}, mean_tokens={self.mean_tokens:.1f})"
+
+
+def _mlp_lengths(record: PassRecord, row: int) -> list[int]:
+    """Positions of a prompt that went through the second half of each decoder layer."""
+    counts = {id(tokens): int(tokens.counts[row]) for tokens in (*record.tokens_in, *record.tokens_out)}
+    return [
+        min(done, counts[id(entering)]) if isinstance(done, int) else counts[id(done)]
+        for entering, done in zip(record.tokens_in, record.finished, strict=True)
+    ]
 
 
 def _plans(record: PassRecord, row: int) -> dict[int, dict]:
@@ -292,6 +314,15 @@ def _per_view(layers: list[Tokens], row: int, image: int, views: int) -> list[fl
         for key, tokens in records.items()
     }
     return (sum(counts[id(tokens)] for tokens in layers) / len(layers)).tolist()
+
+
+def _grid_places(tokens: Tokens, row: int) -> list[tuple[int, int, int]] | None:
+    """Where the vision tokens of a prompt stand: view, row, column."""
+    if tokens.row is None:
+        return None
+    own, view = tokens.vision[row], tokens.view[row]
+    places = torch.stack([view, tokens.row[row] - view * APART, tokens.column[row]], dim=-1)
+    return [tuple(place) for place in places[own].tolist()]
 
 
 def _patches(patch_to_token: Tensor, tokens: Tokens, row: int) -> list[int]:

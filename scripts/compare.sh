@@ -8,23 +8,23 @@
 #   bash scripts/compare.sh --any-commit                     methods were added since: only what is missing is run,
 #                                                            the table says which commit made which rows
 #
-# From the environment: MODEL (its settings come from configs/methods/MODEL, see mustdrop calibrate), LIMIT (questions
-# per task), OUT, PROCESSES, SWEEP (another list of methods). Arguments go to `python -m eval.sweep`; the same command
+# From the environment: MODEL (its thresholds come from configs/methods/MODEL, see mustdrop calibrate), LIMIT (questions
+# per task), OUT, PROCESSES, SWEEP (another list of methods). Arguments go to `mustdrop sweep`; the same command
 # again goes on where it stopped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 OUT="${OUT:-results/compare}"
-python -m eval.sweep "${SWEEP:-$root/configs/sweeps/compare.yaml}" --out "$OUT" ${PROCESSES:+--parallel "$PROCESSES"} "$@" &&
+python -m mustdrop_command sweep "${SWEEP:-$root/configs/sweeps/compare.yaml}" --out "$OUT" ${PROCESSES:+--parallel "$PROCESSES"} "$@" &&
     failed=0 || failed=$?
 case " $* " in *" --dry-run "* | *" --detach "*) exit "$failed" ;; esac
 [ "$failed" -le 1 ] || exit "$failed" # 1: some cells failed, the others make a table all the same
 
-python -m eval.table "$root/configs/tables/compare.yaml" --results "$OUT" --format all --out "$OUT"
-python -m eval.plots "$OUT" >/dev/null
+python -m mustdrop_command table "$root/configs/tables/compare.yaml" --results "$OUT" --format all --out "$OUT"
+python -m mustdrop_command plots "$OUT" >/dev/null
 for reference in mustdrop mustdrop_plus rival; do
-    python -m eval.significance "$OUT" --against "$reference" --format github >"$OUT/against-$reference.md" ||
+    python -m mustdrop_command significance "$OUT" --against "$reference" --format github >"$OUT/against-$reference.md" ||
         rm -f "$OUT/against-$reference.md" # a list of methods without this one
 done
 echo "table: $OUT/compare.md, plots: $OUT/plots, paired intervals: $OUT/against-*.md" >&2

@@ -5,4 +5,4 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-exec python -m eval.run --task mmvet "$@"
+exec python -m mustdrop_command run --task mmvet "$@"

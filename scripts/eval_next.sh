@@ -7,7 +7,7 @@
 #   LIMIT=50 PROCESSES=1 OUT=/tmp/try bash scripts/eval_next.sh        fewer questions, one job at a time, another folder
 #   bash scripts/eval_next.sh --dry-run                                lists the cells, runs nothing
 #
-# From the environment: MODEL, LIMIT (questions per task), OUT, PROCESSES. Arguments go to `python -m eval.sweep`; the
+# From the environment: MODEL, LIMIT (questions per task), OUT, PROCESSES. Arguments go to `mustdrop sweep`; the
 # same command again goes on where it stopped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

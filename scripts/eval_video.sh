@@ -8,7 +8,7 @@
 #   bash scripts/eval_video.sh --dry-run                             lists the cells, runs nothing
 #
 # From the environment: MODEL, LIMIT (questions per task), OUT, PROCESSES, VIDEO_QA (the benchmarks' folders). Arguments
-# go to `python -m eval.sweep`; the same command again goes on where it stopped.
+# go to `mustdrop sweep`; the same command again goes on where it stopped.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 

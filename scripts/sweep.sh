@@ -6,8 +6,8 @@
 #   bash scripts/sweep.sh configs/sweeps/table1.yaml --where slurm      partition, GPUs and time from the file
 #   LIMIT=50 OUT=/tmp/try bash scripts/sweep.sh ...                     fewer questions, another folder
 #
-# The same command again goes on where it stopped. More: `python -m eval.sweep --help`.
+# The same command again goes on where it stopped. More: `mustdrop sweep --help`.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-exec python -m eval.sweep "$@"
+exec python -m mustdrop_command sweep "$@"

@@ -51,7 +51,7 @@ try() {
     names="$("$venv/bin/python" -c 'import importlib.metadata as m, platform
 print(f"Python {platform.python_version()}", *(f"{name} {m.version(name)}" for name in ("torch", "transformers")), sep=", ")')"
     if ! (cd "$work" && LIMIT="${LIMIT:-10}" RETAIN=64 OUT="$work/results-$end" MODEL="$root/checkpoints/llava-mini" \
-        "$venv/bin/python" -m eval.run --task gqa --force) >"$log" 2>&1; then
+        "$venv/bin/python" -m mustdrop_command run --task gqa --force) >"$log" 2>&1; then
         fails "$names" "main job" "$log"
     elif ! (cd "$root" && "$venv/bin/python" -m pytest --maxfail=5 -p no:cacheprovider "${SMOKE[@]}") >"$log" 2>&1; then
         fails "$names" "tests" "$log"

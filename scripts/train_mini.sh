@@ -34,7 +34,7 @@ stage() {
     if ((processes > 1)); then
         launcher=(python -m torch.distributed.run --standalone --nproc_per_node "$processes")
     fi
-    "${launcher[@]}" -m eval.mini.run "$name" --work "$WORK" --seed "$SEED" "$@"
+    "${launcher[@]}" -m mustdrop_command mini-train "$name" --work "$WORK" --seed "$SEED" "$@"
 }
 
 stage vision 1 --phases "$VISION"
@@ -43,5 +43,5 @@ stage align 1 --phases "$ALIGN"
 stage tune "$PROCESSES" --phases "$TUNE" --questions "$QUESTIONS"
 stage choices "$PROCESSES" --phases "$CHOICES" --questions "$QUESTIONS" --lr 1.5e-3
 stage export 1 --output "$OUTPUT"
-python -m eval.mini.evaluate --model_path "$OUTPUT" --n_scenes "$SCENES" --per_scene 10 \
+python -m mustdrop_command mini-evaluate --model_path "$OUTPUT" --n_scenes "$SCENES" --per_scene 10 \
     --output "$OUTPUT/accuracy.json"

@@ -23,5 +23,5 @@ else
     PHASES=${PHASES:-strips:900,mixed:400,squares:500} SCENES=${SCENES:-150}
 fi
 
-python -m eval.mini.tiles --init "$INIT" --work "$WORK" --output "$OUTPUT" --phases "$PHASES" --seed "${SEED:-0}"
-python -m eval.mini.tiles_evaluate --model_path "$OUTPUT" --n_scenes "$SCENES" --output "$OUTPUT/accuracy.json"
+python -m mustdrop_command mini-tiles --init "$INIT" --work "$WORK" --output "$OUTPUT" --phases "$PHASES" --seed "${SEED:-0}"
+python -m mustdrop_command mini-tiles-evaluate --model_path "$OUTPUT" --n_scenes "$SCENES" --output "$OUTPUT/accuracy.json"

@@ -21,9 +21,9 @@ if [[ ${QUICK:-0} == 1 ]]; then
 fi
 
 run() {
-    python -m eval.mini.run "$1" --work "$WORK" --init "$INIT" --seed "${SEED:-0}" "${@:2}"
+    python -m mustdrop_command mini-train "$1" --work "$WORK" --init "$INIT" --seed "${SEED:-0}" "${@:2}"
 }
 
 run clips --phases "${PHASES:-0:1000,1:500,2:80,4:80}"
 run export_clips --output "$OUTPUT"
-python -m eval.mini.clip_evaluate --model_path "$OUTPUT" --n_clips "${CLIPS:-150}" --output "$OUTPUT/accuracy.json"
+python -m mustdrop_command mini-clips-evaluate --model_path "$OUTPUT" --n_clips "${CLIPS:-150}" --output "$OUTPUT/accuracy.json"

@@ -28,6 +28,7 @@ def write(path: Path, drawn: np.ndarray, codec: str = "ffv1", rate: int = 8) -> 
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = drawn.shape[1:3]
         stream.pix_fmt = "bgr0" if codec == "ffv1" else "yuv420p"
+        container.start_encoding()
         for picture in drawn:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())

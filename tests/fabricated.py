@@ -76,7 +76,7 @@ def write_cell(
     name = method if method == "vanilla" else f"{method}_{retain}"
     file = folder / "cells" / task / f"{name}{f'-seed{seed}' if seed else ''}-{key}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    provenance = {"command": "python -m eval.run", "git_commit": "c0ffee" * 6, "date": date, "device": "a CPU"}
+    provenance = {"command": "mustdrop run", "git_commit": "c0ffee" * 6, "date": date, "device": "a CPU"}
     provenance |= {"dtype": "float32", "versions": {"torch": "2.13.0"}}
     identity = {"settings": {"method": method}, "task": task, "seed": seed, "limit": limit}
     file.write_text(json.dumps({"row": whole, "identity": identity, "provenance": provenance, "seconds": 1.5}))

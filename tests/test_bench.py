@@ -12,6 +12,7 @@ from eval.bench.eager import run_eager
 from eval.bench.model import Inputs, hugging_face_twin, random_model, read_shape
 from eval.bench.passes import Lengths, cache_bytes, floor_pass, run_hugging_face, run_ours
 from mustdrop import MustDrop, Reducer, load_reducer
+from mustdrop.hooks import LEAST_ROWS
 
 PATCHES, TEXT = SIDE * SIDE, 12
 KEYS = {
@@ -51,7 +52,7 @@ def test_rows_carry_everything(report):
                 plain and key in ("selector_ms", "replay_floor_ms", "share_of_replay_floor")
             )
         assert row["spread"]["prefill_ms"] >= 0 and len(row["rounds"]["prefill_ms"]) == 2
-    assert report["provenance"]["command"].startswith("python -m eval.bench_speed --shape")
+    assert report["provenance"]["command"].startswith("mustdrop bench --shape")
     assert {"versions", "device", "date", "cpu_load"} <= set(report["provenance"])
 
 
@@ -97,7 +98,9 @@ def test_the_floor_runs_on_the_counts_of_the_pass(config):
     )
     done = run_ours(model, MustDrop(budget=[60, 41, 30, 20], merge_to=104), inputs, 2, timing=True)
     expected = [104, 60, 41, 30, 20, 20, 20, 20]
-    assert done.lengths == Lengths([PATCHES + 1, 105, 105], 104, [count + TEXT for count in expected])
+    entering = [count + TEXT for count in expected]
+    finished = [*entering[1:], LEAST_ROWS]  # what is dropped, and of the last layer what nobody reads, is left out
+    assert done.lengths == Lengths([PATCHES + 1, 105, 105], 104, entering, finished)
     assert done.cache_bytes == 2 * LAYERS * (20 + TEXT) * 2 * 2 * 16 * 4
     assert done.times["selector_ms"] > 0 and done.times["ttft_ms"] > done.times["prefill_ms"] > 0
     seen = []
@@ -107,7 +110,7 @@ def test_the_floor_runs_on_the_counts_of_the_pass(config):
     floor = floor_pass(model, inputs, done.lengths)()
     for hook in hooks:
         hook.remove()
-    assert seen == [(2, count + TEXT, 64) for count in expected] and set(floor.times) < set(done.times)
+    assert seen == [(2, count, 64) for count in finished] and set(floor.times) < set(done.times)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -176,7 +179,7 @@ def test_help_teaches(capsys):
 
 
 def test_compiled_rows_stand_beside_plain_ones():
-    rows = bench_speed.contestants(["mustdrop"], [64], [1, 8], compiled=True)
+    rows = bench_speed.bench_cases(["mustdrop"], [64], [1, 8], compiled=True)
     labels = ["huggingface", "vanilla", "vanilla compiled", "mustdrop 64", "mustdrop 64 compiled"]
     assert [row.label for row in rows] == 2 * labels
     assert [row.batch_size for row in rows] == [1] * 5 + [8] * 5

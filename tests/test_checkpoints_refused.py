@@ -104,7 +104,7 @@ FIELDS = {
         {"load_in_4bit": True},
     ),
     "architectures": (["LlavaMistralForCausalLM"], "LlavaLlamaForCausalLM"),
-    "model_type": ("llava_mistral", "llava_qwen", "llava_next", "llava_onevision", "video_llava", "qwen2_vl", None, 7),
+    "model_type": ("llava_mistral", "llava_qwen", "llava_next", "llava_onevision", "video_llava", "mllama", None, 7),
 }
 
 

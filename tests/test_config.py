@@ -13,6 +13,28 @@ def test_yaml_and_dict_give_the_same(tmp_path):
     assert load_reducer(path).parts[2].global_threshold == 0.002
 
 
+def test_one_file_has_the_settings_of_several_budgets(tmp_path):
+    path = tmp_path / "mustdrop.yaml"
+    at = "  64: {global_threshold: 0.01, window: 2}\n  0.25: {global_threshold: 0.002}\n"
+    path.write_text(f"method: mustdrop\nat:\n{at}")
+    assert load_reducer(path, retain=64) == MustDrop(global_threshold=0.01, window=2)
+    assert load_reducer(path, retain=0.25) == MustDrop(global_threshold=0.002)
+    assert load_reducer({"method": "compose", "parts": [str(path)]}, 64).parts[0].window == 2
+    assert load_reducer(tmp_path / "mustdrop_64.yaml") == load_reducer(path, retain=64), "as it was called before"
+    with pytest.raises(ValueError, match="mustdrop.yaml: retain is 65: it must be one of 64, 0.25, the budgets"):
+        load_reducer(path, retain=65)
+    with pytest.raises(ValueError, match=r"mustdrop_65\.yaml: no such file"):
+        load_reducer(tmp_path / "mustdrop_65.yaml")
+
+
+def test_a_budget_is_enough_where_a_method_derives_its_settings():
+    assert load_reducer({"method": "divprune"}, retain=64) == load_reducer({"method": "divprune", "retain": 64})
+    with pytest.raises(ValueError, match="retain is no field of yopo"):
+        load_reducer({"method": "yopo"}, retain=64)
+    with pytest.raises(ValueError, match="no such file; .* none is needed for {method: fastv, retain: 64}"):
+        load_reducer("configs/methods/fastv_64.yaml")
+
+
 def test_a_composition_that_holds_itself_has_an_end(tmp_path):
     path = tmp_path / "method.yaml"
     path.write_text(f"method: compose\nparts: [{path}]\n")
@@ -63,6 +85,19 @@ def test_vanilla_does_nothing():
         ({"method": "compose", "parts": [["mustdrop"]]}, r"parts: got \['mustdrop'\]: it must be a mapping"),
         ({"method": "compose", "parts": [{"method": "compose", "parts": [{}]}]}, r"parts: parts: method is None"),
         ({"method": "compose", "parts": [{"method": "vanilla"}], "retain": 9}, r"retain is 9: compose has one field"),
+        ({"method": "mustdrop", "at": {64: {}, 0.5: {}}}, r"retain is None: it must be one of 64, 0.5, the budgets"),
+        ({"method": "mustdrop", "at": {64: {}}, "retain": 65}, r"retain is 65: it must be one of 64, the budgets"),
+        ({"method": "mustdrop", "at": {1: {}}, "retain": True}, r"retain is True: it must be one of 1, the budgets"),
+        ({"method": "mustdrop", "at": {64: {}}, "retain": "64"}, r"retain is '64': it must be one of 64"),
+        ({"method": "mustdrop", "at": {64: {"windw": 2}}, "retain": 64}, r"windw is no field of mustdrop .*window\?"),
+        ({"method": "mustdrop", "at": {64: {"method": "fastv"}}, "retain": 64}, r"at is .*: it must be without method"),
+        ({"method": "mustdrop", "at": {64: {}, "64": {}}, "retain": 64}, r"at is '64': it must be there only once"),
+        ({"method": "mustdrop", "at": {}}, r"at is {}: it must be a mapping from numbers of tokens, or shares"),
+        ({"method": "mustdrop", "at": [64]}, r"at is \[64\]: it must be a mapping"),
+        ({"method": "mustdrop", "at": {"few": {}}}, r"at is {'few': {}}: it must be a mapping"),
+        ({"method": "mustdrop", "at": {64: 0.1}}, r"at is {64: 0.1}: it must be a mapping"),
+        ({"method": "mustdrop", "at": {0: {}}}, r"at is 0: it must be 1 or more tokens, or a share"),
+        ({"method": "compose", "parts": [{"method": "mustdrop", "at": {64: {}}}]}, "parts: retain is None: .* 64"),
     ],
 )
 def test_mistakes_are_one_clear_line(settings, message):

@@ -166,14 +166,14 @@ def test_parts_add_up_what_a_prompt_needs(small):
         "vision_tower": macs.vision_macs(small, [36, 20]),
         "projector": macs.projector_macs(small, 20),
         "selector": macs.key_probe_macs(small, 20) + macs.filter_macs(small, 7, 27),
-        "prefill": macs.prefill_macs(small, [20, 20, 9, 9], 7),
+        "prefill": macs.prefill_macs(small, [20, 20, 9, 9], 7, mlp_lengths=[27, 16, 16, 4]),
         "decode": macs.decode_macs(small, [27, 27, 16, 16], steps=2),
     }
     plain = macs.costs(small, Workload.of(small, text_tokens=7))
     assert (plain["selector"], plain["decode"]) == (0, 0)
     two = macs.costs(small, Workload.of(small, text_tokens=7, image_tokens=[36, 36]))
     assert two["vision_tower"] == 2 * plain["vision_tower"]
-    assert two["prefill"] == macs.prefill_macs(small, [72] * 4, 7)
+    assert two["prefill"] == macs.prefill_macs(small, [72] * 4, 7, mlp_lengths=[79, 79, 79, 4])
 
 
 # Published figures
@@ -376,7 +376,8 @@ def test_json_describes_itself(capsys, seven):
     assert facts["tokens"]["full"] == 576
     assert facts["cache_bytes"] == (64 + 60) * seven.cache_bytes_per_token
     assert facts["cache_bytes_full"] == (576 + 60) * seven.cache_bytes_per_token
-    assert facts["parts"]["prefill"]["macs"] == macs.prefill_macs(seven, [64] * 32, 60)
+    left_out = 120 * 4096 * (4096 + 3 * 11008)  # of the 124 positions in the last layer
+    assert facts["parts"]["prefill"]["macs"] == macs.prefill_macs(seven, [64] * 32, 60) - left_out
     assert facts["decode_step"]["macs"] == macs.decode_step_macs(seven, [124] * 32)
     assert all(part["flops"] == 2 * part["macs"] for part in facts["parts"].values())
     assert set(facts["conventions"]) == set(CONVENTIONS)
@@ -395,8 +396,11 @@ def test_mustdrop_schedule_and_cache(capsys, seven):
     assert facts["tokens"]["cache_lengths"] == [460] * 2 + [105] * 30
     assert facts["parts"]["vision_tower"]["macs"] == macs.vision_macs(seven, [576] + [400] * 22)
     assert facts["parts"]["decode"]["macs"] == macs.decode_macs(seven, [460] * 2 + [105] * 30, 3)
+    assert facts["tokens"]["mlp_lengths"] == [460] * 2 + [160] * 4 + [150] * 4 + [105] * 21 + [4]
     first_token = sum(part["flops"] for name, part in facts["parts"].items() if name != "decode")
-    assert facts["conventions"]["with-text-tower"]["reduced"] == first_token
+    dropped = 300 + 10 + 45 + 101  # in the layers after which they go; conventions count these layers whole
+    whole = first_token + 2 * dropped * 4096 * (4096 + 3 * 11008)
+    assert facts["conventions"]["with-text-tower"]["reduced"] == whole
     assert 0 < facts["parts"]["selector"]["macs"] < 0.01 * facts["parts_full"]["prefill"]["macs"]
     assert round(facts["conventions"]["final-cache"]["reduction"], 3) == 0.922
 

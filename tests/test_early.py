@@ -8,10 +8,9 @@ from tiny import LAYERS, SIDE, batch, expand_for_hugging_face, hugging_face, our
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava.model import drop_early
-from llava.model.language_model.early import LEAST_ROWS
 from mustdrop import MustDrop, MustDropPlus, Reducer
 from mustdrop.compose import Compose
-from mustdrop.hooks import Keep
+from mustdrop.hooks import LEAST_ROWS, Keep
 from mustdrop.methods import FastV, PyramidDrop, SparseVLM
 from mustdrop.stages import OutputAwareCache
 
@@ -31,22 +30,30 @@ REDUCERS = {
 PROMPTS = {"one": [prompt(3, 6, seed=1)], "padded": [prompt(3, 6, seed=1), prompt(6, 2, seed=2), prompt(2, 9, seed=3)]}
 
 
+@pytest.fixture(scope="module")
+def whole():
+    """The same model in whole layers."""
+    return drop_early(copy.deepcopy(ours()), False)
+
+
 @pytest.fixture
 def early():
-    model = copy.deepcopy(ours())
-    return drop_early(model)
+    return copy.deepcopy(ours())
 
 
 @pytest.mark.parametrize("name", REDUCERS)
 @pytest.mark.parametrize("prompts", PROMPTS)
-def test_logits_and_traces_are_those_of_whole_layers(early, name, prompts):
+def test_logits_and_traces_are_those_of_whole_layers(whole, name, prompts):
     inputs = {**batch(PROMPTS[prompts]), "images": pictures(len(PROMPTS[prompts]))}
-    ids, logits, traces = run(ours(), REDUCERS[name], **inputs)
-    found, same_logits, same_traces = run(early, REDUCERS[name], **inputs)
+    ids, logits, traces = run(whole, REDUCERS[name], **inputs)
+    found, same_logits, same_traces = run(ours(), REDUCERS[name], **inputs)
     assert torch.equal(found, ids)
     torch.testing.assert_close(same_logits, logits, atol=1e-5, rtol=0)
     for one, other in zip(same_traces, traces, strict=True):
-        assert {**one.to_dict(), "times_ms": None} == {**other.to_dict(), "times_ms": None}
+        differs = {"times_ms": None, "mlp_lengths": None}
+        assert one.to_dict() | differs == other.to_dict() | differs
+        assert other.mlp_lengths == [tokens + other.text_tokens for tokens in other.vision_tokens]
+        assert sum(one.mlp_lengths) < sum(other.mlp_lengths)  # in the last layer nobody reads all
 
 
 def linear(model, reducer, **inputs) -> list[int]:
@@ -59,38 +66,80 @@ def linear(model, reducer, **inputs) -> list[int]:
     return [sum(n for op, n in one.items() if "mm" in str(op) and "bmm" not in str(op)) // 2 for one in own]
 
 
-def test_products_of_dropped_tokens_and_of_the_last_layer_are_left_out(early):
+def test_products_of_dropped_tokens_and_of_the_last_layer_are_left_out(whole):
     ids, text, patches = prompt(3, 6, seed=1), 10, SIDE**2
-    whole, part = (linear(model, FastV(2, 0.5), input_ids=ids, logits_to_keep=1) for model in (ours(), early))
+    all_of, part = (linear(model, FastV(2, 0.5), input_ids=ids, logits_to_keep=1) for model in (whole, ours()))
     second_half = 64 * 64 + 3 * 64 * 96
-    saved = [before - after for before, after in zip(whole, part, strict=True)]
+    saved = [before - after for before, after in zip(all_of, part, strict=True)]
     asking = 64 * 64  # the query of the row that asks is computed inside this layer now
     dropped, unread = patches // 2, text + patches // 2 - LEAST_ROWS
     assert saved == [0, dropped * second_half - asking, *[0] * (LAYERS - 3), unread * second_half]
-    all_logits = [linear(model, Reducer(), input_ids=ids) for model in (ours(), early)]
+    all_logits = [linear(model, Reducer(), input_ids=ids) for model in (whole, ours())]
     assert all_logits[0] == all_logits[1]
 
 
+@torch.no_grad()
+def test_a_trace_says_what_went_through_the_second_half_of_each_layer(whole):
+    given, full = {"input_ids": prompt(3, 6, seed=1), "images": pictures(1)}, SIDE**2 + 10
+    dropped = full - SIDE**2 // 2
+    cases = {1: [full, *[dropped] * (LAYERS - 2), LEAST_ROWS], 6: [full, *[dropped] * (LAYERS - 2), 6]}
+    cases[0] = cases[1][:-1] + [dropped]  # all logits are read
+    for keep, expected in cases.items():
+        with FastV(2, 0.5).on(ours()) as record:
+            ours()(**given, logits_to_keep=keep)
+        assert record.traces[0].mlp_lengths == expected
+
+
 @pytest.mark.parametrize("keep", [0, 1, 3, 6])
-def test_as_many_logits_as_are_asked_for(early, keep):
+def test_as_many_logits_as_are_asked_for(whole, keep):
     given = {"input_ids": prompt(3, 6, seed=1), "images": pictures(1), "logits_to_keep": keep}
     with torch.inference_mode():
-        logits, found = (model(**given).logits for model in (ours(), early))
+        logits, found = (model(**given).logits for model in (whole, ours()))
     assert found.shape[1] == (keep or SIDE**2 + 10)
     torch.testing.assert_close(found, logits, atol=1e-5, rtol=0)
 
 
-def test_who_looks_at_layers_sees_all_of_their_output(early):
-    given = {"input_ids": prompt(3, 6, seed=1), "images": pictures(1), "logits_to_keep": 1}
-    shapes = []
+PARTS = {
+    "layer": lambda layer: layer,
+    "norm": lambda layer: layer.post_attention_layernorm,
+    "o_proj": lambda layer: layer.self_attn.o_proj,
+    "mlp": lambda layer: layer.mlp,
+    "down_proj": lambda layer: layer.mlp.down_proj,
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_who_looks_at_a_layer_or_a_part_of_it_sees_all_of_its_output(early, part):
+    given, seen = {"input_ids": prompt(3, 6, seed=1), "images": pictures(1), "logits_to_keep": 1}, {}
+    layers = early.get_model().layers
+    for number in (1, LAYERS - 1):
+        watch = PARTS[part](layers[number])
+        watch.register_forward_hook(lambda module, args, output, number=number: seen.update({number: output.shape[1]}))
     with torch.inference_mode(), FastV(2, 0.5).on(early):
-        hidden = early(**given, output_hidden_states=True).hidden_states
-        handle = early.get_model().layers[1].register_forward_hook(lambda *args: shapes.append(args[-1].shape[1]))
         early(**given)
-        handle.remove()
+    assert seen == {1: SIDE**2 + 10, LAYERS - 1: SIDE**2 // 2 + 10}
+
+
+def test_who_looks_at_the_final_norm_sees_all_positions(early):
+    seen = []
+    early.get_model().norm.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    with torch.inference_mode():
+        early(input_ids=prompt(3, 6, seed=1), images=pictures(1), logits_to_keep=1)
+    assert seen == [SIDE**2 + 10]
+
+
+def test_who_asks_for_hidden_states_or_gradients_has_whole_layers():
+    given = {"input_ids": prompt(3, 6, seed=1), "images": pictures(1), "logits_to_keep": 1}
+    with torch.inference_mode(), FastV(2, 0.5).on(ours()) as record:
+        hidden = ours()(**given, output_hidden_states=True).hidden_states
     full = SIDE**2 + 10
-    assert [states.shape[1] for states in hidden[:3]] == [full] * 3 and shapes == [full]
-    early(**given).logits.sum().backward()  # with gradients layers are whole, and can be run twice
+    assert [states.shape[1] for states in hidden[:3]] == [full] * 3
+    assert hidden[-1].shape[1] == SIDE**2 // 2 + 10
+    with FastV(2, 0.5).on(ours()) as graded:
+        ours()(**given).logits.sum().backward()
+    ours().zero_grad()
+    whole = [tokens + 10 for tokens in record.traces[0].vision_tokens]
+    assert record.traces[0].mlp_lengths == graded.traces[0].mlp_lengths == whole
 
 
 class ReadsStates(FastV):
@@ -107,15 +156,15 @@ class GivesStates(FastV):
         return keep
 
 
-def test_a_reducer_that_breaks_its_word_is_an_error_and_no_wrong_number(early):
+def test_a_reducer_that_breaks_its_word_is_an_error_and_no_wrong_number():
     given = {"inputs": prompt(3, 6, seed=1), "images": pictures(1), "max_new_tokens": 1}
-    with pytest.raises(RuntimeError, match="meta"), ReadsStates(2, 0.5).on(early):
-        early.generate(**given)
-    with pytest.raises(ValueError, match="^Keep: by_attention says"), GivesStates(2, 0.5).on(early):
-        early.generate(**given)
+    with pytest.raises(RuntimeError, match="meta"), ReadsStates(2, 0.5).on(ours()):
+        ours().generate(**given)
+    with pytest.raises(ValueError, match="^Keep: by_attention says"), GivesStates(2, 0.5).on(ours()):
+        ours().generate(**given)
 
 
-def test_others_are_asked_after_the_layer(early):
+def test_others_are_asked_after_the_layer():
     class Looks(Reducer):
         seen = []
 
@@ -123,20 +172,37 @@ def test_others_are_asked_after_the_layer(early):
             self.seen.append(step.hidden.device.type)
             return Keep.where(step.hidden.norm(dim=-1) > 0)
 
-    with Compose([FastV(2, 0.5), Looks()]).on(early):
-        early.generate(prompt(3, 6, seed=1), images=pictures(1), max_new_tokens=1)
+    with Compose([FastV(2, 0.5), Looks()]).on(ours()):
+        ours().generate(prompt(3, 6, seed=1), images=pictures(1), max_new_tokens=1)
     assert Looks.seen == ["cpu"] * LAYERS
 
 
 @pytest.mark.parametrize("name", ["budget", "fastv", "sparsevlm"])
-def test_hosted_models_too(name):
-    model, ids = copy.deepcopy(hugging_face()), prompt(3, 6, seed=1)
-    given = {"input_ids": expand_for_hugging_face(ids, SIDE**2), "pixel_values": pictures(1)}
-    logits, counts = [], []
+@pytest.mark.parametrize("by_place", [False, True])
+def test_hosted_models_too(name, by_place):
+    model, ids = copy.deepcopy(hugging_face()), expand_for_hugging_face(prompt(3, 6, seed=1), SIDE**2)
+    logits, traces, counts = [], [], []
     for on in (False, True):
         drop_early(model, on)
-        with torch.no_grad(), REDUCERS[name].on(model), FlopCounterMode(display=False) as counter:
-            logits.append(model(**given).logits)
+        with torch.no_grad(), REDUCERS[name].on(model) as record, FlopCounterMode(display=False) as counter:
+            call = model if by_place else lambda ids, pixels, **more: model(input_ids=ids, pixel_values=pixels, **more)
+            logits.append(call(ids, pictures(1), logits_to_keep=2).logits)
         counts.append(counter.get_total_flops())
+        traces.append(record.traces[0])
+    assert logits[1].shape[1] == 2
     torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
-    assert (counts[0] > counts[1]) == (name != "sparsevlm")
+    assert traces[1].mlp_lengths[-1] == LEAST_ROWS < traces[0].mlp_lengths[-1]
+    left_out = sum(traces[0].mlp_lengths) - sum(traces[1].mlp_lengths)
+    assert counts[0] - counts[1] == 2 * left_out * (64 * 64 + 3 * 64 * 96)
+
+
+@torch.no_grad()
+def test_hosted_models_compute_all_that_is_read():
+    model, ids = hugging_face(), expand_for_hugging_face(prompt(3, 6, seed=1), SIDE**2)
+    for given in ({}, {"labels": ids, "logits_to_keep": 0}, {"logits_to_keep": torch.tensor([3])}):
+        with FastV(2, 0.5).on(model) as record:
+            model(input_ids=ids, pixel_values=pictures(1), **given)
+        assert record.traces[0].mlp_lengths[-1] == SIDE**2 // 2 + 10
+    with FastV(2, 0.5).on(model) as record:
+        model.generate(input_ids=ids, pixel_values=pictures(1), max_new_tokens=2)
+    assert record.traces[0].mlp_lengths[-1] == LEAST_ROWS

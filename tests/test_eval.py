@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -17,10 +18,12 @@ import torch
 from lmms_eval.api.instance import Instance
 from PIL import Image
 
-from eval import cli, tasks
+from eval import statistics, tasks
 from eval.methods import method_at, read_method
 from eval.mini import questions, scenes
+from eval.provenance import replace_file
 from eval.report import summary
+from eval.report.results import frame_of
 from eval.run import command as run
 from eval.run import rows, samples, settings
 from eval.run.cell import Cell
@@ -112,18 +115,19 @@ def row(method: str, scores: list[float], records: list[dict]) -> dict:
 def test_row_and_shares():
     plain = row("vanilla", [1, 1, 1, 0], [record(576, t) for t in (1, 2, 3, 400)])
     cut = row("mustdrop", [1, 1, 0, 0], [record(64)] * 4)
-    plain, cut = summary.with_shares([plain, cut])
     assert (plain["n"], plain["accuracy"], plain["prefill_ms"], plain["mean_tokens"]) == (4, 0.75, 2.5, 576)
-    assert plain["flops_reduction"] == pytest.approx(0, abs=1e-6) and plain["share_of_vanilla"] == 1
-    assert cut["share_of_vanilla"] == pytest.approx(2 / 3)
+    assert plain["flops_reduction"] == pytest.approx(0, abs=1e-6)
     assert cut["flops_reductions"]["vision-only"] == pytest.approx(0.891, abs=5e-4)
     assert cut["flops_reduction"] < cut["flops_reductions"]["vision-only"]
     assert cut["selector_macs"] == 7 * 64 and cut["selector_prompt"]["vision_tokens"] == 64
     assert cut["accuracy_by_type"] == {"a": {"accuracy": 1, "n": 2}, "b": {"accuracy": 0, "n": 2}}
     low, high = cut["ci95"]
     assert 0 < low < 0.5 < high < 1
-    assert "64.0" in summary.table([plain, cut], "github") and "50.0 (15.0-85.0)" in summary.table([cut], "simple")
-    assert summary.with_shares([cut])[0]["share_of_vanilla"] is None
+    results = [({"row": one, "identity": {}, "provenance": {}}, Path("a.json")) for one in (plain, cut)]
+    frame = frame_of(results)
+    assert list(frame.share) == [100, pytest.approx(200 / 3)] and frame_of(results[1:]).share[0] is None
+    text = summary.render(*summary.table(frame), "github")
+    assert "64.0" in text and "50.0 (15.0-85.0)" in text and "66.7 %" in text
 
 
 def test_wilson_interval_against_its_formula():
@@ -131,15 +135,15 @@ def test_wilson_interval_against_its_formula():
     share, width = correct / n, z * math.sqrt(correct * (n - correct) / n**3 + z * z / (4 * n * n))
     middle = share + z * z / (2 * n)
     expected = [(middle + sign * width) / (1 + z * z / n) for sign in (-1, 1)]
-    assert rows.share_interval(correct, n) == pytest.approx(expected, abs=1e-6)
+    assert statistics.share_interval(correct, n) == pytest.approx(expected, abs=1e-6)
 
 
 def test_bootstrap_interval_of_a_mean_is_the_normal_one():
     values = torch.arange(400).remainder(4).double().numpy()
-    low, high = rows.bootstrap_interval(lambda drawn: values[drawn].mean(), len(values))
+    low, high = statistics.bootstrap_interval(lambda drawn: values[drawn].mean(), len(values))
     width = 1.96 * values.std() / 20
     assert (low, high) == pytest.approx((1.5 - width, 1.5 + width), abs=0.02)
-    assert rows.bootstrap_interval(lambda drawn: 7.0, 1) == (7, 7)
+    assert statistics.bootstrap_interval(lambda drawn: 7.0, 1) == (7, 7)
 
 
 def test_kept_patches_survive_packing():
@@ -173,6 +177,13 @@ def test_a_models_own_thresholds_come_first(configs):
     assert method_at("some/model", "fastv", 10, configs) == ({"method": "fastv", "retain": 10}, None)
     with pytest.raises(ValueError, match="mustdrop calibrate --model some/model --method mustdrop --retain 10"):
         method_at("some/model", "mustdrop", 10, configs)
+    whole = own.with_name("mustdrop.yaml")
+    whole.write_text("method: mustdrop\nat:\n  9: {global_threshold: 0.07}\n  8: {global_threshold: 0.08}\n")
+    assert method_at("some/model", "mustdrop", 9, configs) == ({"method": "mustdrop", "global_threshold": 0.07}, whole)
+    assert read_method(str(whole), {"retain": "8", "window": "2"}) == method_at("model", "mustdrop", 8, configs)[0] | {
+        "window": 2
+    }
+    whole.unlink()
     own.write_text("method: mustdrop\nkey_rte: 1\n")
     with pytest.raises(ValueError, match=r"mustdrop_9\.yaml: .*key_rte"):
         method_at("some/model", "mustdrop", 9, configs)
@@ -461,12 +472,28 @@ def test_several_processes_share_the_questions(checkpoint, configs, small_task, 
     assert len(lines.read_text().splitlines()) == 5
 
 
-def test_every_command_has_help(capsys):
-    assert cli.main([]) == 0
-    printed = capsys.readouterr().out
-    for name in cli.COMMANDS:
-        assert name in printed
-        with pytest.raises(SystemExit) as left:
-            cli.main([name, "--help"])
-        assert left.value.code == 0 and "usage:" in capsys.readouterr().out
-    assert cli.main(["runn"]) == 2 and "'runn'" in capsys.readouterr().err
+def test_borrowed_thresholds_are_told_and_calibrated_ones_are_not(configs, capsys):
+    (configs / "mustdrop.yaml").write_text("method: mustdrop\nat:\n  9: {global_threshold: 0.07}\n")
+    names = {"model": "some/model", "benchmark": "gqa", "task": "mini_gqa", "method": "mustdrop"}
+    cell = Cell(**names, retain=9, settings={"method": "mustdrop"})
+    run.note_borrowed([cell], configs)
+    assert "note: 9 tokens: settings published for LLaVA-1.5-7B" in capsys.readouterr().err
+    (configs / "model").mkdir()
+    (configs / "model" / "mustdrop.yaml").write_text("method: mustdrop\nat:\n  9: {global_threshold: 0.05}\n")
+    run.note_borrowed([cell], configs)
+    assert not capsys.readouterr().err
+
+
+def full_disk(path: Path, content: bytes) -> None:
+    path.touch()
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    (tmp_path / "result.json").mkdir()
+    with pytest.raises(OSError, match=r"result\.json'$"):
+        replace_file(tmp_path / "result.json", b"{}")
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match=r"No space left on device: '.*other\.json'"):
+        replace_file(tmp_path / "other.json", b"{}")
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]

@@ -19,14 +19,14 @@ from eval import checkpoints, tasks
 from eval.calibrate import heads as calibrate_heads
 from eval.calibrate import thresholds as calibrate
 from eval.methods import VANILLA
-from eval.report.results import collect
+from eval.report.results import load
 from eval.run import command as run
 from eval.run import runner
 from eval.run.cell import Cell
 from eval.run.inference import LoadedModel
 from eval.run.lmms import LlavaMustDrop
 from eval.sweep import command as sweep
-from eval.sweep import plan
+from eval.sweep import methods, plan
 from eval.tasks import mini_gqa
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -86,7 +86,7 @@ def test_four_bits_are_another_model_and_say_so(folder, tmp_path, capsys):
     assert {row["model"] for row in rows} == {"plain-4bit"} and identities[0]["load_4bit"]
     printed = capsys.readouterr().out
     assert printed.count("Language model quantised by bitsandbytes: vanilla 576 (4 bit), fastv 64 (4 bit).") == 1
-    _, notes = collect([tmp_path / "out"])
+    _, notes = load([tmp_path / "out"])
     assert notes == ["plain-4bit: language model in 4 bit, quantised by bitsandbytes"]
 
 
@@ -292,7 +292,7 @@ def test_bases_and_towers_on_the_hub_are_left_to_the_loader(online, tmp_path, mo
 
 
 def test_sizes_of_an_adapter_are_its_bases(folder, tmp_path):
-    assert plan.shape_of(str(folder / "plain")).layers == 16
-    method = plan.Method("fastv", 600, {"method": "fastv", "retain": 600})
+    assert methods.shape_of(str(folder / "plain")).layers == 16
+    method = methods.Method("fastv", 600, {"method": "fastv", "retain": 600})
     with pytest.raises(ValueError, match="plain has only 576 vision tokens"):
-        plan.out_of_reach(method, str(folder / "plain"))
+        methods.out_of_reach(method, str(folder / "plain"))

@@ -156,6 +156,7 @@ KEYS = {
         "tasks",
         "methods",
         "retain",
+        "of",
         "seeds",
         "batch_size",
         "limit",
@@ -164,7 +165,7 @@ KEYS = {
         "unreachable",
     ],
     "table": ["title", "model", "columns", "budgets", "methods", "show", "costs", "notes"],
-    "method": ["method", "window", "filter_layers", "retain", "key_rate", "stages", "compat", "budget", "parts"],
+    "method": ["method", "window", "filter_layers", "retain", "key_rate", "stages", "compat", "budget", "parts", "at"],
 }
 RIGHT = {
     "sweep": {"models": "checkpoints/llava-mini", "tasks": "[mini_gqa]", "methods": "[mustdrop]", "retain": "[64]"},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import golden_folder
+from conftest import REPOSITORY, golden_folder
 from safetensors.torch import load_file, save_file
 
 from llava.mm_utils import load_image, process_images
@@ -43,20 +43,33 @@ def vision_of(facts: dict) -> dict[str, torch.Tensor]:
     return load_file(folder() / facts.get("vision_file", f"vision_{facts.get('canvas')}.safetensors"))
 
 
+def beside(pattern: str) -> Path:
+    """A file or folder that cases need: theirs, or that of the public ones where further cases come without."""
+    public = REPOSITORY.parent / "shared" / "golden"
+    places = (folder(), *folder().parents, public / "next", public)
+    return next(found for place in places for found in sorted(place.glob(pattern)))
+
+
+def newline() -> torch.Tensor:
+    """The embedding at the end of rows, which a vision file holds, as float16 `[width]`."""
+    files = [*sorted(folder().glob("vision_*.safetensors")), beside("vision_2x2.safetensors")]
+    held = (load_file(file).get("image_newline") for file in files)
+    return next(one for one in held if one is not None).to(torch.float16)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The golden weights with the newline, under the configuration of the cases."""
-    weights = next(place for place in (folder(), *folder().parents) if (place / "model_llava").is_dir())
+    weights = beside("model_llava").parent
     place = tmp_path_factory.mktemp("next")
     for name in ("model_llava", "model_clip"):
         shutil.copytree(weights / name, place / name, copy_function=shutil.copyfile)
     place.joinpath("model_llava").chmod(0o755)
     for file in (place / "model_llava").iterdir():
         file.chmod(0o644)
-    shutil.copyfile(folder() / "config.json", place / "model_llava" / "config.json")
+    shutil.copyfile(beside("config.json"), place / "model_llava" / "config.json")
     state = load_file(place / "model_llava" / "model.safetensors")
-    newline = load_file(next(folder().glob("vision_*.safetensors")))["image_newline"]
-    save_file({**state, "model.image_newline": newline.to(torch.float16)}, place / "model_llava" / "model.safetensors")
+    save_file({**state, "model.image_newline": newline()}, place / "model_llava" / "model.safetensors")
     return load_pretrained_model(place / "model_llava", torch_dtype=torch.float32)[1]
 
 

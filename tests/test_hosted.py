@@ -192,6 +192,49 @@ def test_images_and_videos_of_one_prompt_stand_in_its_order():
     assert [image["patches"] for image in run.traces[0].images] == [2 * stock.SIDE**2, stock.SIDE**2]
 
 
+def mixed(family: str, model, kinds: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A prompt about an image (`i`) or a video of four frames (`v`) for each letter, in that order."""
+    side = stock.SIDE
+    per_video = 4 * (side**2 + 1) if family == "video" else 4 * (side // 2) ** 2 + 1
+    many = {"i": side**2 if family == "video" else stock.tokens_of(model, stock.SIZES[0]), "v": per_video}
+    ids = {"i": stock.IMAGE, "v": stock.VIDEO}
+    given = ids_of([(3, [(ids[kind], many[kind]) for kind in kinds], 6)], seed)
+    images, videos = kinds.count("i"), kinds.count("v")
+    if images and family == "video":
+        given["pixel_values_images"] = stock.pixels(images)
+    elif images:
+        given |= {"pixel_values": stock.pixels(images, 5), "image_sizes": torch.tensor(stock.SIZES[:1] * images)}
+        given["batch_num_images"] = torch.tensor([1] * images)
+    return given | ({"pixel_values_videos": stock.pixels(videos, 4, seed=1)} if videos else {})
+
+
+@pytest.mark.parametrize(
+    "name", ["mustdrop", "mustdrop retain", "visionzip", "prumerge", "tome", "hiprune", "trevs", "evs"]
+)
+@pytest.mark.parametrize(("family", "text"), [("video", "llama"), ("onevision", "qwen2")])
+def test_an_image_beside_a_video_is_reduced_as_alone(family, text, name):
+    """Two calls of the towers in one pass: traces speak of both, and what is chosen in a tower is what it was alone."""
+    model = stock.stock(family, text)
+    method = reducer_of(name) if name in METHODS else load_reducer({"method": name, "retain": 40})
+    traces = {}
+    for kinds in ("i", "v", "iv", "vi"):
+        with method.on(model) as run:
+            model(**mixed(family, model, kinds))
+        (traces[kinds],) = run.traces
+    in_towers = ("blocks", "patches", "views")
+    alone = {kind: {fact: traces[kind].images[0][fact] for fact in in_towers} for kind in "iv"}
+    for kinds in ("iv", "vi"):
+        for kind, image in zip(kinds, traces[kinds].images, strict=True):
+            assert {fact: image[fact] for fact in in_towers} == alone[kind]
+        patches = [image["patches"] for image in traces[kinds].images]
+        starts = dict(zip(kinds, (0, patches[0]), strict=True))
+        for block, kept in traces[kinds].kept["vision"].items():
+            for kind, start in starts.items():
+                own = [patch - start for patch in kept if start <= patch < start + alone[kind]["patches"]]
+                assert own == traces[kind].kept["vision"][block]
+        assert len(traces[kinds].tower) == sum(alone[kind]["views"] for kind in kinds)
+
+
 def test_onevision_videos_and_images_that_are_blended():
     model = stock.stock("onevision", "qwen2")
     pooled = (stock.SIDE // 2) ** 2
@@ -223,14 +266,28 @@ def test_several_images_of_onevision_have_one_view_each():
     assert [image["tokens"] for image in run.traces[0].images] == [stock.SIDE**2] * 2
 
 
-@pytest.mark.parametrize(("family", "text"), [("video", "llama"), ("onevision", "qwen2")])
+VIDEOS = [("video", "llama"), ("onevision", "qwen2"), ("qwen2 clips", "qwen2"), ("qwen2.5 clips", "qwen2")]
+
+
+def _four_frames(family: str) -> tuple[dict, int]:
+    """A prompt with a video whose third frame differs from the others, and the places of a frame."""
+    if family.endswith("clips"):
+        grid, places = [4, 8, 12], 24
+        given = stock.qwen_inputs([(3, 6)], [grid], family)
+        frames = given["pixel_values_videos"].view(4, 8 * 12, -1)
+        frames[[1, 3]] = frames[0].clone()
+        return given, places
+    places, extra = (stock.SIDE**2, 4) if family == "video" else ((stock.SIDE // 2) ** 2, 1)
+    still = stock.pixels(1, 4)[:, :1].repeat(1, 4, 1, 1, 1)
+    still[:, 2] = stock.pixels(1, 1, seed=1)[:, 0]
+    ids = ids_of([(3, [(stock.VIDEO, 4 * places + extra)], 6)])
+    return {**ids, "pixel_values_videos": still}, places
+
+
+@pytest.mark.parametrize(("family", "text"), VIDEOS)
 def test_methods_for_videos_choose_among_frames(family, text):
     model = stock.stock(family, text)
-    places = stock.SIDE**2 if family == "video" else (stock.SIDE // 2) ** 2
-    still = stock.pixels(1, 4)[:, :1].repeat(1, 4, 1, 1, 1)
-    still[:, 2] = stock.pixels(1, 1, seed=1)[:, 0]  # one frame that differs, and so does what follows it
-    extra = 4 if family == "video" else 1
-    given = {**ids_of([(3, [(stock.VIDEO, 4 * places + extra)], 6)]), "pixel_values_videos": still}
+    given, places = _four_frames(family)
     for name, count in (("evs", 3 * places), ("vidcom2", 2 * places)):
         with load_reducer({"method": name, "retain": count}).on(model) as run:
             generate(model, given)

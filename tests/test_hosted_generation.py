@@ -151,7 +151,7 @@ def test_several_sequences_of_a_prompt_and_workers_of_a_pool():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", ["next", "qwen2.5"])
+@pytest.mark.parametrize("family", ["next", "qwen2.5", "internvl"])
 def test_padding_on_either_side(family, side):
     model = stock.stock(family)
     given = inputs(family, model)

@@ -49,7 +49,7 @@ def test_bfloat16(family, text):
         assert generate(model, given)[1].dtype == torch.float32 or generate(model, given)[1].isfinite().all()
 
 
-@pytest.mark.parametrize("family", ["next", "qwen3"])
+@pytest.mark.parametrize("family", ["next", "qwen3", "internvl"])
 def test_threads_with_two_reducers_and_one_with_none_on_one_model(family):
     model = stock.stock(family)
     given = inputs(family, model)
@@ -170,7 +170,7 @@ def test_eager_attention_and_its_probabilities():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["next", "qwen2.5", "qwen3"])
+@pytest.mark.parametrize("family", ["next", "qwen2.5", "qwen3", "internvl"])
 def test_training_steps_reach_tower_and_decoder(family, checkpointing):
     model = copy.deepcopy(stock.stock(family)).train()
     given = inputs(family, model)
@@ -178,8 +178,8 @@ def test_training_steps_reach_tower_and_decoder(family, checkpointing):
         model.gradient_checkpointing_enable()
     with torch.enable_grad(), reducer_of("mustdrop").on(model):
         model(**given, labels=given["input_ids"].masked_fill(given["input_ids"] == stock.IMAGE, -100)).loss.backward()
-    qwen = family.startswith("qwen")
-    patches = model.model.visual.patch_embed.proj if qwen else model.model.vision_tower.embeddings.patch_embedding
+    tower = getattr(model.model, "visual" if family.startswith("qwen") else "vision_tower")
+    patches = next(part for part in tower.modules() if isinstance(part, torch.nn.Conv2d | torch.nn.Conv3d))
     parts = patches, model.model.language_model.layers[0].self_attn.q_proj
     assert all(part.weight.grad.abs().sum() > 0 for part in parts)
 

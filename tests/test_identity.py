@@ -16,7 +16,7 @@ from fabricated import write_cell
 from eval import provenance
 from eval.methods import read_method
 from eval.provenance import model_fingerprint
-from eval.report.results import collect
+from eval.report.results import load
 from eval.run.cell import Cell, _model_fingerprint
 
 
@@ -160,6 +160,6 @@ def test_two_checkpoints_of_one_name_are_never_compared(tmp_path):
         content = json.loads(file.read_text())
         content["identity"]["model_files"] = model_files
         file.write_text(json.dumps(content))
-    results, notes = collect([tmp_path])
-    assert {result.row["method"]: result.row["share_of_vanilla"] for result in results} == {"vanilla": 1, "fastv": None}
+    results, notes = load([tmp_path])
+    assert dict(zip(results.method, results.share, strict=True)) == {"vanilla": 100, "fastv": None}
     assert notes == ["llava-mini: 2 checkpoints with different contents go by this name; none is compared with another"]

@@ -295,7 +295,7 @@ class TestWhoseModules:
                 assert not moves or script.name == "test.sh", "relative paths are the user's"
 
     def test_scripts_use_this_checkouts(self, foreign):
-        done = shell(f"source '{SCRIPTS}/setup.sh' && python -m eval.run --retain many", foreign)
+        done = shell(f"source '{SCRIPTS}/setup.sh' && python -m mustdrop_command run --retain many", foreign)
         assert "error: RETAIN: got 'many'" in done.stderr and "foreign" not in done.stdout, done.stderr[-2000:]
 
     def test_relative_paths_are_the_users(self, foreign):

@@ -236,17 +236,13 @@ def test_decoder_layers_compute_on_the_tokens_the_trace_counts(reducer):
         pytest.skip("plans are counted in test_yopo.py")
     counts = counter.get_flop_counts()
     width, kv_width, mlp = 64, 32, 96
-    for layer, vision in enumerate(trace.vision_tokens):
+    for layer, (vision, finished) in enumerate(zip(trace.vision_tokens, trace.mlp_lengths, strict=True)):
         length = vision + trace.text_tokens
         name = next(key for key in counts if key.endswith(f"layers.{layer}"))
         linear = sum(n for op, n in counts[name].items() if "mm" in str(op) and "bmm" not in str(op))
-        asked = (
-            0
-            if not reducer.overrides("after_decoder_layer")
-            else linear - 2 * length * (2 * width * width + 2 * width * kv_width + 3 * width * mlp)
-        )
-        assert linear - asked == 2 * length * (2 * width * width + 2 * width * kv_width + 3 * width * mlp)
-        assert 0 <= asked <= 2 * width * (width * 6 + kv_width * length)
+        first_half, second_half = width * width + 2 * width * kv_width, width * width + 3 * width * mlp
+        asked = linear - 2 * (length * first_half + finished * second_half)
+        assert 0 <= asked <= 2 * width * (width * 6 + kv_width * length) * reducer.overrides("after_decoder_layer")
 
 
 @reducing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 from lmms_eval.api.instance import Instance
@@ -145,7 +146,7 @@ def test_unfit_documents_are_skipped_and_tried_again_later(loaded, tmp_path):
     }
     assert set(skipped) == {3, 4, 5} and all(reason.startswith("a_task, document") for reason in skipped.values())
     again = plugin(loaded, batch_size=2, samples=str(samples), skip_unfit=True, resume=True)
-    assert sorted(doc_id for doc_id, *_ in again._answered) == ["0", "2"]
+    assert sorted(doc_id for doc_id, *_ in again.answers.known) == ["0", "2"]
 
 
 def test_a_failing_method_names_its_documents(loaded, monkeypatch):
@@ -205,7 +206,12 @@ def test_a_run_ends_with_the_documents_name_or_counts_it(small_run, tmp_path, ca
 def test_prompts_beyond_the_context_are_counted():
     line = {"text_tokens": 100, "vision_tokens": [36, 9]}
     assert runner._prompt_tokens(line) == 136
-    remarks = summary.remarks([{"method": "fastv", "beyond_context": 3, "skipped": 0}, {"method": "old"}])
+    known = {"label": "", "bits": None, "selector_macs": 0}
+    rows = [
+        {**known, "method": "fastv", "beyond_context": 3, "skipped": 0},
+        {**known, "method": "old", "beyond_context": None, "skipped": None},
+    ]
+    remarks = summary.remarks(pd.DataFrame(rows, dtype=object))
     assert remarks == ["Questions longer than the model's context: fastv 3."]
 
 

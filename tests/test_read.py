@@ -31,7 +31,7 @@ def test_what_other_readers_turn_into_something_else_is_text(text):
         ("- " * 3000 + "a", "nested deeper than 20 levels"),
         ("a: !!python/object/apply:os.system [true]", "a tag"),
         ("a: !!float 1", "a tag"),
-        ("1: a", "a key that is no text"),
+        ("true: a", "a key that is no text"),
         ("? [a]\n: b", "a key that is no text"),
         ("a: .nan", ".nan is no number"),
         ("a: -.inf", "-.inf is no number"),

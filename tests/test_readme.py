@@ -23,7 +23,7 @@ SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), ROOT / ".ci" / "run"])
 
 needs_model = pytest.mark.skipif(
     not (ROOT / "checkpoints" / "llava-mini" / "config.json").is_file()
-    or not (ROOT / "configs" / "methods" / "llava-mini" / "mustdrop_64.yaml").is_file(),
+    or not (ROOT / "configs" / "methods" / "llava-mini" / "mustdrop.yaml").is_file(),
     reason="the embedded model or its thresholds are not checked out",
 )
 
@@ -63,7 +63,7 @@ def test_python_runs_on_the_embedded_model():
 
 
 def test_the_first_page_is_short():
-    assert len(README.split()) <= 900
+    assert len([word for word in README.split() if any(map(str.isalnum, word))]) <= 900
 
 
 @needs_model
@@ -93,7 +93,7 @@ def test_sweep_and_everything_made_from_it_run(tmp_path):
     for command in [section[0], section[0][:-1], *section[1:]]:
         words = [places.get(word, word) for word in command]
         if words[0] == "mustdrop":
-            words = [sys.executable, "-m", "eval.cli", *words[1:]]
+            words = [sys.executable, "-m", "mustdrop_command", *words[1:]]
         done = shell(shlex.join(words), LIMIT="4", OUT=str(out))
         assert done.returncode == 0, (words, done.stderr[-2000:])
     made = {path.suffix for path in out.rglob("*") if path.is_file()}

@@ -15,8 +15,8 @@ from fabricated import PATCHES, PICTURES, kept, results_folder, write_cell
 from PIL import Image
 
 from eval.report import html as report
-from eval.report import viewer as drawing
-from eval.report.results import collect
+from eval.report.results import load
+from eval.report.viewer import viewers
 from eval.run.samples import pack, patches
 from eval.run.tiled import count, on_image, places, tiling
 from llava.model.stitched import layout_of
@@ -105,9 +105,9 @@ def test_page_has_failures_settings_and_provenance(page):
 
 
 def test_masks_are_those_of_the_lines(page):
-    viewers = Page(page).data
-    assert [viewer["task"] for viewer in viewers] == ["mini_gqa", "mini_pope"]
-    viewer = viewers[0]
+    drawn = Page(page).data
+    assert [viewer["task"] for viewer in drawn] == ["mini_gqa", "mini_pope"]
+    viewer = drawn[0]
     assert viewer["labels"] == ["vanilla", "fastv_18", "fastv_9", "mustdrop_18", "mustdrop_9"]
     assert len(viewer["samples"]) == PICTURES == len(viewer["pictures"])
     assert all(uri.startswith("data:image/jpeg;base64,") for uri in viewer["pictures"])
@@ -131,7 +131,7 @@ def test_merging_is_shown_though_no_patch_is_dropped(tmp_path):
     file.write_text("".join(json.dumps({**line, "kept": full}) + "\n" for line in lines))
     (tmp_path / "pictures" / "mini_gqa").mkdir(parents=True)
     Image.new("RGB", (42, 42)).save(tmp_path / "pictures" / "mini_gqa" / "0.jpg")
-    (sample,) = drawing.viewers(collect([tmp_path])[0])[0]["samples"]
+    (sample,) = viewers(load([tmp_path])[0])[0]["samples"]
     ((title, _),) = sample["methods"]["mustdrop_9"]["stages"]
     assert title == "vision encoder, after block 0, in the end merged into 20 tokens"
 
@@ -173,7 +173,7 @@ def test_kept_patches_of_tiles_are_drawn_on_the_image(tmp_path):
     file.write_text("".join(json.dumps({**line, **tiled}) + "\n" for line in lines))
     (tmp_path / "pictures" / "mini_gqa").mkdir(parents=True)
     Image.new("RGB", tiles.SIZES["wide"]).save(tmp_path / "pictures" / "mini_gqa" / "0.jpg")
-    (sample,) = drawing.viewers(collect([tmp_path])[0])[0]["samples"]
+    (sample,) = viewers(load([tmp_path])[0])[0]["samples"]
     assert (sample["side"], sample["rows"]) == (columns, rows) and columns > rows
     ((_, mask),) = sample["methods"]["mustdrop_9"]["stages"]
     drawn = patches(mask, rows * columns).reshape(rows, columns)
@@ -185,7 +185,7 @@ def test_equal_pictures_are_stored_once(tmp_path):
     copy = results_folder(tmp_path / "copy")
     pictures = copy / "pictures" / "mini_gqa"
     (pictures / "1.jpg").write_bytes((pictures / "0.jpg").read_bytes())
-    viewer = drawing.viewers(collect([copy])[0])[0]
+    viewer = viewers(load([copy])[0])[0]
     assert len(viewer["pictures"]) == PICTURES - 1
     assert [sample["picture"] for sample in viewer["samples"]] == [0, 0, 1, 2]
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from eval.report import html as report
 from eval.report import plots, significance, table
-from eval.report import viewer as drawing
-from eval.report.results import collect
+from eval.report.results import load
+from eval.report.viewer import viewers
 from eval.run import command as run
 from eval.run.records import BadRecord, file_name, read_answers, read_lines, read_record
 from eval.sweep import jobs
@@ -83,8 +83,8 @@ def damage(file: Path, kind: str) -> None:
 def test_damaged_records_are_left_out_with_one_line(good, tmp_path, kind):
     bad = write_cell(tmp_path, "mini_gqa", "fastv", 9)
     damage(bad, kind)
-    results, notes = collect([tmp_path])
-    assert sorted(result.label for result in results) == ["mustdrop_18", "vanilla"]
+    results, notes = load([tmp_path])
+    assert sorted(results.label) == ["mustdrop_18", "vanilla"]
     (note,) = notes
     assert str(bad) in note and "\n" not in note and note.endswith("it is left out") and len(note) < 600
 
@@ -116,14 +116,14 @@ def test_things_that_are_no_files_do_not_matter(good, tmp_path, kind):
     else:
         place.symlink_to(place if kind == "loop" else tmp_path / "nowhere")
     (tmp_path / "again").symlink_to(tmp_path)  # and a folder that holds itself
-    results, notes = collect([tmp_path])
+    results, notes = load([tmp_path])
     assert len(results) == 2 and len(notes) == 1 and place.name in notes[0] + kind
 
 
 def test_a_folder_of_nothing_but_damage_is_one_line(tmp_path):
     damage(write_cell(tmp_path, "mini_gqa"), "truncated")
     with pytest.raises(ValueError, match=r"vanilla-0{12}\.json' is no cell's result"):
-        collect([tmp_path])
+        load([tmp_path])
 
 
 LINES = {
@@ -174,7 +174,7 @@ def test_names_from_results_never_become_paths(good, tmp_path, name):
 def test_a_models_name_stays_inside_the_file_name(tmp_path):
     for model in ("../a", "b c"):
         write_cell(tmp_path, "mini_gqa", model=model, key="1" * 12 if model == "b c" else "0" * 12)
-    names = list(plots.figures(collect([tmp_path])[0]))
+    names = list(plots.figures(load([tmp_path])[0]))
     assert names and all("/" not in name and " " not in name for name in names)
 
 
@@ -190,7 +190,7 @@ def test_pictures_from_elsewhere_and_damaged_ones_are_not_shown(whole, tmp_path)
     (pictures / "1.jpg").write_bytes(b"no image")
     (pictures / "2.jpg").unlink()
     (pictures / "2.jpg").mkdir()
-    (viewer,) = (one for one in drawing.viewers(collect([folder])[0]) if one["task"] == "mini_gqa")
+    (viewer,) = (one for one in viewers(load([folder])[0]) if one["task"] == "mini_gqa")
     assert [sample["question"] for sample in viewer["samples"]] == ["What <b>is</b> number 3?"]
 
 
@@ -210,13 +210,13 @@ def test_lines_that_cannot_be_drawn_are_not(whole, tmp_path, change):
     for samples in folder.rglob("*.jsonl"):
         lines = [json.loads(line) for line in samples.read_text().splitlines()]
         samples.write_text("".join(json.dumps({**line, **change}) + "\n" for line in lines))
-    assert drawing.viewers(collect([folder])[0]) == []
+    assert viewers(load([folder])[0]) == []
 
 
 def test_tables_say_what_was_not_asked(tmp_path):
     write_cell(tmp_path, "mini_gqa", skipped=2, beyond_context=0)
     write_cell(tmp_path, "mini_gqa", "fastv", 9, skipped=0, beyond_context=3)
-    assert sorted(collect([tmp_path])[1]) == [
+    assert sorted(load([tmp_path])[1]) == [
         "mini_gqa, fastv_9: 3 of 24 questions longer than the model's context",
         "mini_gqa, vanilla: 2 of 24 questions skipped, which count as wrong",
     ]
@@ -295,12 +295,12 @@ def test_a_folder_in_a_results_place_is_told_before_anything_runs(cells, suffix,
 def test_run_and_sweep_share_a_lock(cells, tmp_path, monkeypatch, capsys):
     from contextlib import ExitStack
 
-    from eval.sweep import control
+    from eval.run.lock import lock
 
     arguments, *_ = cells
-    monkeypatch.setattr(control, "ORPHANS", 0.0)
+    monkeypatch.setattr("eval.run.lock.ORPHANS", 0.0)
     with ExitStack() as stack:
-        control.lock(tmp_path / "out", stack)
+        lock(tmp_path / "out", stack)
         capsys.readouterr()
         assert run.main(arguments) == 2
         assert capsys.readouterr().err.startswith("error: OUT: another sweep or run is at work")

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from fabricated import BUDGETS, results_folder, write_cell
-from scipy.stats import t as student
 
 from eval.report import published, significance, table
-from eval.report.layout import Layout, lines, read_layout
-from eval.report.results import collect, merge_seeds
+from eval.report.layout import Layout, read_layout, table_rows
+from eval.report.results import load, over_seeds, records
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = ("gqa", "mme", "pope")
@@ -63,16 +63,16 @@ def real_folder(tmp_path) -> Path:
     ],
 )
 def test_published_figures(column, method, retain, figures):
-    found = published.find("llava-1.5-7b", column, method, retain)
-    assert [figure.value for figure in found] == figures
-    assert all(figure.source for figure in found)
+    found = [row for row in published.rows("llava-1.5-7b", method, retain) if column in row.values]
+    assert [row.values[column] for row in found] == figures and all(row.source for row in found)
 
 
 def test_published_names_and_other_models():
     assert published.canonical("llava-v1.5-7b") == published.canonical("llava-1.5-7b-hf") == "llava-1.5-7b"
-    assert published.find("llava-mini", "gqa", "mustdrop", 64) == []
-    assert [figure.value for figure in published.find("llava-next-7b", "ocrbench", "mustdrop", 320)] == [382]
-    assert [figure.value for figure in published.find("llava-next-7b-efficiency", "seconds", "vanilla", None)] == [2176]
+    assert published.rows("llava-mini", "mustdrop", 64) == []
+    (row,) = (row for row in published.rows("llava-next-7b", "mustdrop", 320) if "ocrbench" in row.values)
+    assert row.values["ocrbench"] == 382
+    assert published.rows("llava-next-7b-efficiency", "vanilla", None)[0].values["seconds"] == 2176
 
 
 def test_every_method_of_the_papers_table_of_next_has_its_figures():
@@ -81,12 +81,24 @@ def test_every_method_of_the_papers_table_of_next_has_its_figures():
     assert set(found) <= set(layout.methods) and len(found) == 10
     assert found["hired"].values["gqa"] == 59.3 and found["globalcom2"].values["ocrbench"] == 375
     assert "ocrbench" not in found["holov"].values  # not printed there, so not invented
-    text = table.render(layout, lines(layout, []), "terminal")
+    text = table.render(layout, table_rows(layout, pd.DataFrame()), "terminal")
     assert rows_between(text, "160", "-:") == []
     shares = [line.strip() for line in text.splitlines() if " at 320" in line]
     assert (
         shares[0] == "tops: 100.0 at 640, 99.1 at 320, 96.4 at 160 (TOPS)" and "mustdrop: 90.4 at 320 (DART)" in shares
     )
+
+
+@pytest.mark.parametrize(("name", "budget"), [("next", 320), ("video", 194)])
+def test_docs_print_the_published_figures_as_they_are(name, budget):
+    layout = read_layout(ROOT / "configs" / "tables" / f"{name}.yaml")
+    layout = replace(layout, show=("published",), budgets=(budget,))
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    rendered = table.render(layout, table_rows(layout, pd.DataFrame()), "markdown")
+    printed = [line for line in rendered.splitlines() if line[:1] == "|"]
+    assert len(printed) > 3 and "\n".join(printed) in text
+    for share in published.shares(layout.model):
+        assert all(f"{value:.1f}" in text for value in share.values), share.method
 
 
 def rows_between(text: str, first: str, end: str) -> list[str]:
@@ -100,17 +112,17 @@ def test_results_of_the_flat_protocol_are_the_papers_model(tmp_path):
     real(tmp_path, "gqa", "vanilla", 2880, 64.0, 1.0, model="llava-v1.6-vicuna-7b-flat")
     real(tmp_path, "gqa", "mustdrop", 320, 57.0, 1.0, model="llava-v1.6-vicuna-7b-flat")
     layout = Layout("Flat", "llava-next-7b", ("gqa",), (320,), ("mustdrop",))
-    rows = rows_of(table.render(layout, lines(layout, collect([tmp_path])[0]), "markdown"))
+    rows = rows_of(table.render(layout, table_rows(layout, load([tmp_path])[0]), "markdown"))
     assert rows["vanilla", "published a"][0] == "64.2" and rows["mustdrop", "difference a"][0] == "-0.3"
 
 
 def test_shares_stand_below_a_table_and_only_at_its_budgets(folder):
     layout = Layout("Shares", "video-llava-7b", ("tgif",), (136,), ("fastv",))
-    text = table.render(layout, lines(layout, []), "markdown")
+    text = table.render(layout, table_rows(layout, pd.DataFrame()), "markdown")
     assert "trevs: 99.0 at 136 (TReVS)" in text and "over its own benchmarks" in text
     assert rows_of(text)["fastv", "ours"] == ["-", "-"]
     for other in (replace(layout, budgets=(194,)), replace(layout, show=("ours",))):
-        assert "over its own benchmarks" not in table.render(other, lines(other, []), "markdown")
+        assert "over its own benchmarks" not in table.render(other, table_rows(other, pd.DataFrame()), "markdown")
 
 
 @pytest.mark.parametrize(
@@ -136,12 +148,12 @@ def test_published_averages_follow_from_the_published_figures(retain):
 
 def test_collect_finds_cells_at_any_depth_and_computes_shares(folder):
     for start in (folder, folder.parent, folder / "cells"):
-        results, notes = collect([start])
+        results, notes = load([start])
         assert len(results) == 9 and notes == []
-    shares = {(one.row["task"], one.label): one.row["share_of_vanilla"] for one in results}
-    assert shares["mini_gqa", "vanilla"] == 1 and shares["mini_gqa", "fastv_9"] == 0.5
-    assert results[0].samples.is_file() and results[0].picture_folder.is_dir()
-    assert len(collect([folder, folder])[0]) == 9
+    shares = {(one["task"], one["label"]): one["share"] for one in records(results)}
+    assert shares["mini_gqa", "vanilla"] == 100 and shares["mini_gqa", "fastv_9"] == 50
+    assert len(results.samples[0].scores) == 24 and results.samples[0].picture_folder.is_dir()
+    assert len(load([folder, folder])[0]) == 9
 
 
 def test_results_in_which_nobody_counted_what_choosing_costs_say_so(tmp_path):
@@ -151,7 +163,7 @@ def test_results_in_which_nobody_counted_what_choosing_costs_say_so(tmp_path):
         if method != "fastv":
             del content["row"]["selector_macs"], content["row"]["selector_prompt"]
         file.write_text(json.dumps(content))
-    results, notes = collect([tmp_path])
+    results, notes = load([tmp_path])
     assert len(results) == 3 and len(notes) == 1
     assert notes[0].startswith("what choosing costs is not known") and notes[0].endswith(": mustdrop_18")
 
@@ -160,8 +172,8 @@ def test_collect_keeps_the_newest_and_the_largest(tmp_path):
     write_cell(tmp_path, "mini_gqa", date="2026-01-02", key="a" * 12)
     write_cell(tmp_path, "mini_gqa", date="2026-01-03", key="b" * 12, score=50.0)
     write_cell(tmp_path, "mini_gqa", date="2026-01-04", key="c" * 12, limit=10)
-    (result,), notes = collect([tmp_path])
-    assert result.row["score"] == 50.0
+    results, notes = load([tmp_path])
+    assert list(results.score) == [50.0]
     assert "mini_gqa, vanilla: the newest of 2 results" in notes[0] and "LIMIT=10 are left out" in notes[1]
 
 
@@ -169,9 +181,9 @@ def test_seeds_are_averaged(tmp_path):
     for seed, score in enumerate((60.0, 64.0)):
         write_cell(tmp_path, "mini_gqa", score=score, score_ci95=[score - 1, score + 2], seed=seed)
         write_cell(tmp_path, "mini_gqa", "mustdrop", 9, score=score / 2, score_ci95=[25, 35], seed=seed)
-    vanilla, cut = sorted(merge_seeds(collect([tmp_path])[0]), key=lambda row: row["method"] != "vanilla")
+    vanilla, cut = sorted(records(over_seeds(load([tmp_path])[0])), key=lambda row: row["method"] != "vanilla")
     assert (vanilla["score"], vanilla["score_ci95"], vanilla["seeds"]) == (62.0, [59.0, 66.0], 2)
-    assert vanilla["seed_spread"] == pytest.approx(8**0.5) and cut["share_of_vanilla"] == 0.5
+    assert vanilla["seed_spread"] == pytest.approx(8**0.5) and cut["share"] == 50
 
 
 @pytest.mark.parametrize(
@@ -186,7 +198,7 @@ def test_wrong_results_are_one_line(tmp_path, content, message):
         for name, text in content.items():
             (results / "cells" / "mini_gqa" / name).write_text(text)
     with pytest.raises(ValueError, match=message) as error:
-        collect([results])
+        load([results])
     assert "\n" not in str(error.value)
 
 
@@ -205,7 +217,7 @@ def rows_of(text: str) -> dict[tuple[str, str], list[str]]:
 
 
 def test_table_compares_marks_and_shows_what_is_missing(real_folder):
-    found = lines(REAL, collect([real_folder])[0])
+    found = table_rows(REAL, load([real_folder])[0])
     text = table.render(REAL, found, "markdown")
     rows = rows_of(text)
     assert rows["vanilla", "ours"][:2] == ["62.0 ±1.0", "1800 ±30"]
@@ -224,27 +236,27 @@ def test_table_compares_marks_and_shows_what_is_missing(real_folder):
 
 def test_vanilla_is_needed_for_an_average(real_folder):
     next((real_folder / "cells" / "mme").glob("vanilla*.json")).unlink()
-    rows = rows_of(table.render(REAL, lines(REAL, collect([real_folder])[0]), "markdown"))
+    rows = rows_of(table.render(REAL, table_rows(REAL, load([real_folder])[0]), "markdown"))
     assert rows["mustdrop", "ours"][-1] == "87.2 (1/3)" and rows["vanilla", "ours"][1] == "-"
 
 
 def test_synthetic_results_are_never_compared(folder, tmp_path):
     mini = Layout("Mini", "llava-mini", ("mini_gqa", "mini_pope"), BUDGETS, ("fastv", "mustdrop"))
-    text = table.render(mini, lines(mini, collect([folder])[0]), "markdown")
+    text = table.render(mini, table_rows(mini, load([folder])[0]), "markdown")
     rows = rows_of(text)
     assert "synthetic" in text and "published a" not in text and not any("difference" in what for _, what in rows)
     assert rows["fastv", "ours"][1:] == ["-", "50.0 (1/2)"]  # at 9 tokens, the last block
     # Nor does a synthetic result of the real model end up in a real benchmark's column.
     write_cell(tmp_path, "mini_gqa", benchmark="gqa", model="llava-v1.5-7b")
-    assert not lines(REAL, collect([tmp_path])[0])[0].ours
+    assert not table_rows(REAL, load([tmp_path])[0])[0].ours
 
 
 def test_two_checkpoints_of_one_model_are_not_mixed(real_folder):
     write_cell(real_folder, "gqa", model="llava-1.5-7b-hf", synthetic=False, key="d" * 12)
     with pytest.raises(ValueError, match="llava-1.5-7b-hf and llava-v1.5-7b"):
-        lines(REAL, collect([real_folder])[0])
+        table_rows(REAL, load([real_folder])[0])
     one = Layout("A table", "llava-1.5-7b-hf", COLUMNS, (64,), ("mustdrop",))
-    (row,) = lines(one, collect([real_folder])[0])[0].ours.values()
+    (row,) = table_rows(one, load([real_folder])[0])[0].ours.values()
     assert row["model"] == "llava-1.5-7b-hf"
 
 
@@ -255,7 +267,7 @@ def test_figures_that_a_language_model_judged_are_not_subtracted(tmp_path, capsy
             score=score, score_ci95=[score - 1, score + 1], n=1000, metric="containment",
         )  # fmt: skip
     shown = Layout("A table", "video-llava-7b", ("msvd",), (194,), ("fastv",))
-    for line in lines(shown, collect([tmp_path])[0]):
+    for line in table_rows(shown, load([tmp_path])[0]):
         (printed,) = line.printed
         assert line.ours["msvd"]["score"] and printed.judged
         assert line.difference("msvd", printed) is None and line.beyond_noise("msvd", printed) is None
@@ -266,6 +278,14 @@ def test_figures_that_a_language_model_judged_are_not_subtracted(tmp_path, capsy
 
 
 # The command line
+
+
+def test_published_figures_alone_make_a_table_in_every_format(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # no results here
+    layout = write_layout(tmp_path / "t.yaml", methods=None)
+    assert table.main([str(layout), "--format", "all", "--out", str(tmp_path / "out")]) == 0
+    assert "published figures only" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").iterdir())) == len(table.FORMATS)
 
 
 def write_layout(path: Path, **changes) -> Path:
@@ -381,12 +401,11 @@ def test_lines_are_paired_by_question_and_equal_ones_do_not_differ():
         significance.compare(a, [{name: line[name] for name in ("task", "question_id", "doc_id")} for line in b])
 
 
-def test_partial_scores_use_the_paired_t_test():
+def test_partial_scores_count_which_side_was_better():
     first, second = [0.3, 0.6, 1.0, 0.9, 0.0, 0.3], [0.0, 0.6, 0.3, 0.3, 0.0, 0.6]
-    differences = np.subtract(first, second)
-    t = differences.mean() / (differences.std(ddof=1) / np.sqrt(6))
     found = significance.compare(answers(first), answers(second))
-    assert found.p == pytest.approx(2 * student.sf(abs(t), 5))
+    assert (found.only_a, found.only_b, found.p) == (3, 1, pytest.approx(10 / 16))
+    assert found.difference == pytest.approx(100 * np.subtract(first, second).mean())
 
 
 def test_questions_about_one_picture_are_drawn_together():

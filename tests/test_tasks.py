@@ -402,6 +402,6 @@ def test_a_script_per_benchmark():
     assert set(scripts) == set(IMAGES)
     for name, path in scripts.items():
         text = path.read_text(encoding="utf-8")
-        assert f'\nexec python -m eval.run --task {name} "$@"\n' in text and os.access(path, os.X_OK)
+        assert f'\nexec python -m mustdrop_command run --task {name} "$@"\n' in text and os.access(path, os.X_OK)
         assert name == "gqa" or f"lmms-eval's {BENCHMARKS[name].stock}." in text
         assert f"synthetic {BENCHMARKS[name].mini}" in text

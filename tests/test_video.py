@@ -43,6 +43,53 @@ def test_frames_are_counted_where_packets_and_headers_say_another_number(tmp_pat
         assert all(map(np.array_equal, map(np.asarray, load_video(file).frames), honest))
 
 
+@pytest.mark.parametrize("total", [2, 3, 7])
+def test_of_a_short_video_some_frames_are_shown_again_and_it_is_said(total, tmp_path, caplog):
+    drawn = clips.frames(total)
+    found = load_video(clips.write(tmp_path / "x.avi", drawn))
+    for frame, number in zip(found.frames, np.linspace(0, total - 1, 8).astype(int), strict=True):
+        assert np.array_equal(np.asarray(frame), drawn[number])
+    assert f"it has {total} frames, of the 8 shown some are the same" in caplog.text
+
+
+def test_a_gif_is_a_video(tmp_path):
+    drawn = [Image.fromarray(frame) for frame in clips.frames(9)]
+    drawn[0].save(tmp_path / "x.gif", save_all=True, append_images=drawn[1:], duration=100)
+    found = [int(np.asarray(frame)[2:6, 2:6].mean()) for frame in load_video(tmp_path / "x.gif").frames]
+    assert np.abs(np.array(found) - 16 * np.array([0, 1, 2, 3, 4, 5, 6, 8])).max() <= 8
+
+
+ONE, UNIT = 1 << 16, 1 << 30
+SHOWN = {  # by the first two rows of a display matrix, what stands top left, top right, bottom left, bottom right
+    (ONE, 0, 0, 0, ONE): "abcd",
+    (-ONE, 0, 0, 0, ONE): "badc",
+    (ONE, 0, 0, 0, -ONE): "cdab",
+    (-ONE, 0, 0, 0, -ONE): "dcba",
+    (0, ONE, 0, -ONE, 0): "cadb",
+    (0, -ONE, 0, ONE, 0): "bdac",
+    (0, ONE, 0, ONE, 0): "acbd",
+    (0, -ONE, 0, -ONE, 0): "dbca",
+}
+
+
+@pytest.mark.parametrize(("matrix", "shown"), SHOWN.items(), ids=SHOWN.values())
+def test_frames_are_shown_upright_as_images_are(matrix, shown, tmp_path):
+    """A phone's film: four grey levels in the corners, stored as the sensor lay."""
+    levels = {"a": 20, "b": 90, "c": 160, "d": 230}
+    drawn = np.zeros((8, 64, 96, 3), np.uint8)
+    for letter, rows, columns in (("a", 0, 0), ("b", 0, 1), ("c", 1, 0), ("d", 1, 1)):
+        drawn[:, 32 * rows : 32 * rows + 32, 48 * columns : 48 * columns + 48] = levels[letter]
+    file = bytearray(clips.write(tmp_path / "x.mp4", drawn, "mpeg4").read_bytes())
+    place = file.index(b"tkhd") + 44  # version 0: the matrix follows 40 bytes of other facts
+    file[place : place + 36] = np.array([*matrix, 0, 0, 0, UNIT], ">i4").tobytes()
+    (tmp_path / "x.mp4").write_bytes(file)
+    found = load_video(tmp_path / "x.mp4")
+    assert found.size == ((96, 64) if matrix[0] else (64, 96))
+    grey = np.asarray(found.frames[0], int).mean(-1)
+    corners = [grey[8, 8], grey[8, -8], grey[-8, 8], grey[-8, -8]]
+    assert "".join(min(levels, key=lambda letter: abs(levels[letter] - corner)) for corner in corners) == shown
+
+
 def missing(folder):
     return folder / "none.mp4", "there is no such file"
 
@@ -71,12 +118,24 @@ def sound(folder):
 
 
 def too_short(folder):
-    return clips.write(folder / "x.avi", clips.frames(7)), "it has 7 frames, expected at least 8"
+    return clips.write(folder / "x.avi", clips.frames(1)), "it has 1 frame, expected a video"
+
+
+def no_frames(folder):
+    return clips.write(folder / "x.avi", clips.frames(1)[:0]), "it has no frames, expected a video"
+
+
+def damaged(folder):
+    file = bytearray(clips.write(folder / "x.mkv", clips.frames(16), "libx264").read_bytes())
+    for place in np.random.default_rng(0).integers(len(file) // 4, len(file) * 3 // 4, 40):
+        file[place] ^= 255
+    (folder / "x.mkv").write_bytes(file)
+    return folder / "x.mkv", "it is damaged: frame 0 cannot be decoded whole"
 
 
 def image(folder):
     Image.new("RGB", (64, 64)).save(folder / "x.png")
-    return folder / "x.png", "it has 1 frames"
+    return folder / "x.png", "it has 1 frame, expected a video"
 
 
 def truncated(folder):
@@ -99,7 +158,22 @@ def protocol(folder):
     return f"concat:{clips.write(folder / 'x.avi', clips.frames(9))}", "there is no such file"
 
 
-KINDS = [missing, a_folder, empty, noise, text, sound, too_short, image, truncated, cut_short, address, protocol]
+KINDS = [
+    missing,
+    a_folder,
+    empty,
+    noise,
+    text,
+    sound,
+    too_short,
+    no_frames,
+    damaged,
+    image,
+    truncated,
+    cut_short,
+    address,
+    protocol,
+]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

@@ -15,7 +15,7 @@ import stock_folders
 from eval import tasks
 from eval.calibrate import thresholds as calibrate
 from eval.report.html import task_tables
-from eval.report.results import collect
+from eval.report.results import load
 from eval.run import command as run
 from eval.run import predictions
 from eval.tasks import BENCHMARKS, SUITE, TASKS, mini_video, video_qa
@@ -155,6 +155,18 @@ def test_what_is_missing_is_one_line_before_any_model_is_loaded(kind, root, monk
     assert re.search(match, said), said
 
 
+def test_videos_that_are_missing_are_counted_or_skipped(root, video_llava, tmp_path, capsys):
+    """What is no longer on the internet: said with its number, left out on demand, and counted as wrong."""
+    words = ["--task", "msvd", "--model", str(video_llava), *ASKED, "--out", str(tmp_path / "out")]
+    (root / "MSVD_Zero_Shot_QA" / "videos" / "clip1.avi").unlink()
+    assert run.main(words) == 2 and "2 of 4 questions lack theirs, --skip-unfit" in capsys.readouterr().err
+    assert run.main([*words, "--skip-unfit"]) == 0
+    rows = rows_of(tmp_path / "out")
+    assert [(row["n"], row["skipped"]) for row in rows] == [(4, 2)] * 2
+    (root / "MSVD_Zero_Shot_QA" / "videos" / "clip0.avi").unlink()
+    assert run.main([*words, "--skip-unfit"]) == 2 and "4 of 4 questions lack theirs" in capsys.readouterr().err
+
+
 def test_a_video_beyond_the_limit_may_be_missing(root):
     (root / "TGIF_Zero_Shot_QA" / "mp4" / "clip1.avi").unlink()
     video_qa.check("tgif_qa", limit=2)
@@ -226,7 +238,7 @@ def test_a_stock_video_llava_answers_the_authors_files(root, video_llava, tmp_pa
     read = predictions.read(files[0])
     assert [one["id"] for one in read] == ["clip0_0", "clip0_1", "clip1_2"]
     assert [one["answer"] for one in read] == list(clips.ANSWERS) and set(read[0]) == set(predictions.FIELDS)
-    results, _ = collect([tmp_path / "out"])
+    results, _ = load([tmp_path / "out"])
     assert any("frame 8" in table["headers"] for one in task_tables(results) for table in one["tables"])
     capsys.readouterr()
     assert run.main([*words, "--out", str(tmp_path / "out")]) == 0

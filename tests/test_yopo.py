@@ -308,7 +308,7 @@ def test_cost_of_a_method_file(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert round(facts["conventions"]["vision-only"]["reduction"], 4) == 0.75
     assert facts["tokens"]["vision_tokens"] == [576] * 16 + [0] * 16
-    assert cost.main(["--yopo", str(CONFIGS / "mustdrop_64.yaml")]) == 2
+    assert cost.main(["--yopo", str(CONFIGS / "llava-mini" / "mustdrop_64.yaml")]) == 2
     assert "must have method: yopo" in capsys.readouterr().err
 
 
@@ -377,7 +377,8 @@ def test_methods_compose_from_settings():
     reducer = load_reducer(
         {
             "method": "compose",
-            "parts": [str(CONFIGS / "mustdrop_64.yaml"), {"method": "yopo", "window": 5}],
+            "parts": [str(CONFIGS / "mustdrop.yaml"), {"method": "yopo", "window": 5}],
+            "retain": 64,
         }
     )
     assert [type(part) for part in reducer.parts] == [MustDrop, YOPO] and reducer.positions == "original"

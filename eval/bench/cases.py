@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.methods import check_shape, read_method
+from eval.methods import check_shape, file_budgets, is_file, read_method
 from mustdrop import load_reducer
 
 VANILLA, HUGGING_FACE, EAGER = "vanilla", "huggingface", "mustdrop-eager"
@@ -20,7 +20,7 @@ EAGER_SCHEDULE = {
 
 
 @dataclass
-class Contestant:
+class BenchCase:
     """What one row is about.
 
     `settings` are a reducer's, None for Hugging Face's LLaVA; `compiled` says whether the decoder goes through
@@ -43,9 +43,9 @@ class Contestant:
         return self.method + retain + (" compiled" if self.compiled else "")
 
 
-def contestants(
+def bench_cases(
     methods: list[str], retains: list[int | float], batch_sizes: list[int], compiled: bool = False
-) -> list[Contestant]:
+) -> list[BenchCase]:
     """The rows that are asked for, Hugging Face's and the untouched model first for every batch size.
 
     A YAML file is taken as it is; a method's name gets every number of tokens, unless it has no such setting. With
@@ -66,23 +66,26 @@ def contestants(
         if method == EAGER:
             plans += [(name, None, EAGER_SCHEDULE) for name in (EAGER, "mustdrop")]
             continue
+        if is_file(method) and file_budgets(Path(method)):
+            plans += [(Path(method).stem, retain, read_method(method, {"retain": retain})) for retain in retains]
+            continue
         settings = read_method(method)
         reducer = load_reducer(settings)
-        if Path(method).suffix in (".yaml", ".yml"):
+        if is_file(method):
             plans.append((Path(method).stem, settings.get("retain"), settings))
         elif not hasattr(reducer, "retain"):
             plans += [(method, None, settings)] if method != VANILLA else []
         else:
             plans += [(method, retain, {**settings, "retain": retain}) for retain in retains]
     return [
-        Contestant(name, retain, batch, settings, twice)
+        BenchCase(name, retain, batch, settings, twice)
         for batch in dict.fromkeys(batch_sizes)
         for name, retain, settings in plans
         for twice in ((False, True) if compiled and settings is not None and name != EAGER else (False,))
     ]
 
 
-def check_reach(rows: list[Contestant], shape) -> None:
+def check_reach(rows: list[BenchCase], shape) -> None:
     """Ask every reducer whether it can do what is wanted on a model of this shape."""
     for settings in (one.settings for one in rows if one.settings is not None):
         retain = settings.get("retain")

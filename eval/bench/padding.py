@@ -5,12 +5,11 @@ calibrated settings on a task's training questions: the share of rows that are p
 tower; the FLOPs that packing could save at most; and how long the decoder's bare layers take on the very same counts,
 padded (sdpa with a mask) and packed (`llava.model.language_model.packed`), in turn.
 
-    python -m eval.bench.padding --retain 192 128 64 --batch-size 8 32 --threads 1
+    mustdrop bench-padding --retain 192 128 64 --batch-size 8 32 --threads 1
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -41,9 +40,7 @@ COUNTING_BATCH = 8
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
-    new = Parser(
-        prog="python -m eval.bench.padding", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    new = Parser("bench-padding", description=__doc__)
     new.add_argument("--model", default=EMBEDDED, help="folder or hub id of a checkpoint (%(default)s)")
     new.add_argument("--task", default="mini", help="whose training questions are asked (%(default)s)")
     new.add_argument("--method", default="mustdrop", help="%(default)s")

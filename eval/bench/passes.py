@@ -20,7 +20,9 @@ from transformers import DynamicCache
 
 from eval.bench.model import Inputs
 from llava.model.language_model.cache import CACHE_NAME
+from llava.model.language_model.early import run_early
 from llava.model.language_model.projections import whole_layer
+from llava.model.language_model.stream import Stream
 from llava.model.masks import attention_mask
 from mustdrop import Reducer
 from mustdrop.trace import Trace
@@ -95,11 +97,15 @@ class Pass:
 
 @dataclass
 class Lengths:
-    """Positions, padding included, entering each vision block and each decoder layer, and the projector."""
+    """Positions, padding included, entering each vision block and each decoder layer, and the projector.
+
+    `finished` are those that go through the second half of each decoder layer.
+    """
 
     tower: list[int]
     projector: int
     decoder: list[int]
+    finished: list[int]
 
 
 def run_ours(model, reducer: Reducer, inputs: Inputs, new_tokens: int, timing: bool) -> Pass:
@@ -109,7 +115,7 @@ def run_ours(model, reducer: Reducer, inputs: Inputs, new_tokens: int, timing: b
     to be used.
     """
     clock = Clock(model.device)
-    lengths, features = Lengths([], 0, []), []
+    lengths, features = Lengths([], 0, [], []), []
     projector, tower = model.get_model().mm_projector, model.get_vision_tower().vision_tower
     blocks = tower.encoder.layers[: model.get_vision_tower().blocks_run]
     with ExitStack() as stack:
@@ -127,7 +133,9 @@ def run_ours(model, reducer: Reducer, inputs: Inputs, new_tokens: int, timing: b
         clock.mark("first")
         cache = output[CACHE_NAME]
         cached = cache_bytes(cache)
-        lengths.decoder, lengths.projector = [record.image.shape[1] for record in prompt.state.tokens_in], features[0]
+        lengths.projector, state = features[0], prompt.state
+        lengths.decoder = [record.image.shape[1] for record in state.tokens_in]
+        lengths.finished = [done if isinstance(done, int) else done.image.shape[1] for done in state.finished]
         decode(model, token, cache, new_tokens - 1, clock)
     times = clock.parts()
     if timing:
@@ -175,6 +183,7 @@ def decode(model, token: Tensor, cache: DynamicCache, steps: int, clock: Clock) 
 def floor_pass(model, inputs: Inputs, lengths: Lengths) -> Callable[[], Pass]:
     """What takes the replay floor's times: bare vision blocks, projector and decoder layers on given token counts.
 
+    Of a decoder layer whose output was not read as a whole, the second half is run on as many rows as it was then.
     Inputs of every length, rotary tables and masks are made beforehand; a layer is given the output of the one before
     it where their lengths agree. The vocabulary is computed for the last token, as in any prefill.
     """
@@ -206,9 +215,12 @@ def floor_pass(model, inputs: Inputs, lengths: Lengths) -> Callable[[], Pass]:
             clock.mark("projected")
             clock.mark("spliced")
             hidden, cache = prompts[lengths.decoder[0]], DynamicCache(config=decoder.config)
-            for layer, length in zip(decoder.layers, lengths.decoder, strict=True):
+            for layer, length, done in zip(decoder.layers, lengths.decoder, lengths.finished, strict=True):
                 hidden = hidden if hidden.shape[1] == length else prompts[length]
-                hidden, _ = whole_layer(layer, hidden, *contexts[length], cache)
+                if done < length:
+                    hidden = run_early(layer, Stream(hidden, None, *contexts[length]), cache, done)
+                else:
+                    hidden, _ = whole_layer(layer, hidden, *contexts[length], cache)
             model.lm_head(decoder.norm(hidden)[:, -1:]).argmax(-1)
             clock.mark("first")
         return Pass(clock.parts())

@@ -12,12 +12,12 @@ every method works to --retain exactly (MustDrop in its budget mode), and its se
 eval/bench/eager.py) at the numbers their thresholds leave, and `mustdrop` at the same numbers beside it.
 
 examples:
-  a laptop, seconds                python -m eval.bench_speed --shape mini --repeats 3
-  the width of 7B on a small CPU   python -m eval.bench_speed --shape llava-1.5-7b --layers 8 --dtype bfloat16
-  a GPU                            python -m eval.bench_speed --shape llava-1.5-7b --batch-size 1 8 32 --json speed.json
-  several methods                  python -m eval.bench_speed --methods mustdrop fastv visionzip --retain 192 64
-  the authors' way, one prompt     python -m eval.bench_speed --methods mustdrop-eager
-  a checkpoint, thresholds         python -m eval.bench_speed --checkpoint FOLDER --methods my_method.yaml
+  a laptop, seconds                mustdrop bench --shape mini --repeats 3
+  the width of 7B on a small CPU   mustdrop bench --shape llava-1.5-7b --layers 8 --dtype bfloat16
+  a GPU                            mustdrop bench --shape llava-1.5-7b --batch-size 1 8 32 --json speed.json
+  several methods                  mustdrop bench --methods mustdrop fastv visionzip --retain 192 64
+  the authors' way, one prompt     mustdrop bench --methods mustdrop-eager
+  a checkpoint, thresholds         mustdrop bench --checkpoint FOLDER --methods my_method.yaml
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
-from eval.bench.cases import EAGER, HUGGING_FACE, VANILLA, Contestant, check_reach, contestants
+from eval.bench.cases import EAGER, HUGGING_FACE, VANILLA, BenchCase, bench_cases, check_reach
 from eval.bench.table import row_of, table
 from eval.checkpoints import check_checkpoint
 from eval.run.settings import LARGEST_BATCH, MANY, check_file, check_loading, retained_tokens
@@ -45,9 +45,7 @@ ATTENTION = ("sdpa", "eager", "cpu_matmul", "flex_attention", "flash_attention_2
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    new = Parser(
-        prog="python -m eval.bench_speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    new = Parser("bench", description=__doc__)
     add = new.add_argument
     model = new.add_mutually_exclusive_group()
     text = "llava-1.5-7b, llava-1.5-13b, mini, a config.json or its folder; weights are random (default: mini)"
@@ -65,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto", help="auto (float16 on a GPU, float32 on a CPU), float32, float16, bfloat16")
     add("--attn-implementation", default="sdpa", help=f"{', '.join(ATTENTION)} (%(default)s)")
     add("--compile", action="store_true", help="every row a second time with a compiled decoder (torch.compile)")
-    add("--drop-early", action="store_true", help="this project's rows leave out what nobody reads of a layer")
+    text = "whether this project's rows leave out what nobody reads of a layer (they do)"
+    add("--drop-early", action=argparse.BooleanOptionalAction, default=True, help=text)
     add("--device", type=text_, help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     add("--threads", metavar="N", help="CPU threads (default: torch's own choice)")
     add("--repeats", default=5, metavar="N", help="measured rounds (%(default)s)")
@@ -89,19 +88,21 @@ def main(argv: list[str] | None = None) -> int:
     batch_sizes = [needed_number("batch_size", word, most=LARGEST_BATCH) for word in _words(args.batch_size)]
     if not 0 < len(batch_sizes) <= MANY:
         raise ValueError(f"batch_size: got {len(batch_sizes)} numbers, expected 1 to {MANY}")
-    rows_wanted = contestants(args.methods, retained_tokens(args.retain), batch_sizes, args.compile)
+    rows_wanted = bench_cases(args.methods, retained_tokens(args.retain), batch_sizes, args.compile)
     if args.json is not None:
         if not args.json.parent.is_dir():
             raise ValueError(f"json: the folder of {shown(str(args.json))} does not exist")
         check_file("json", args.json)
     report = measure(args, numbers, rows_wanted, argv)
     if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        from eval.provenance import replace_file
+
+        replace_file(args.json, (json.dumps(report, indent=1) + "\n").encode())
     print(table(report))
     return 0
 
 
-def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestant], argv: list[str]) -> dict:
+def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[BenchCase], argv: list[str]) -> dict:
     """Build the model, run all rounds and return the report: rows, settings, provenance."""
     import torch
 
@@ -147,7 +148,7 @@ def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestan
     with torch.no_grad():
         compiled = compile_model(model).get_model().compiled if args.compile else None
 
-    def step_of(one: Contestant) -> Callable[[bool], None]:
+    def step_of(one: BenchCase) -> Callable[[bool], None]:
         run = _step(one, model, twin, shape, inputs[one.batch_size], numbers["new_tokens"])
 
         def step(keep: bool) -> None:
@@ -181,11 +182,11 @@ def measure(args: argparse.Namespace, numbers: dict, rows_wanted: list[Contestan
     read = [*model.get_model().layers.parameters(), *model.get_model().norm.parameters(), model.lm_head.weight]
     weight_bytes = sum(weight.nbytes for weight in read)
     rows = [row_of(one, rows_wanted, shape, numbers["new_tokens"], weight_bytes) for one in rows_wanted]
-    command = provenance(["eval.bench_speed", *argv], device=device_name(device), cpu_load=_load())
+    command = provenance(["bench", *argv], device=device_name(device), cpu_load=_load())
     return {"rows": rows, "settings": facts, "provenance": command}
 
 
-def _step(one: Contestant, model, twin, shape, inputs, new_tokens: int) -> Callable[[bool], None]:
+def _step(one: BenchCase, model, twin, shape, inputs, new_tokens: int) -> Callable[[bool], None]:
     """What one round does for a row."""
     from eval.bench import eager as bench_eager
     from eval.bench import passes as bench_passes
@@ -215,7 +216,7 @@ def _step(one: Contestant, model, twin, shape, inputs, new_tokens: int) -> Calla
         if on_gpu:
             apart = bench_passes.run_ours(model, reducer, inputs, 1, timing=True)
             done.times["selector_ms"] = apart.times["selector_ms"]
-        lengths = (tuple(done.lengths.tower), done.lengths.projector, tuple(done.lengths.decoder))
+        lengths = repr(done.lengths)
         if lengths not in floors:
             floors[lengths] = bench_passes.floor_pass(model, inputs, done.lengths)
             floors[lengths]()

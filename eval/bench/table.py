@@ -6,12 +6,12 @@ from statistics import fmean, median, quantiles
 
 from tabulate import tabulate
 
-from eval.bench.cases import EAGER, VANILLA, Contestant
+from eval.bench.cases import EAGER, VANILLA, BenchCase
 
 _COMPARED = {"vision_ms": "in the tower", "prefill_ms": "in prefill", "ttft_ms": "to the first token"}
 
 
-def row_of(one: Contestant, every: list[Contestant], shape, new_tokens: int, weight_bytes: int) -> dict:
+def row_of(one: BenchCase, every: list[BenchCase], shape, new_tokens: int, weight_bytes: int) -> dict:
     """A row of the report; `weight_bytes` are those of the weights that every new token reads."""
     from eval.bench.passes import PARTS
     from eval.run.rows import flops

@@ -1,4 +1,4 @@
-"""``python -m eval.calibrate``: see ``mustdrop calibrate``."""
+"""``mustdrop calibrate`` under its old name."""
 
 import sys
 

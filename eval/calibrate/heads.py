@@ -23,7 +23,7 @@ from eval.checkpoints import EMBEDDED, check_arguments, loading
 from eval.methods import CONFIGS
 from eval.progress import progress, quiet
 from eval.run.settings import check_file, check_loading
-from eval.sweep.plan import shape_of
+from eval.sweep.methods import shape_of
 from mustdrop.checks import one_of, shown
 from mustdrop.command import Parser, command, decimal_number, needed_number, path, text
 from mustdrop.methods.yopo import AUTHORS_THRESHOLDS
@@ -31,9 +31,7 @@ from mustdrop.methods.yopo import AUTHORS_THRESHOLDS
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    new = Parser(
-        prog="mustdrop calibrate-heads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    new = Parser("calibrate-heads", description=__doc__)
     new.add_argument("--model", type=text, default=EMBEDDED, help="folder or hub id of a checkpoint (%(default)s)")
     wanted = new.add_mutually_exclusive_group()
     wanted.add_argument("--share", help="share of all heads that stays active; the threshold follows")
@@ -89,7 +87,7 @@ def calibrate(args, argv: list[str], model: str, rule: dict, samples: int, batch
     """Measure the heads on the samples and write the two files."""
     import numpy as np
 
-    from eval.provenance import provenance
+    from eval.provenance import provenance, replace_file
     from eval.run.inference import LoadedModel
     from mustdrop.methods.yopo import GeneratedHeadAttention, HeadAttention, head_mask
 
@@ -119,11 +117,11 @@ def calibrate(args, argv: list[str], model: str, rule: dict, samples: int, batch
         "threshold": threshold,
         "active_per_layer": mask.sum(1).tolist(),
         "mean_active": float(mask.sum(1).mean()),
-        "provenance": provenance(["eval.calibrate.heads", *argv]),
+        "provenance": provenance(["calibrate-heads", *argv]),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     np.save(out, mask)
-    out.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    replace_file(out.with_suffix(".json"), (json.dumps(facts, indent=2) + "\n").encode())
     of = f"{facts['mean_active']:.1f} of {mask.shape[1]} heads per layer, threshold {threshold:.4g}"
     print(f"{of}, {len(pairs)} samples -> {out}")
     return 0

@@ -1,10 +1,10 @@
-"""Find the settings that make a method keep a wanted average number of vision tokens, and write them as YAML.
+"""Find the settings that make a method keep a wanted average number of vision tokens, and add them to its YAML file.
 
     mustdrop calibrate --model checkpoints/llava-mini --retain 192 128 64
 
 The wanted number is the mean per decoder layer by the authors' meter. A method's thresholds move together, in the ratio
-of the published ones, so that one number is searched for, by bisection on a logarithmic scale; a method that reckons
-itself from a wanted number of tokens is checked, and corrected if the data make it keep another. Only prefill is run.
+of the published ones, so that one number is searched for, by bisection on a logarithmic scale; a method that derives
+its settings from a number of tokens is checked, and corrected if the data make it keep another. Only prefill is run.
 Samples come from training data: the synthetic tasks' training split for the embedded model, --data for any other.
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+from eval.calibrate.files import MethodFile
 from eval.checkpoints import EMBEDDED, add_options, check_arguments, is_embedded, loading
 from eval.methods import CONFIGS, read_method
 from eval.progress import progress, quiet
@@ -70,19 +71,6 @@ def read_samples(task: str | None, data: str | None, image_folder: str, count: i
     return [pair for name, share in zip(tasks, shares, strict=True) for pair in training_questions(name, share)]
 
 
-def as_yaml(settings: dict, target: int, point: Point, notes: list[str]) -> str:
-    """The commented YAML file of a calibrated method."""
-    import yaml
-
-    lines = [
-        f"{settings['method']} keeping about {target} vision tokens per decoder layer, by the authors' meter.",
-        f"Reached on the samples: {point.tokens_official:.1f} by the authors' meter, {point.tokens:.1f} if every layer",
-        "counts with the tokens it computes on.",
-        *notes,
-    ]
-    return "".join(f"# {' '.join(line.split())}\n" for line in lines) + yaml.safe_dump(settings, sort_keys=False)
-
-
 def add_measuring_options(new: argparse.ArgumentParser) -> None:
     """Options of every command that runs a model on training questions: which questions, and how."""
     add_options(new)
@@ -97,7 +85,7 @@ def add_measuring_options(new: argparse.ArgumentParser) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    new = Parser(prog="mustdrop calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    new = Parser("calibrate", description=__doc__)
     new.add_argument("--model", type=text, default=EMBEDDED, help="folder or hub id of a checkpoint (%(default)s)")
     new.add_argument("--retain", nargs="+", default="192 128 64", help="wanted mean tokens per layer (192 128 64)")
     new.add_argument("--samples", default=200, help="number of calibration samples (%(default)s)")
@@ -127,15 +115,16 @@ def main(argv: list[str] | None = None) -> int:
     base = _base(args)
     model = check_arguments(args)
     out = check_out(args.out or CONFIGS / Path(model).name)
+    file = MethodFile.read(out / f"{args.method}.yaml", args.method, Path(model).name)
     check_reach(base, targets, model, args.model_base)
     check_data(args, model)
-    return calibrate(args, argv, model, base, targets, samples, batch_size, out)
+    return calibrate(args, argv, model, base, targets, samples, batch_size, file)
 
 
 def calibrate(
-    args, argv: list[str], model: str, base: dict, targets: list[int], samples: int, batch_size: int, out: Path
+    args, argv: list[str], model: str, base: dict, targets: list[int], samples: int, batch_size: int, file: MethodFile
 ) -> int:
-    """Search for every target and write the files; returns the exit status."""
+    """Search for every target and write what is found; returns the exit status."""
     from eval.provenance import provenance
     from eval.run.inference import LoadedModel, UnfitQuestion
 
@@ -145,12 +134,12 @@ def calibrate(
     loaded = LoadedModel.load(
         model, device=args.device, dtype=args.dtype, conv_template=args.conv_template, **loading(args)
     )
-    facts = provenance(["eval.calibrate", *argv])
+    facts = provenance(["calibrate", *argv])
     source = Path(args.data).name if args.data else f"the training split of {task} (synthetic)"
     dtype = str(loaded.dtype).removeprefix("torch.") + (f", {loaded.bits} bit" if loaded.bits else "")
     notes = [
-        f"Samples: {len(pairs)} of {source}. Model: {Path(model).name}, {dtype}. Date: {facts['date'][:10]}.",
-        f"Made by: {facts['command']}",
+        f"{len(pairs)} samples of {source}, {dtype}, {facts['date'][:10]}:",
+        facts["command"],
     ]
     method, kind = base["method"], kind_of_setting(base["method"])
     known: dict[float, Point] = {}
@@ -176,11 +165,12 @@ def calibrate(
             missed += 1
             continue
         found = settings_at(method, target, point.scale)
-        file = out / f"{method}_{target}.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(as_yaml({**base, **found}, target, point, notes), encoding="utf-8")
+        counts = f"{point.tokens_official:.1f}, or {point.tokens:.1f} if every layer counts with the tokens"
+        fields = {name: value for name, value in {**base, **found}.items() if name != "method"}
+        file.add(target, fields, [f"Reached: {counts} it computes on.", *notes])
+        file.write()
         shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
-        print(f"{target}: {point.tokens_official:.1f} tokens by the authors' meter, {shown} -> {file}")
+        print(f"{target}: {point.tokens_official:.1f} tokens by the authors' meter, {shown} -> {file.path}")
     return 1 if missed else 0
 
 
@@ -207,7 +197,7 @@ def _base(args) -> dict:
 
 def check_reach(base: dict, targets: Sequence[int], model: str, model_base: str | None = None) -> None:
     """Raise ValueError if a target is more than all tokens, or the fields do not fit the model, as far as is known."""
-    from eval.sweep.plan import Method, out_of_reach
+    from eval.sweep.methods import Method, out_of_reach
 
     for target in targets:
         if reason := out_of_reach(Method(base["method"], target, base), model, model_base):

@@ -1,6 +1,6 @@
 """Accuracy of the embedded video model on held-out clips, per question type, beside baselines that see less.
 
-    python -m eval.mini.clip_evaluate --model_path checkpoints/llava-mini-video --output accuracy.json
+    mustdrop mini-clips-evaluate --model_path checkpoints/llava-mini-video --output accuracy.json
 
 Baselines: the clip's last frame eight times in place of the clip (every object is in it), noise in place of the frames,
 and always the commonest training answer to questions of the same form. Answers are single words, so questions about a
@@ -10,7 +10,6 @@ greedy decoding gives.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -35,6 +34,7 @@ from eval.mini.questions import Question
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
+from mustdrop.command import Parser, command
 
 log = logging.getLogger(__name__)
 
@@ -125,17 +125,18 @@ def evaluate(folder: str | Path, split: str, n_clips: int, per_clip: int, seed: 
     return results | {"settings": settings, "versions": versions, "seconds": round(time.time() - started, 1)}
 
 
-def main() -> None:
-    """Parse the command line, evaluate, and say the accuracies."""
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, evaluate, and say the accuracies; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("mini-clips-evaluate", description=__doc__)
     parser.add_argument("--model_path", type=Path, required=True)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--split", default="test", choices=tuple(scenes.SPLITS))
     parser.add_argument("--n_clips", type=int, default=150)
     parser.add_argument("--per_clip", type=int, default=10, help="questions about a clip, at most")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     report = evaluate(options.model_path, options.split, options.n_clips, options.per_clip, options.seed)
     for name, row in report["frames"].items():
         others = ", ".join(f"{view} {report[view][name]['accuracy']:.3f}" for view in (*VIEWS[1:], "commonest_answer"))
@@ -143,7 +144,8 @@ def main() -> None:
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

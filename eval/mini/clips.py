@@ -1,6 +1,6 @@
 """Writes synthetic clips as video files with questions, in the files that the published video benchmarks have.
 
-    python -m eval.mini.clips --folder runs/clips --split test --count 100
+    mustdrop mini-clips --folder runs/clips --split test --count 100
 
 A split is a folder with ``videos/*.mp4``, ``test_q.json`` and ``test_a.json``, as those of MSVD-QA and its siblings.
 The videos are lossless, 29 frames of 224 px; eight evenly spaced frames are the clip's eight moments.
@@ -8,10 +8,10 @@ The videos are lossless, 29 frames of 224 px; eight evenly spaced frames are the
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from eval.mini import scenes
 from eval.mini.clip_questions import clip_questions
 from eval.mini.clip_scenes import draw_clip
+from mustdrop.command import Parser, command
 
 log = logging.getLogger(__name__)
 
@@ -116,21 +117,20 @@ def _check(split: str, count: int, seed: int, per_clip: int) -> None:
             raise ValueError(f"{name}: got {value!r}, expected a whole number from {fewest} to {most}")
 
 
-def main() -> None:
-    """Parse the command line and write a split."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and write a split; returns the exit status."""
+    parser = Parser("mini-clips", description=__doc__)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--split", default="test", choices=tuple(scenes.SPLITS))
     parser.add_argument("--count", type=int, default=100, help="clips")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--per_clip", type=int, default=5, help="questions about a clip, at most")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    try:
-        log.info("wrote %s", write_benchmark(**vars(options)))
-    except ValueError as error:
-        parser.error(str(error))
+    log.info("wrote %s", write_benchmark(**vars(options)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,7 +6,6 @@ commonest training answer to questions of the same form, or of the options the o
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import logging
@@ -28,6 +27,7 @@ from eval.mini.data import ask_scene, prompt_parts
 from eval.mini.questions import TYPES, VALUES, choice_questions, choice_text, plural, scene_questions
 from eval.mini.scenes import generate_scene, scene_seed
 from llava.model.language_model.cache import CACHE_NAME
+from mustdrop.command import Parser, command
 
 log = logging.getLogger(__name__)
 
@@ -154,9 +154,11 @@ def evaluate(folder: Path, split: str, n_scenes: int, per_scene: int, choices_pe
     return results | {"settings": settings, "versions": versions, "seconds": round(time.time() - started, 1)}
 
 
-def main() -> None:
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, evaluate, print and write; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser("mini-evaluate", description=__doc__)
     parser.add_argument("--model_path", type=Path, required=True, help="folder of a Hugging Face LLaVA checkpoint")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
@@ -164,7 +166,7 @@ def main() -> None:
     parser.add_argument("--per_scene", type=int, default=10, help="plain questions per scene")
     parser.add_argument("--choices_per_scene", type=int, default=5, help="multiple-choice questions per scene")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     report = evaluate(
         options.model_path,
         options.split,
@@ -181,7 +183,8 @@ def main() -> None:
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Command line of the mini stages: ``python -m eval.mini.run STAGE --work FOLDER``, alone or under torchrun.
+"""Command line of the mini stages: ``mustdrop mini-train STAGE --work FOLDER``, alone or under torchrun.
 
 Every stage goes on where its checkpoint in the work folder stands, and does nothing if it is complete.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from eval.mini.export import export, export_clips
 from eval.mini.language import pretrain_language
 from eval.mini.optim import training_device
 from eval.mini.vision import pretrain_vision
+from mustdrop.command import Parser, command
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +62,10 @@ def run_stage(options: argparse.Namespace) -> Path:
     return export(files["choices"], options.output)
 
 
-def main() -> None:
-    """Parse the command line; start torch.distributed if launched by torchrun."""
-    parser = argparse.ArgumentParser(description=__doc__)
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line; start torch.distributed if launched by torchrun; returns the exit status."""
+    parser = Parser("mini-train", description=__doc__)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work", type=Path, required=True, help="folder for the stages' checkpoints")
     parser.add_argument("--output", type=Path, help="export, export_clips: folder of the finished checkpoint")
@@ -80,7 +83,7 @@ def main() -> None:
     )
     parser.add_argument("--choices", type=float, default=0.4, help="choices: share of questions with options")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     exports = options.stage in ("export", "export_clips")
     if exports and options.output is None:
         parser.error(f"{options.stage} needs --output")
@@ -99,7 +102,8 @@ def main() -> None:
     log.info("%s: wrote %s", options.stage, run_stage(options))
     if dist.is_initialized():
         dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,8 +8,8 @@ without tiles is what the overview does not show and not what the model never pr
 
 from __future__ import annotations
 
-import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from eval.mini.optim import MuonWithAdamW, save_atomically
 from eval.mini.questions import mention
 from llava.anyres import process_anyres_image
 from llava.model.stitched import layouts_of
+from mustdrop.command import Parser, command
 
 log = logging.getLogger(__name__)
 
@@ -251,10 +252,11 @@ def tune_tiles(
     return output
 
 
-def main() -> None:
-    """Parse the command line, train, write the folder."""
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, train, write the folder; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser("mini-tiles", description=__doc__)
     parser.add_argument("--init", type=Path, required=True, help="folder of the embedded model to begin with")
     parser.add_argument("--work", type=Path, required=True, help="folder for the stage's checkpoint")
     parser.add_argument("--output", type=Path, required=True, help="folder of the finished model")
@@ -262,11 +264,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1500, help="vision tokens of a step, at least")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     checkpoint = options.work / "tiles.pt"
     tune_tiles(options.init, checkpoint, options.phases, lr=options.lr, tokens=options.tokens, seed=options.seed)
     log.info("wrote %s", export_tiles(checkpoint, options.output, options.init))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

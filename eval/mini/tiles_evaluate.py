@@ -6,7 +6,6 @@ the image. What the second loses is what only tiles show; the third is what the 
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
@@ -27,6 +26,7 @@ from eval.mini.evaluate import Asked
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
+from mustdrop.command import Parser, command
 
 log = logging.getLogger(__name__)
 
@@ -95,10 +95,11 @@ def evaluate(folder: Path, split: str, n_scenes: int, per_scene: int, layout: st
     return results | {"settings": settings, "versions": versions, "seconds": round(time.time() - started, 1)}
 
 
-def main() -> None:
-    """Parse the command line, evaluate, print and write."""
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line, evaluate, print and write; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser("mini-tiles-evaluate", description=__doc__)
     parser.add_argument("--model_path", type=Path, default=Path("checkpoints/llava-mini-next"))
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
@@ -106,7 +107,7 @@ def main() -> None:
     parser.add_argument("--per_scene", type=int, default=10)
     parser.add_argument("--layout", choices=highres.LAYOUTS, help="all of them unless given")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     report = evaluate(
         options.model_path, options.split, options.n_scenes, options.per_scene, options.layout, options.seed
     )
@@ -116,7 +117,8 @@ def main() -> None:
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

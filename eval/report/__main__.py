@@ -1,4 +1,4 @@
-"""``python -m eval.report``: see ``mustdrop report``."""
+"""``mustdrop report`` under its old name."""
 
 import sys
 

@@ -1,38 +1,31 @@
 """One HTML file about a results folder: tables, plots, significance, pictures with kept patches, settings.
 
-    python -m eval.report results/table1_mini --out report.html
+    mustdrop report results/table1_mini --out report.html
 
 The file needs nothing else, neither other files nor a network.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from eval.report import plots, published, significance, table
-from eval.report import viewer as drawing
-from eval.report.layout import Layout, lines
-from eval.report.results import VANILLA, Result, collect, label, merge_seeds, ordered
-from eval.report.summary import frame_table
+from eval.report import plots, published, significance, summary, table, viewer
+from eval.report.layout import Layout, table_rows
+from eval.report.results import VANILLA, load, ordered, over_seeds, records, shown
 from eval.run.records import BadRecord, read_json
 from eval.run.settings import check_out
+from eval.statistics import LEVEL
 from mustdrop.command import Parser, command, path
 
 TEMPLATE = "report.html.j2"
-QUANTITIES = (
-    ("tokens", "mean_tokens", "{:.1f}", 1), ("official", "mean_tokens_official", "{:.1f}", 1),
-    ("FLOPs saved", "flops_reduction", "{:.1f} %", 100), ("cache MB", "cache_bytes", "{:.2f}", 1e-6),
-    ("vision ms", "vision_ms", "{:.1f}", 1), ("prefill ms", "prefill_ms", "{:.1f}", 1),
-    ("selector ms", "selector_ms", "{:.1f}", 1), ("decode ms", "decode_ms", "{:.1f}", 1),
-)  # fmt: skip
 
 
 def report(folder: Path) -> str:
@@ -43,8 +36,7 @@ def report(folder: Path) -> str:
     ValueError
         If the folder has no finished cells.
     """
-    results, notes = collect([folder])
-    models = list(dict.fromkeys(result.row["model"] for result in results))
+    frame, notes = load([folder])
     sweep = _sweep(folder)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")), autoescape=True, undefined=StrictUndefined,
@@ -52,57 +44,56 @@ def report(folder: Path) -> str:
     )  # fmt: skip
     return environment.get_template(TEMPLATE).render(
         title=folder.resolve().name,
-        models=models,
-        synthetic=any(result.row["synthetic"] for result in results),
+        models=list(frame.model.unique()),
+        synthetic=frame.synthetic.any(),
         notes=notes,
-        cells=len(results),
-        questions=sum(result.row["n"] for result in results),
-        scores=[score_table(results, model) for model in models],
-        tasks=task_tables(results),
-        plots=[inline_svg(figure) for figure in plots.figures(results).values()],
-        significance=significance_tables(results),
-        unfinished=unfinished(results, sweep),
-        methods=method_settings(results),
-        provenance=provenance(results),
+        cells=len(frame),
+        questions=frame.n.sum(),
+        scores=[score_table(rows) for _, rows in frame.groupby("model", sort=False)],
+        tasks=task_tables(frame),
+        plots=[inline_svg(figure) for figure in plots.figures(frame).values()],
+        significance=significance_tables(frame),
+        unfinished=unfinished(frame, sweep),
+        methods=method_settings(frame),
+        provenance=provenance(frame),
         sweep={name: _json(sweep[name]) for name in ("settings", "provenance") if sweep.get(name)},
-        viewers=drawing.viewers(results),
+        viewers=viewer.viewers(frame),
     )
 
 
-def score_table(results: Sequence[Result], model: str) -> dict:
+def score_table(frame: pd.DataFrame) -> dict:
     """A model's scores, laid out like the paper's table, beside published figures where there are any."""
-    rows = [result.row for result in results if result.row["model"] == model]
-    reduced = [row for row in rows if row["method"] != VANILLA]
+    model, reduced = frame.model.iloc[0], frame[frame.method != VANILLA]
     layout = Layout(
         title=model,
         model=model,
-        columns=tuple(dict.fromkeys(_column(row) for row in rows)),
-        budgets=tuple(sorted({row["retain"] for row in reduced}, reverse=True)),
-        methods=tuple(sorted({row["method"] for row in reduced})),
+        columns=tuple(dict.fromkeys(_column(row) for row in records(frame))),
+        budgets=tuple(sorted(set(reduced.retain), reverse=True)),
+        methods=tuple(sorted(set(reduced.method))),
     )
-    found = lines(layout, results)
+    found = table_rows(layout, frame)
     body = [row for row in table.body_rows(layout, found) if row is not None]
     return {"title": model, "headers": table.header(layout), "rows": body, "notes": table.legend(layout, found)}
 
 
-def task_tables(results: Iterable[Result]) -> list[dict]:
+def task_tables(frame: pd.DataFrame) -> list[dict]:
     """Per model and task: scores with intervals and costs, then accuracy per question type if there are several,
     and tokens per frame of videos."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in merge_seeds(results):
-        groups.setdefault((row["model"], row["task"]), []).append(row)
-    return [
-        {"title": f"{task}, {model}", "tables": [_costs(rows), *_types(rows), *_frames(rows)]}
-        for (model, task), rows in ((key, ordered(group)) for key, group in groups.items())
-    ]
+    found = []
+    for (model, task), group in over_seeds(frame).groupby(["model", "task"], sort=False):
+        rows = ordered(group)
+        kinds = summary.by_type(rows, [("accuracy % by type", lambda row: row["label"])])
+        tables = [one for one in (_costs(rows), kinds, summary.by_frame(rows)) if one is not None]
+        tables = [{"headers": headers, "rows": body} for headers, body in tables]
+        found.append({"title": f"{task}, {model}", "tables": tables})
+    return found
 
 
-def significance_tables(results: Sequence[Result]) -> dict:
+def significance_tables(frame: pd.DataFrame) -> dict:
     """All comparisons with the untouched model and between methods at one budget, corrected together."""
-    results, notes = significance.comparable(results)
-    pairs = significance.default_pairs(results)
+    readable, notes = significance.comparable(frame)
     try:
-        rows = significance.table_rows(pairs)
+        rows = significance.table_rows(significance.default_pairs(readable))
     except ValueError as error:
         return {"note": f"not computed: {error}", "tables": []}
     if not rows and notes:
@@ -111,62 +102,45 @@ def significance_tables(results: Sequence[Result]) -> dict:
         "Against the untouched model": [row for row in rows if row[2].startswith(VANILLA)],
         "Between methods at the same budget": [row for row in rows if not row[2].startswith(VANILLA)],
     }
-    tables = [
-        {"title": title, "headers": significance.HEADERS, "rows": part} for title, part in parts.items() if part
-    ]  # fmt: skip
-    return {
-        "note": "; ".join(
-            [f"{len(rows)} comparisons; * marks p < {significance.LEVEL} after Holm's correction", *notes]
-        ),
-        "tables": tables,
-    }
+    said = f"{len(rows)} comparisons; * marks p < {LEVEL} after Holm's correction"
+    tables = [{"title": name, "headers": significance.HEADERS, "rows": part} for name, part in parts.items() if part]
+    return {"note": "; ".join([said, *notes]), "tables": tables}
 
 
-def unfinished(results: Sequence[Result], sweep: dict) -> list[list[str]]:
+def unfinished(frame: pd.DataFrame, sweep: dict) -> list[list[str]]:
     """Rows of task, method, state and log: what a sweep did not finish, and what only other tasks have a result of."""
     found: dict[tuple, list[str]] = {}
     for cell in sweep.get("cells", []):
         if cell["state"] != "finished":
             reason = "\n".join(str(cell[name]) for name in ("reason", "log") if cell.get(name))
-            found[Path(cell["model"]).name, cell["task"], cell["label"]] = [
-                cell["task"],
-                cell["label"],
-                cell["state"],
-                reason,
-            ]
-    there = {(one.row["model"], one.row["task"], one.label) for one in results}
-    for model in _unique(model for model, _, _ in there):
-        tasks, labels = ({key[place] for key in there if key[0] == model} for place in (1, 2))
-        for key in ((model, task, name) for task in sorted(tasks) for name in sorted(labels)):
-            if key not in there:
-                found.setdefault(key, [*key[1:], "missing", ""])
+            key = (Path(cell["model"]).name, cell["task"], cell["label"])
+            found[key] = [*key[1:], cell["state"], reason]
+    for model, rows in frame.groupby("model", sort=False):
+        there = set(zip(rows.task, rows.label, strict=True))
+        for task, name in product(sorted(set(rows.task)), sorted(set(rows.label))):
+            if (task, name) not in there:
+                found.setdefault((model, task, name), [task, name, "missing", ""])
     return list(found.values())
 
 
-def method_settings(results: Iterable[Result]) -> list[list[str]]:
+def method_settings(frame: pd.DataFrame) -> list[list[str]]:
     """Rows of method with budget, and the settings it ran with; several if tasks differ."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for result in results:
-        settings = _json(result.identity.get("settings"), indent=None)
-        found.setdefault((result.label, settings), []).append(result.row["task"])
-    return [[name, settings, ", ".join(_unique(tasks))] for (name, settings), tasks in found.items()]
+    settings = frame.identity.map(lambda identity: _json(identity.get("settings"), indent=None))
+    groups = frame.assign(settings=settings).groupby(["label", "settings"], sort=False)
+    return [[name, text, ", ".join(rows.task.unique())] for (name, text), rows in groups]
 
 
-def provenance(results: Sequence[Result]) -> list[list[str]]:
+def provenance(frame: pd.DataFrame) -> list[list[str]]:
     """Rows of what was asked for and of how the results were made, each value once."""
     facts: dict[str, dict[str, None]] = {}
-    for result in results:
-        asked = {
-            name: value for name, value in result.identity.items() if name not in ("settings", "task", "task_data")
-        }
-        for name, value in {**asked, **result.provenance}.items():
-            values = (
-                {f"{key} {one}": None for key, one in value.items()} if isinstance(value, dict) else {str(value): None}
-            )
-            facts.setdefault(name, {}).update(values)
-    dates = list(facts.pop("date", {}))
+    for identity, made in zip(frame.identity, frame.provenance, strict=True):
+        asked = {name: value for name, value in identity.items() if name not in ("settings", "task", "task_data")}
+        for name, value in {**asked, **made}.items():
+            values = [f"{key} {one}" for key, one in value.items()] if isinstance(value, dict) else [str(value)]
+            facts.setdefault(name, {}).update(dict.fromkeys(values))
+    dates = facts.pop("date", {})
     rows = [[name, "\n".join(values)] for name, values in facts.items()]
-    return [["date", " to ".join(_unique([min(dates), max(dates)]))], *rows] if dates else rows
+    return [["date", " to ".join(dict.fromkeys([min(dates), max(dates)]))], *rows] if dates else rows
 
 
 def inline_svg(figure) -> Markup:
@@ -178,9 +152,7 @@ def inline_svg(figure) -> Markup:
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
-    new = Parser(
-        prog="python -m eval.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    new = Parser("report", description=__doc__)
     new.add_argument("results", type=path, help="results folder")
     new.add_argument("--out", type=path, help="HTML file (default: report.html in the results folder)")
     args = new.parse_args(argv)
@@ -195,47 +167,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _costs(rows: Sequence[dict]) -> dict:
-    shown = [quantity for quantity in QUANTITIES if any(row.get(quantity[1]) is not None for row in rows)]
-    seeds = any(row["seeds"] > 1 for row in rows)
-    headers = ["method", f"{rows[0]['metric']} (95 % CI)", "n", "of vanilla", *(name for name, *_ in shown)]
-    return {
-        "headers": [*headers, *(["seeds, spread"] if seeds else [])],
-        "rows": [_cost(row, shown, seeds) for row in rows],
-    }
-
-
-def _cost(row: dict, shown: Sequence[tuple], seeds: bool) -> list[str]:
-    low, high = row["score_ci95"]
-    share = row["share_of_vanilla"]
-    spread = [f"{row['seeds']}, {row['seed_spread'] or 0:.1f}"] if seeds else []
-    return [
-        label(row["method"], row["retain"]), f"{row['score']:.1f} ({low:.1f}-{high:.1f})", str(row["n"]),
-        table.NOTHING if share is None else f"{100 * share:.1f} %",
-        *(_shown(row.get(name), text, scale) for _, name, text, scale in shown), *spread,
-    ]  # fmt: skip
-
-
-def _shown(value: float | None, text: str, scale: float) -> str:
-    return table.NOTHING if value is None else text.format(scale * value)
-
-
-def _types(rows: Sequence[dict]) -> list[dict]:
-    kinds = sorted({kind for row in rows for kind in row.get("accuracy_by_type") or {}})
-    if len(kinds) < 2:
-        return []
-    body = []
-    for row in rows:
-        cells = [row["accuracy_by_type"].get(kind) for kind in kinds]
-        texts = [f"{100 * cell['accuracy']:.1f} (n={cell['n']})" if cell else table.NOTHING for cell in cells]
-        body.append([label(row["method"], row["retain"]), *texts])
-    return [{"headers": ["accuracy % by type", *kinds], "rows": body}]
-
-
-def _frames(rows: Sequence[dict]) -> list[dict]:
-    """Tokens that each method keeps of each frame."""
-    found = frame_table(rows)
-    return [{"headers": found[0], "rows": found[1]}] if found else []
+def _costs(frame: pd.DataFrame) -> summary.Table:
+    known = [name for name in shown("report") if frame[name].notna().any()]
+    columns = [
+        ("method", lambda row: row["label"]),
+        (f"{frame.metric.iloc[0]} (95 % CI)", lambda row: summary.interval(row["score"], row["score_ci95"])),
+        ("n", lambda row: str(row["n"])),
+        ("of vanilla", lambda row: summary.percent(row["share"])),
+        *summary.cost_columns(known),
+    ]
+    if (frame.seeds > 1).any():
+        columns.append(("seeds, spread", lambda row: f"{row['seeds']}, {row['seed_spread'] or 0:.1f}"))
+    return summary.lines(records(frame), columns)
 
 
 def _column(row: dict) -> str:
@@ -259,10 +202,6 @@ def _sweep(folder: Path) -> dict:
     ):
         raise ValueError(f"results: {str(file)!r} has cells that are none; remove it to do without")
     return content
-
-
-def _unique(values: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(values))
 
 
 def _json(value: object, indent: int | None = 2) -> str:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
+
+import pandas as pd
 
 from eval.checkpoints import is_embedded
 from eval.methods import CONFIGS
 from eval.report import published
 from eval.report.published import AVERAGE
-from eval.report.results import VANILLA, Result, merge_seeds, prompt_ms
+from eval.report.results import COSTS, VANILLA, over_seeds, records
 from eval.tasks.registry import TASKS
 from mustdrop.checks import LONGEST, hint, shown
 from mustdrop.command import LARGEST
 from mustdrop.read import read_yaml
 
 SHOW = ("ours", "published", "difference")
+SHOWN_COSTS = {cost.table[0]: (cost.table[1], column) for column, cost in COSTS.items() if cost.table}
+"""What a layout's `costs` may name: its heading, and the column of the frame."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Line:
+class TableRow:
     """One method at one budget: our rows by column, and the rows that papers print, one per source."""
 
     method: str
@@ -84,12 +88,11 @@ class Line:
 
     def shares(self) -> dict[str, float]:
         """Percent of vanilla by column, where ours and the untouched model's are there."""
-        shares = {column: row["share_of_vanilla"] for column, row in self.ours.items()}
-        return {column: 100 * share for column, share in shares.items() if share is not None}
+        return {column: row["share"] for column, row in self.ours.items() if row["share"] is not None}
 
     def cost(self, name: str) -> float | None:
-        """One of `COSTS`, the mean over our rows; None where one does not have it."""
-        values = [COSTS[name][1](row) for row in self.ours.values()]
+        """One of `SHOWN_COSTS`, the mean over our rows; None where one does not have it."""
+        values = [row[SHOWN_COSTS[name][1]] for row in self.ours.values()]
         return fmean(values) if values and None not in values else None
 
 
@@ -126,12 +129,12 @@ def read_layout(path: Path, found: Iterable[str] = ()) -> Layout:
     if layout.columns and layout.model:
         _check_names(path, "columns", layout.columns, known_columns(layout.model))
     _check_names(path, "show", layout.show, SHOW)
-    _check_names(path, "costs", layout.costs, list(COSTS))
+    _check_names(path, "costs", layout.costs, list(SHOWN_COSTS))
     _check_names(path, "methods", layout.methods or (), _known_methods(layout.methods or (), found))
     return layout
 
 
-def complete(layout: Layout, results: Sequence[Result]) -> Layout:
+def complete(layout: Layout, frame: pd.DataFrame) -> Layout:
     """The layout with model, columns and budgets taken from the results where it leaves them out.
 
     Raises
@@ -139,13 +142,12 @@ def complete(layout: Layout, results: Sequence[Result]) -> Layout:
     ValueError
         If the results are of several models, or there are none.
     """
-    rows = [result.row for result in results]
-    models = sorted({row["model"] for row in rows})
+    models = [] if frame.empty else sorted(set(frame.model))
     if layout.model is None and len(models) != 1:
         raise ValueError(f"model: the table leaves it out, and the results are of {' and '.join(models) or 'none'}")
     model = layout.model or models[0]
-    mine = [row for row in rows if _same_model(row["model"], model)]
-    if rows and not mine and published.canonical(model) is None and not is_embedded(model):
+    mine = [] if frame.empty else records(frame[_of_model(frame, model)])
+    if models and not mine and published.canonical(model) is None and not is_embedded(model):
         known = ", ".join(dict.fromkeys([*models, *published.models()]))
         raise ValueError(f"model: got {shown(model)}, without results or published figures, expected {known}")
     tasks = sorted({row["task"] if row["synthetic"] else row["benchmark"] for row in mine})
@@ -154,13 +156,6 @@ def complete(layout: Layout, results: Sequence[Result]) -> Layout:
         layout, model=model, columns=layout.columns or tuple(tasks), budgets=layout.budgets or tuple(budgets)
     )
 
-
-COSTS: dict[str, tuple[str, Callable[[dict], float | None]]] = {
-    "tokens": ("tokens computed on", lambda row: row["mean_tokens"]),
-    "flops": ("FLOPs saved %", lambda row: None if row["flops_reduction"] is None else 100 * row["flops_reduction"]),
-    "time": ("ms", prompt_ms),
-}
-"""What a result cost: title of the column, and a row's value, None where it is not known."""
 
 _KEYS = {field.name: field for field in fields(Layout)}
 
@@ -175,7 +170,7 @@ def known_columns(model: str) -> list[str]:
     return [column for column in dict.fromkeys([*printed, *ours, *LOCAL]) if column != AVERAGE]
 
 
-def lines(layout: Layout, results: Iterable[Result]) -> list[Line]:
+def table_rows(layout: Layout, frame: pd.DataFrame) -> list[TableRow]:
     """Vanilla, then every method at every budget, of a `complete` layout.
 
     Raises
@@ -183,7 +178,7 @@ def lines(layout: Layout, results: Iterable[Result]) -> list[Line]:
     ValueError
         If results of two checkpoints both are the layout's model.
     """
-    rows = [row for row in merge_seeds(results) if _same_model(row["model"], layout.model)]
+    rows = [] if frame.empty else records(over_seeds(frame[_of_model(frame, layout.model)]))
     models = sorted({row["model"] for row in rows})
     if len(models) > 1:
         raise ValueError(
@@ -195,7 +190,7 @@ def lines(layout: Layout, results: Iterable[Result]) -> list[Line]:
         ours = {column: row for column in layout.columns for row in mine if _fills(row, column)}
         ours = published.with_means(ours, layout.columns)
         printed = published.rows(layout.model, method, retain)
-        found.append(Line(method, retain, ours, [row for row in printed if set(row.values) & set(layout.columns)]))
+        found.append(TableRow(method, retain, ours, [row for row in printed if set(row.values) & set(layout.columns)]))
     return found if layout.methods else _best_first(layout, found)
 
 
@@ -209,11 +204,11 @@ def _wanted(layout: Layout, rows: Sequence[Mapping]) -> list[tuple[str, int | No
     return [*budgeted, *((method, None) for method in alone), *others]
 
 
-def _best_first(layout: Layout, found: Sequence[Line]) -> list[Line]:
+def _best_first(layout: Layout, found: Sequence[TableRow]) -> list[TableRow]:
     """The lines in the order of their averages, budget by budget; those that lack a column last."""
     place = {budget: number for number, budget in enumerate((None, *layout.budgets))}
 
-    def rank(line: Line) -> tuple:
+    def rank(line: TableRow) -> tuple:
         shares = line.shares().values()
         whole = len(shares) == len(layout.columns)
         return place.get(line.retain, len(place)), not whole, -fmean(shares) if shares else 0.0
@@ -221,8 +216,9 @@ def _best_first(layout: Layout, found: Sequence[Line]) -> list[Line]:
     return sorted(found, key=rank)
 
 
-def _same_model(found: str, wanted: str) -> bool:
-    return published.is_of(found, wanted)
+def _of_model(frame: pd.DataFrame, wanted: str) -> pd.Series:
+    """Which results are of a model, or of a checkpoint that papers call so."""
+    return frame.model.map(lambda found: published.is_of(found, wanted))
 
 
 def _fills(row: Mapping, column: str) -> bool:
@@ -243,7 +239,7 @@ def printed_average(row: published.Row, model: str, columns: Sequence[str]) -> f
     return fmean(printed_shares(row, model, columns).values())
 
 
-def average_difference(layout: Layout, line: Line, row: published.Row) -> tuple[float | None, int]:
+def average_difference(layout: Layout, line: TableRow, row: published.Row) -> tuple[float | None, int]:
     """Our average share of vanilla minus the published one, over the columns that both have; how many these are."""
     ours = {column: share for column, share in line.shares().items() if line.difference(column, row) is not None}
     theirs = printed_shares(row, layout.model, list(ours))

@@ -1,27 +1,23 @@
 """Score against vision tokens, FLOPs and measured time, one line per method, from any results folder.
 
-    python -m eval.plots results --out plots
+    mustdrop plots results --out plots
 
 One picture per task and quantity, and per quantity one for the average share of vanilla over all tasks; PNG and SVG.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from math import hypot
-from statistics import fmean
 
 import matplotlib
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from eval.report import published
 from eval.report.published import AVERAGE
-from eval.report.results import VANILLA, Result, collect, label, merge_seeds, prompt_ms, timing
+from eval.report.results import COSTS, VANILLA, load, over_seeds, timing
 from eval.run.records import file_name
 from eval.run.settings import check_out
 from mustdrop.command import Parser, command, path
@@ -48,69 +44,57 @@ CROWDED = 6
 FORMATS = ("png", "svg")
 
 
-def _flops(row: dict) -> float | None:
-    saved = (row.get("flops_reductions") or {}).get("with-text-tower")
-    return None if saved is None else 100 * (1 - saved)
-
-
-QUANTITIES: dict[str, tuple[str, Callable[[dict], float | None]]] = {
-    "tokens": ("vision tokens, mean over layers", lambda row: row["mean_tokens"]),
-    "flops": ("FLOPs up to the first new token, % of vanilla", _flops),
-    "time": ("vision + prefill + decode, ms per prompt", prompt_ms),
-}
-"""What scores are drawn against: title of the axis, and the row's value, None where it is not known."""
+QUANTITIES = {cost.axis[0]: (cost.axis[1], column) for column, cost in COSTS.items() if cost.axis}
+"""What scores are drawn against: title of the axis, and the frame's column."""
 
 LOGARITHMIC = ("tokens", "time")
 """Drawn so that every doubling takes the same room, as budgets halve from one to the next."""
 
 
-@dataclass(frozen=True)
-class Point:
-    """One method at one budget: where it stands and its 95 % interval, None where that is not known."""
+def task_points(frame: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """The points of one task: ``method``, ``x``, ``y``, and ``below`` and ``above`` of the 95 % interval.
 
-    method: str
-    x: float
-    y: float
-    interval: tuple[float, float]
-
-
-def task_points(rows: Iterable[dict], quantity: str) -> list[Point]:
-    """The points of one task; ``rows`` as `merge_seeds` gives them. Rows without the quantity are left out."""
-    value = QUANTITIES[quantity][1]
-    return [
-        Point(row["method"], value(row), row["score"], tuple(row["score_ci95"]))
-        for row in rows
-        if value(row) is not None
-    ]
+    ``frame`` is one that `over_seeds` made; rows without the quantity are left out.
+    """
+    known = _known(frame, quantity)
+    return _points(known.method, known[QUANTITIES[quantity][1]], known.score, known.low, known.high)
 
 
-def average_points(rows: Sequence[dict], quantity: str) -> list[Point]:
+def average_points(frame: pd.DataFrame, quantity: str) -> pd.DataFrame:
     """Mean share of vanilla in percent over all tasks; a method that lacks a task at a budget is left out there.
 
     The interval adds up the tasks' own, taken as independent, and takes the untouched model's score as exact.
     """
-    value = QUANTITIES[quantity][1]
-    tasks = {row["task"] for row in rows}
-    base = {row["task"]: row["score"] for row in rows if row["method"] == VANILLA}
-    groups: dict[str, list[dict]] = {}
-    for row in rows:
-        if base.get(row["task"]) and value(row) is not None:
-            groups.setdefault(label(row["method"], row["retain"]), []).append(row)
-    points = []
-    for group in groups.values():
-        if len(group) < len(tasks):
-            continue
-        share = 100 * fmean(row["score"] / base[row["task"]] for row in group)
-        below, above = (
-            100 * hypot(*((row["score_ci95"][end] - row["score"]) / base[row["task"]] for row in group)) / len(group)
-            for end in (0, 1)
-        )
-        points.append(Point(group[0]["method"], fmean(map(value, group)), share, (share - below, share + above)))
-    return points
+    known = _known(frame, quantity)
+    base = known.task.map(frame[frame.method == VANILLA].set_index("task").score.astype(float))
+    known = known[base > 0]
+    scaled = known.assign(
+        **{name: 100 * known[name] / base for name in ("score", "low", "high")},
+        below2=lambda rows: (rows.score - rows.low) ** 2, above2=lambda rows: (rows.high - rows.score) ** 2,
+    )  # fmt: skip
+    groups = scaled.groupby("label", sort=False)
+    whole = groups.size() == frame.task.nunique()
+    means = groups[["score", QUANTITIES[quantity][1]]].mean()[whole]
+    below, above = (groups[name].sum()[whole] ** 0.5 / groups.size()[whole] for name in ("below2", "above2"))
+    x, y = means[QUANTITIES[quantity][1]], means.score
+    return _points(groups.method.first()[whole], x, y, y - below, y + above)
+
+
+def _known(frame: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """The rows with a quantity, their numbers as such and the ends of their intervals."""
+    column = QUANTITIES[quantity][1]
+    ends = {end: frame.score_ci95.str[place].astype(float) for place, end in enumerate(("low", "high"))}
+    numbers = frame.assign(**ends).astype({column: float, "score": float})
+    return numbers[numbers[column].notna()]
+
+
+def _points(*columns: pd.Series) -> pd.DataFrame:
+    names = ("method", "x", "y", "below", "above")
+    return pd.DataFrame(dict(zip(names, columns, strict=True))).reset_index(drop=True)
 
 
 def draw(
-    points: Sequence[Point],
+    points: pd.DataFrame,
     title: str,
     x_title: str,
     y_title: str,
@@ -123,8 +107,8 @@ def draw(
 
     Parameters
     ----------
-    points : sequence of Point
-        What to draw.
+    points : pandas.DataFrame
+        What to draw, as `task_points` and `average_points` give it.
     title, x_title, y_title : str
         Texts.
     colours : dict
@@ -133,22 +117,20 @@ def draw(
         Whether each doubling of x takes the same room.
     """
     with matplotlib.rc_context(STYLE):
-        scores: dict[str, list[float]] = {}
-        for point in points:
-            scores.setdefault(point.method, []).append(point.y)
+        scores = points.groupby("method").y.mean()
         crowded = len(scores) > CROWDED
         figure = Figure(figsize=(1.6 * SIZE[0], 1.3 * SIZE[1]) if crowded else SIZE, layout="constrained")
         axes = figure.add_subplot()
-        for method in sorted(scores, key=lambda name: (name != VANILLA, -fmean(scores[name]))):
-            mine = sorted((point for point in points if point.method == method), key=lambda point: point.x)
+        for method in sorted(scores.index, key=lambda name: (name != VANILLA, -scores[name])):
+            mine = points[points.method == method].sort_values("x", kind="stable")
             plain = method == VANILLA
             colour = INK if plain else COLOURS[colours[method] % len(COLOURS)]
             if plain:
-                axes.axhline(mine[0].y, color=INK, linestyle="--", linewidth=0.9, alpha=0.6, zorder=1)
+                axes.axhline(mine.y.iloc[0], color=INK, linestyle="--", linewidth=0.9, alpha=0.6, zorder=1)
             axes.errorbar(
-                [point.x for point in mine],
-                [point.y for point in mine],
-                yerr=[[abs(point.y - point.interval[end]) for point in mine] for end in (0, 1)],
+                mine.x,
+                mine.y,
+                yerr=[(mine.y - mine[end]).abs() for end in ("below", "above")],
                 label=method,
                 color=colour,
                 marker="h" if plain else MARKERS[colours[method] % len(MARKERS)],
@@ -171,36 +153,32 @@ def draw(
     return figure
 
 
-def figures(results: Iterable[Result]) -> dict[str, Figure]:
+def figures(frame: pd.DataFrame) -> dict[str, Figure]:
     """All pictures by name, ``mini_gqa-tokens`` and so on; with the model's name in front if there are several.
 
     A quantity that no row has, as times may be, has no picture.
     """
-    results = list(results)
-    rows = merge_seeds(results)
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    methods = sorted({row["method"] for row in rows} - {VANILLA})
+    rows = over_seeds(frame)
+    methods = sorted(set(rows.method) - {VANILLA})
     colours = {method: number for number, method in enumerate(methods)}
     found = {}
-    for model in models:
-        mine = [row for row in rows if row["model"] == model]
-        tasks = list(dict.fromkeys(row["task"] for row in mine))
-        prefix = f"{file_name(model)}-" if len(models) > 1 else ""
+    for model, mine in rows.groupby("model", sort=False):
+        tasks = list(mine.groupby("task", sort=False))
+        prefix = f"{file_name(model)}-" if rows.model.nunique() > 1 else ""
         for quantity, (x_title, _) in QUANTITIES.items():
             if quantity == "time":
-                x_title += f"\n{timing(result for result in results if result.row['model'] == model)}"
-            points = average_points(mine, quantity) if len(tasks) > 1 else []
-            if points:
+                x_title += f"\n{timing(frame[frame.model == model])}"
+            drawn = [
+                (task, _title(model, task, group), _y_title(group), task_points(group, quantity))
+                for task, group in tasks
+            ]
+            if len(tasks) > 1:
                 title = _title(model, f"average of {len(tasks)} tasks", mine)
-                found[f"{prefix}{AVERAGE}-{quantity}"] = draw(
-                    points, title, x_title, "score, % of vanilla", colours, quantity in LOGARITHMIC
-                )
-            for task in tasks:
-                group = [row for row in mine if row["task"] == task]
-                points = task_points(group, quantity)
-                if points:
-                    titles = (_title(model, task, group), x_title, _y_title(group[0]))
-                    found[f"{prefix}{task}-{quantity}"] = draw(points, *titles, colours, quantity in LOGARITHMIC)
+                drawn.insert(0, (AVERAGE, title, "score, % of vanilla", average_points(mine, quantity)))
+            for name, title, y_title, points in drawn:
+                if not points.empty:
+                    figure = draw(points, title, x_title, y_title, colours, quantity in LOGARITHMIC)
+                    found[f"{prefix}{name}-{quantity}"] = figure
     return found
 
 
@@ -216,32 +194,31 @@ def encode(figure: Figure, kind: str) -> bytes:
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 done, 2 a wrong argument."""
-    new = Parser(prog="python -m eval.plots", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    new = Parser("plots", description=__doc__)
     new.add_argument("results", type=path, nargs="+", help="results folders")
     new.add_argument("--out", type=path, help="folder for the pictures (default: plots in the first results folder)")
     args = new.parse_args(argv)
-    results, notes = collect(args.results)
+    frame, notes = load(args.results)
     out = check_out(args.out or args.results[0] / "plots")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     out.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures(results).items():
+    for name, figure in figures(frame).items():
         for kind in FORMATS:
             (out / f"{name}.{kind}").write_bytes(encode(figure, kind))
             print(out / f"{name}.{kind}")
     return 0
 
 
-def _title(model: str, task: str, rows: Sequence[dict]) -> str:
+def _title(model: str, task: str, rows: pd.DataFrame) -> str:
     """What is drawn; whoever sees only the picture must see that it is synthetic, or only a part."""
-    remarks = ["synthetic"] if any(row["synthetic"] for row in rows) else []
-    remarks += ["limited"] if any(row["limit"] for row in rows) else []
+    remarks = [name for name, some in (("synthetic", rows.synthetic), ("limited", rows.limit.notna())) if some.any()]
     return f"{task}, {model}" + (f" ({', '.join(remarks)})" if remarks else "")
 
 
-def _y_title(row: dict) -> str:
-    column = published.columns().get(row["benchmark"])
-    return f"{row['metric']}, {column.unit if column else '%'}"
+def _y_title(rows: pd.DataFrame) -> str:
+    column = published.columns().get(rows.benchmark.iloc[0])
+    return f"{rows.metric.iloc[0]}, {column.unit if column else '%'}"
 
 
 if __name__ == "__main__":

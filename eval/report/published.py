@@ -75,33 +75,18 @@ class Model:
         return list(dict.fromkeys(column for row in self.rows for column in row.values))
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One printed figure and the paper it was read in."""
-
-    value: float
-    source: str
-
-
-def find(model: str, column: str, method: str, retain: int | None) -> list[Figure]:
-    """What papers print, one figure per source that prints one; papers differ about some methods.
+def rows(model: str, method: str, retain: int | None) -> list[Row]:
+    """What papers print about a method, one row per source that prints one; papers differ about some methods.
 
     Parameters
     ----------
     model : str
         A name in ``published.yaml`` or that of one of its checkpoints; an unknown one has no published figures.
-    column : str
-        Benchmark, such as ``gqa``.
     method : str
         Name of a method, or ``vanilla``.
     retain : int or None
         Average number of vision tokens; not looked at for ``vanilla``.
     """
-    return [Figure(row.values[column], row.source) for row in rows(model, method, retain) if column in row.values]
-
-
-def rows(model: str, method: str, retain: int | None) -> list[Row]:
-    """The published rows of a method, one per source; the parameters are those of `find`."""
     name = canonical(model)
     if name is None:
         return []

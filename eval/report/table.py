@@ -1,6 +1,6 @@
 """The paper's tables: our results beside what papers print.
 
-    python -m eval.table configs/tables/table1.yaml --results results --format all --out tables
+    mustdrop table configs/tables/table1.yaml --results results --format all --out tables
 
 A cell without a result is shown as missing. Synthetic results have no published counterpart and are never compared.
 """
@@ -8,41 +8,42 @@ A cell without a result is shown as missing. Synthetic results have no published
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+import pandas as pd
 from tabulate import LATEX_ESCAPE_RULES, SEPARATING_LINE, tabulate
 
 from eval.report import published
 from eval.report.layout import (
-    COSTS,
+    SHOWN_COSTS,
     Layout,
-    Line,
+    TableRow,
     average_difference,
     complete,
-    lines,
     printed_average,
     printed_shares,
     read_layout,
+    table_rows,
 )
 from eval.report.published import AVERAGE
-from eval.report.results import VANILLA, Result, collect, label, prompt_ms, timing
-from eval.report.significance import comparable
+from eval.report.results import ONE, VANILLA, load, timing
+from eval.report.significance import comparable, leaders
 from eval.run.settings import check_out
 from mustdrop.command import Parser, command, path
 
-STYLES = {"terminal": "simple", "markdown": "github", "latex": "latex_booktabs"}
-SUFFIXES = {"terminal": "txt", "markdown": "md", "latex": "tex", "csv": "csv"}
 CSV_FIELDS = (
     "model", "task", "method", "retain", "ours", "ci_low", "ci_high", "n", "published", "source", "difference",
     "beyond_noise", "seeds", "seed_spread", "synthetic", "over", "mean_tokens", "flops_reduction",
     "prompt_ms", "commit",
 )  # fmt: skip
 NOTHING = "-"
+BOLD = (
+    "bold: the best average of a budget, and those that differ from it by no more than chance (paired 95 % interval of "
+    "the mean score per question over these tasks, pictures drawn; not corrected)"
+)
 RESULTS = Path("results")
 
 
@@ -53,14 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.format == "all" and args.out is None:
         raise ValueError("--format: all writes files, so it needs --out FOLDER")
     out = None if args.out is None else check_out(args.out)
-    results, notes = _results(args.results)
-    layout = complete(read_layout(args.table, {result.row["method"] for result in results}), results)
-    found = lines(layout, results)
-    notes = [*layout.notes, *notes, *origins(found, results)]
-    styles = list(SUFFIXES) if args.format == "all" else [args.format]
+    frame, notes = _results(args.results)
+    layout = complete(read_layout(args.table, set(frame.get("method", ()))), frame)
+    found = table_rows(layout, frame)
+    notes = [*layout.notes, *notes, *origins(found, frame)]
+    styles = list(FORMATS) if args.format == "all" else [args.format]
     bold = set()
-    if "markdown" in styles and layout.methods is None:
-        whole, unreadable = comparable(results)
+    if "markdown" in styles and layout.methods is None and not frame.empty:
+        whole, unreadable = comparable(frame)
         bold = set() if unreadable else leading(layout, found, whole)
         notes += [f"{note}, so nothing is bold" for note in unreadable]
     if out is not None:
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    new = Parser(prog="python -m eval.table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    new = Parser("table", description=__doc__)
     new.add_argument("table", type=path, help="YAML file, such as configs/tables/table1.yaml")
     new.add_argument(
         "--results",
@@ -79,61 +80,55 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         help="results folders, or folders that hold some (default: results; without any, published figures only)",
     )
-    new.add_argument("--format", choices=[*SUFFIXES, "all"], default="terminal", help="(default: %(default)s)")
+    new.add_argument("--format", choices=[*FORMATS, "all"], default="terminal", help="(default: %(default)s)")
     new.add_argument("--out", type=path, help="folder that gets the table as a file named after the YAML")
     return new
 
 
-def leading(layout: Layout, found: Sequence[Line], results: Sequence[Result]) -> set[tuple[str, int]]:
+def leading(layout: Layout, found: Sequence[TableRow], frame: pd.DataFrame) -> set[tuple[str, int]]:
     """Methods at their budgets that no other is known to surpass on average; what lacks a column is not ranked."""
-    from eval.report.against import leaders
-
     whole = [line for line in found if line.method != VANILLA and len(line.shares()) == len(layout.columns)]
     tasks = [row["task"] for row in found[0].ours.values()]
     models = {row["model"] for line in whole for row in line.ours.values()}
-    mine = [result for result in results if result.row["model"] in models]
-    return leaders(mine, tasks, [(line.method, line.retain) for line in whole])
+    mine = frame[frame.model.isin(models)]
+    return leaders(mine, tasks, [(line.method, line.retain) for line in whole]) if whole else set()
 
 
 def write(out: Path, stem: str, texts: Mapping[str, str]) -> None:
     """Write a table in several styles into a folder."""
     out.mkdir(parents=True, exist_ok=True)
     for style, text in texts.items():
-        (out / f"{stem}.{SUFFIXES[style]}").write_text(text, encoding="utf-8")
+        (out / f"{stem}.{FORMATS[style][0]}").write_text(text, encoding="utf-8")
 
 
-def _results(folders: list[Path] | None) -> tuple[list[Result], list[str]]:
+def _results(folders: list[Path] | None) -> tuple[pd.DataFrame, list[str]]:
     if folders is None and not any(RESULTS.rglob("cells/*/*.json")):
-        return [], ["no results here: published figures only"]
-    return collect(folders or [RESULTS])
+        return pd.DataFrame(), ["no results here: published figures only"]
+    return load(folders or [RESULTS])
 
 
-def origins(found: Sequence[Line], results: Sequence[Result]) -> list[str]:
+def origins(found: Sequence[TableRow], frame: pd.DataFrame) -> list[str]:
     """Where the shown results were made: commits, devices, dates; which methods if several commits made them."""
-    shown = [row for line in found for row in line.ours.values()]
-    names = {(row["model"], row["task"], label(row["method"], row["retain"])) for row in shown}
-    made = [result for result in results if (result.row["model"], result.row["task"], result.label) in names]
-    if results and not made:
-        others = sorted({f"{result.row['model']} on {result.row['task']}" for result in results})
-        return [f"none of the {len(results)} results belongs here, they are of {', '.join(others)}"]
-    if not made:
+    if frame.empty:
         return []
-    methods: dict[str, set[str]] = {}
-    for result in made:
-        methods.setdefault(result.row["commit"], set()).add(result.row["method"])
+    shown = {tuple(row[name] for name in ONE) for line in found for row in line.ours.values()}
+    made = frame[[key in shown for key in zip(*(frame[name] for name in ONE), strict=True)]]
+    if made.empty:
+        others = ", ".join(sorted(set(frame.model + " on " + frame.task)))
+        return [f"none of the {len(frame)} results belongs here, they are of {others}"]
     facts = {
-        "commit": sorted(methods),
-        "device": {f"{one.provenance.get('device')} {one.provenance.get('dtype')}" for one in made},
-        "date": {one.provenance.get("date", "unknown")[:10] for one in made},
+        "commit": set(made.commit),
+        "device": {f"{one.get('device')} {one.get('dtype')}" for one in made.provenance},
+        "date": {one.get("date", "unknown")[:10] for one in made.provenance},
     }
     line = "; ".join(f"{name} {', '.join(sorted(value))}" for name, value in facts.items())
-    several = [f"commit {commit}: {', '.join(sorted(names))}" for commit, names in sorted(methods.items())]
+    several = [f"commit {commit}: {', '.join(sorted(set(rows.method)))}" for commit, rows in made.groupby("commit")]
     return [f"{len(made)} results; {line}", *(several if len(several) > 1 else []), f"times: {timing(made)}"]
 
 
 def render(
     layout: Layout,
-    found: Sequence[Line],
+    found: Sequence[TableRow],
     style: str,
     notes: Sequence[str] = (),
     bold: Collection[tuple[str, int]] = (),
@@ -144,31 +139,16 @@ def render(
     ----------
     layout : Layout
         What to show.
-    found : sequence of Line
+    found : sequence of TableRow
         What there is.
     style : str
-        ``terminal``, ``markdown``, ``latex`` or ``csv``; the last has one line per figure and source, and no notes.
+        One of `FORMATS`.
     notes : sequence of str
         Stand below the legend.
     bold : collection of (method, budget)
         Whose average is bold in Markdown.
     """
-    if style == "csv":
-        return _csv(layout, found)
-    body = body_rows(layout, found, bold if style == "markdown" else ())
-    remarks = [*legend(layout, found), *notes]
-    if style == "markdown":  # a rule between rows is not Markdown's
-        if bold:
-            remarks.append(
-                "bold: the best average of a budget, and those that differ from it by no more than chance (paired 95 % "
-                "interval of the mean score per question over these tasks, pictures drawn; not corrected)"
-            )
-        text = _tabulate(layout, [row for row in body if row is not None], style)
-        return f"## {layout.title}\n\n{text}\n\n" + "".join(f"- {remark}\n" for remark in remarks)
-    text = _tabulate(layout, [SEPARATING_LINE if row is None else row for row in body], style)
-    if style == "terminal":
-        return f"{layout.title}\n\n{text}\n\n" + "".join(f"{remark}\n" for remark in remarks)
-    return _latex(text, " ".join(f"{remark}." for remark in (layout.title, *remarks)))
+    return FORMATS[style][1](layout, found, [*legend(layout, found), *notes], bold)
 
 
 def header(layout: Layout) -> list[str]:
@@ -177,11 +157,13 @@ def header(layout: Layout) -> list[str]:
         *("tokens", "method", ""),
         *(_title(column) for column in layout.columns),
         AVERAGE,
-        *(COSTS[cost][0] for cost in layout.costs),
+        *(SHOWN_COSTS[cost][0] for cost in layout.costs),
     ]
 
 
-def body_rows(layout: Layout, found: Sequence[Line], bold: Collection[tuple[str, int]] = ()) -> list[list[str] | None]:
+def body_rows(
+    layout: Layout, found: Sequence[TableRow], bold: Collection[tuple[str, int]] = ()
+) -> list[list[str] | None]:
     """The table's rows as text, None between budgets."""
     letters = _letters(layout, found)
     body: list[list[str] | None] = []
@@ -201,13 +183,13 @@ def body_rows(layout: Layout, found: Sequence[Line], bold: Collection[tuple[str,
             ):
                 block.append(_difference_row(layout, line, row, letters[row.source]))
         tokens = "all" if line.method == VANILLA else str(line.retain or "")
-        costs = [_cost(line.cost(cost)) for cost in layout.costs]
+        costs = [write_cost(line.cost(cost)) for cost in layout.costs]
         for place, row in enumerate(block):
             body.append(["", "", *row, *[""] * len(costs)] if place else [tokens, line.method, *row, *costs])
     return body
 
 
-def legend(layout: Layout, found: Sequence[Line]) -> list[str]:
+def legend(layout: Layout, found: Sequence[TableRow]) -> list[str]:
     """What the marks mean, as far as they occur."""
     ours = [row for line in found for row in line.ours.values()]
     remarks = []
@@ -247,7 +229,7 @@ def _printed_shares(layout: Layout) -> list[str]:
     return [about, *listed] if listed else []
 
 
-def _our_rows(layout: Layout, line: Line, vanilla: Line) -> list[list[str]]:
+def _our_rows(layout: Layout, line: TableRow, vanilla: TableRow) -> list[list[str]]:
     """Scores; the numbers of questions where vanilla's line does not say them; the spread over seeds, if any."""
     cells = [line.ours.get(column) for column in layout.columns]
     shares = line.shares()
@@ -269,7 +251,7 @@ def _published_row(layout: Layout, row: published.Row, letter: str) -> list[str]
     return [f"published {letter}", *figures, average]
 
 
-def _difference_row(layout: Layout, line: Line, row: published.Row, letter: str) -> list[str]:
+def _difference_row(layout: Layout, line: TableRow, row: published.Row, letter: str) -> list[str]:
     figures = []
     for column in layout.columns:
         mark = "*" if line.beyond_noise(column, row) else ""
@@ -279,7 +261,7 @@ def _difference_row(layout: Layout, line: Line, row: published.Row, letter: str)
     return [f"difference {letter}", *figures, average]
 
 
-def _cost(value: float | None) -> str:
+def write_cost(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3g}" if value < 10 else f"{value:.0f}"
 
 
@@ -311,7 +293,7 @@ def _title(column: str) -> str:
     return known.title if known else column
 
 
-def _letters(layout: Layout, found: Sequence[Line]) -> dict[str, str]:
+def _letters(layout: Layout, found: Sequence[TableRow]) -> dict[str, str]:
     """A letter for every source that is shown."""
     if not {"published", "difference"} & set(layout.show):
         return {}
@@ -319,66 +301,88 @@ def _letters(layout: Layout, found: Sequence[Line]) -> dict[str, str]:
 
 
 def _tabulate(layout: Layout, body: list, style: str) -> str:
+    """Rows of `body_rows` in one of tabulate's styles; None becomes a rule."""
     align = ["right", "left", "left", *["right"] * (len(layout.columns) + 1 + len(layout.costs))]
-    rows = [header(layout), *body]
+    rows = [header(layout), *(SEPARATING_LINE if row is None else row for row in body)]
     if all(row is SEPARATING_LINE or row[2] in ("", "ours") for row in rows):  # nothing that needs telling apart
         rows = [row if row is SEPARATING_LINE else row[:2] + row[3:] for row in rows]
         del align[2]
-    return tabulate(rows[1:], rows[0], tablefmt=STYLES[style], disable_numparse=True, colalign=align)
+    return tabulate(rows[1:], rows[0], tablefmt=style, disable_numparse=True, colalign=align)
 
 
-def _latex(tabular: str, caption: str) -> str:
+def _terminal(layout: Layout, found: Sequence[TableRow], remarks: Sequence[str], bold: Collection) -> str:
+    text = _tabulate(layout, body_rows(layout, found), "simple")
+    return f"{layout.title}\n\n{text}\n\n" + "".join(f"{remark}\n" for remark in remarks)
+
+
+def _markdown(layout: Layout, found: Sequence[TableRow], remarks: Sequence[str], bold: Collection) -> str:
+    body = [row for row in body_rows(layout, found, bold) if row is not None]  # a rule between rows is not Markdown's
+    remarks = [*remarks, *([BOLD] if bold else [])]
+    text = _tabulate(layout, body, "github")
+    return f"## {layout.title}\n\n{text}\n\n" + "".join(f"- {remark}\n" for remark in remarks)
+
+
+def _latex(layout: Layout, found: Sequence[TableRow], remarks: Sequence[str], bold: Collection) -> str:
     """A table as wide as the page; needs the packages booktabs and graphicx."""
+    caption = " ".join(f"{remark}." for remark in (layout.title, *remarks))
     escaped = "".join(LATEX_ESCAPE_RULES.get(letter, letter) for letter in caption)
     parts = [
-        r"\begin{table*}", r"\centering", rf"\caption{{{escaped}}}", r"\resizebox{\linewidth}{!}{%", tabular + "}",
-        r"\end{table*}",
+        r"\begin{table*}", r"\centering", rf"\caption{{{escaped}}}", r"\resizebox{\linewidth}{!}{%",
+        _tabulate(layout, body_rows(layout, found), "latex_booktabs") + "}", r"\end{table*}",
     ]  # fmt: skip
     return "\n".join(parts).replace("±", r"$\pm$") + "\n"
 
 
-def _csv(layout: Layout, found: Sequence[Line]) -> str:
-    """One line per figure and source; empty where there is none."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_FIELDS, lineterminator="\n")
-    writer.writeheader()
-    for line in found:
-        for printed in line.printed or [None]:
-            for column in layout.columns:
-                writer.writerow(_rounded(_csv_row(layout, line, printed, column)))
-            writer.writerow(_rounded(_csv_average(layout, line, printed)))
-    return text.getvalue()
+def _csv(layout: Layout, found: Sequence[TableRow], remarks: Sequence[str], bold: Collection) -> str:
+    """One line per figure and source, without remarks; empty where there is none."""
+    rows = [
+        {"model": layout.model, "method": line.method, "retain": line.retain, **cells}
+        for line in found
+        for printed in line.printed or [None]
+        for cells in (*(_csv_row(line, printed, one) for one in layout.columns), _csv_average(layout, line, printed))
+    ]
+    plain = [[_rounded(row.get(name)) for name in CSV_FIELDS] for row in rows]
+    return pd.DataFrame(plain, columns=CSV_FIELDS, dtype=object).to_csv(index=False)
 
 
-def _csv_row(layout: Layout, line: Line, printed: published.Row | None, column: str) -> dict:
-    row = {"model": layout.model, "task": column, "method": line.method, "retain": line.retain}
+def _rounded(value: object) -> object:
+    """Without the digits that binary fractions add."""
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def _csv_row(line: TableRow, printed: published.Row | None, column: str) -> dict:
+    row = {"task": column}
     ours = line.ours.get(column)
     if ours is not None:
         low, high = ours["score_ci95"]
+        saved = ours["flops_saved"]
         row |= {"ours": ours["score"], "ci_low": low, "ci_high": high}
-        row |= {name: ours[name] for name in ("n", "seeds", "seed_spread", "synthetic", "commit")}
-        row |= {"mean_tokens": ours["mean_tokens"], "flops_reduction": ours["flops_reduction"]}
-        row["prompt_ms"] = prompt_ms(ours)
+        names = ("n", "seeds", "seed_spread", "synthetic", "commit", "mean_tokens", "prompt_ms")
+        row |= {name: ours[name] for name in names}
+        row["flops_reduction"] = None if saved is None else saved / 100
     if printed is not None and column in printed.values:
         row |= {"published": printed.values[column], "source": printed.source}
         row |= {"difference": line.difference(column, printed), "beyond_noise": line.beyond_noise(column, printed)}
     return row
 
 
-def _rounded(row: Mapping) -> dict:
-    """Without the digits that binary fractions add."""
-    return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
-
-
-def _csv_average(layout: Layout, line: Line, printed: published.Row | None) -> dict:
-    shares = line.shares()
-    row = {"model": layout.model, "task": AVERAGE, "method": line.method, "retain": line.retain}
-    row |= {"ours": fmean(shares.values()) if shares else None, "over": f"{len(shares)}/{len(layout.columns)}"}
+def _csv_average(layout: Layout, line: TableRow, printed: published.Row | None) -> dict:
+    shares = line.shares().values()
+    row = {"task": AVERAGE, "ours": fmean(shares) if shares else None, "over": f"{len(shares)}/{len(layout.columns)}"}
     if printed is not None:
         average = printed_average(printed, layout.model, layout.columns)
         row |= {"published": average, "source": printed.source}
         row |= {"difference": average_difference(layout, line, printed)[0]}
     return row
+
+
+FORMATS: dict[str, tuple[str, Callable[..., str]]] = {
+    "terminal": ("txt", _terminal),
+    "markdown": ("md", _markdown),
+    "latex": ("tex", _latex),
+    "csv": ("csv", _csv),
+}
+"""A new output format is an entry here: a file's suffix, and what writes layout, rows, remarks and bold averages."""
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from math import isqrt
 from pathlib import Path
 
+import pandas as pd
 from PIL import Image
 
-from eval.report.results import Result, label, ordered
+from eval.report.results import ONE, Samples, ordered
 from eval.run.records import is_number
 from eval.run.samples import pack, patches
 from eval.run.tiled import count, is_tiling, on_image, places
@@ -35,13 +36,13 @@ STAGES = {
 }
 
 
-def viewers(results: Iterable[Result]) -> list[dict]:
+def viewers(frame: pd.DataFrame) -> list[dict]:
     """What the page draws: one viewer per model and task that has pictures.
 
     Parameters
     ----------
-    results : iterable of Result
-        Finished cells; of several seeds the first is drawn.
+    frame : pandas.DataFrame
+        Results; of several seeds the first is drawn.
 
     Returns
     -------
@@ -51,17 +52,15 @@ def viewers(results: Iterable[Result]) -> list[dict]:
         and ``methods``: label -> ``answer``, ``score``, ``tokens`` and ``stages``, pairs of a title and the kept
         patches, hexadecimal as `eval.run.samples.pack` makes them.
     """
-    groups: dict[tuple, dict[str, Result]] = {}
-    for result in sorted(results, key=lambda one: one.row["seed"]):
-        key = (result.row["model"], result.row["task"])
-        groups.setdefault(key, {}).setdefault(result.label, result)
     found = []
-    for (model, task), by_label in groups.items():
-        labels = [label(row["method"], row["retain"]) for row in ordered(one.row for one in by_label.values())]
-        files = _pictures(by_label.values())
+    first = frame.sort_values("seed", kind="stable").drop_duplicates(ONE)
+    for (model, task), group in first.groupby(["model", "task"], sort=False):
+        rows = ordered(group)
+        labels = list(rows.label)
+        files = _pictures(rows.samples)
         samples: dict[str, dict] = {}
-        for name in labels:
-            for line in _lines(by_label[name], files):
+        for name, source in zip(labels, rows.samples, strict=True):
+            for line in _lines(source, files):
                 sample = samples.setdefault(str(line["doc_id"]), _sample(line))
                 sample["methods"][name] = _outcome(line)
         uris = {name: uri for name in files if name in samples and (uri := data_uri(files[name]))}
@@ -88,7 +87,7 @@ def data_uri(file: Path) -> str | None:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _pictures(results: Iterable[Result]) -> dict[str, Path]:
+def _pictures(results: Iterable[Samples]) -> dict[str, Path]:
     """The first pictures of a task by the name of their document, in the documents' order."""
     folders = dict.fromkeys(result.picture_folder for result in results)
     files = {
@@ -101,9 +100,9 @@ def _pictures(results: Iterable[Result]) -> dict[str, Path]:
     return {name: files[name] for name in names[:PICTURES]}
 
 
-def _lines(result: Result, files: Mapping[str, Path]) -> Iterable[dict]:
+def _lines(result: Samples, files: Mapping[str, Path]) -> Iterable[dict]:
     """The lines about documents with a picture whose patches form one square, up to the first damaged one."""
-    if not files or not result.samples.is_file():
+    if not files or not result.file.with_suffix(".jsonl").is_file():
         return
     try:
         for line in result.lines():

@@ -1,4 +1,4 @@
-"""``python -m eval.run``: see ``mustdrop run``."""
+"""``mustdrop run`` under its old name."""
 
 import sys
 

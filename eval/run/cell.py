@@ -5,10 +5,11 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 from eval import provenance
@@ -156,6 +157,29 @@ class Cell:
 # Hashing a checkpoint takes a moment; within one process its files are taken not to change.
 _model_fingerprint = cache(provenance.model_fingerprint)
 _code_fingerprint = cache(provenance.code_fingerprint)
+
+
+def expand(
+    common: Mapping, tasks: Iterable[tuple[str, str]], seeds: Iterable[int], methods: Sequence[Mapping]
+) -> list[Cell]:
+    """What a run and a sweep consist of: per task and seed the untouched model, then every method at its budget.
+
+    Parameters
+    ----------
+    common : mapping
+        Fields of every cell: checkpoint, limit, batch size, how the model is loaded.
+    tasks : iterable of (benchmark, task)
+        As `eval.run.settings.check_tasks` gives them.
+    seeds : iterable of int
+        Of everything random.
+    methods : sequence of mapping
+        ``method``, ``retain`` and ``settings`` of each.
+    """
+    return [
+        Cell(**common, benchmark=benchmark, task=task, seed=seed, **method)
+        for (benchmark, task), seed in product(tasks, seeds)
+        for method in ({}, *methods)
+    ]
 
 
 def _without_code(identity: dict) -> dict:

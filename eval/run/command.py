@@ -1,10 +1,10 @@
 """Evaluate the untouched model and a method at several budgets, through lmms-eval.
 
-    python -m eval.run --task gqa --model checkpoints/llava-mini --retain 192 128 64
+    mustdrop run --task gqa --model checkpoints/llava-mini --retain 192 128 64
 
 The model is loaded once. Every finished row is kept under the results folder and not computed again as long as nothing
 that can change it has changed; a row that was interrupted goes on where it stopped. At the end, summary.json and
-summary.md hold the table that is also printed. Several GPUs: accelerate launch -m eval.run ...
+summary.md hold the table that is also printed. Several GPUs: accelerate launch -m mustdrop_command run ...
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from eval import checkpoints
-from eval.methods import CONFIGS
+from eval.methods import CONFIGS, file_at
 from eval.report import summary
 from eval.run import settings
 from eval.run.cell import Cell
-from eval.sweep.control import lock
+from eval.run.lock import lock
 from mustdrop.command import Parser, command, path, text
 
 
@@ -30,9 +30,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line; defaults come from the environment variables that the scripts document."""
     environment = os.environ.get
     new = Parser(
-        prog="python -m eval.run",
+        "run",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Names in capitals may be set in the environment: MODEL, MODEL_BASE, LIMIT, RETAIN, OUT, BATCH_SIZE.",
     )
     new.add_argument(
@@ -55,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="RETAIN",
         nargs="+",
         default=environment("RETAIN") or "192 128 64",
-        help="average numbers of vision tokens to keep, from configs/methods/[MODEL/]METHOD_N.yaml, which mustdrop "
-        "calibrate makes, or by the method's own reckoning (default: 192 128 64)",
+        help="average numbers of vision tokens to keep, from configs/methods/[MODEL/]METHOD.yaml, which mustdrop "
+        "calibrate fills, else as the method itself derives its settings (default: 192 128 64)",
     )
     new.add_argument("--method", default="mustdrop", help="method to compare with the untouched model (%(default)s)")
     new.add_argument(
@@ -148,7 +147,7 @@ def default_out(cells: Sequence[Cell]) -> Path:
 
 def check_reach(cells: Sequence[Cell]) -> None:
     """Raise ValueError if a method cannot keep the wanted number of tokens on its model, before that is loaded."""
-    from eval.sweep.plan import Method, out_of_reach
+    from eval.sweep.methods import Method, out_of_reach
     from eval.tasks import TASKS
 
     for cell in {(cell.label, TASKS[cell.task].views): cell for cell in cells if cell.settings}.values():
@@ -174,7 +173,7 @@ def note_borrowed(cells: Sequence[Cell], configs: Path) -> None:
         str(cell.retain): None
         for cell in cells
         if cell.retain is not None and "retain" not in cell.settings
-        if not (configs / Path(cell.model).name / f"{cell.method}_{cell.retain}.yaml").is_file()
+        if file_at(configs / Path(cell.model).name, cell.method, cell.retain) is None
     }
     if borrowed:
         base = f" --model-base {cells[0].model_base}" if cells[0].model_base else ""
@@ -191,7 +190,7 @@ def _evaluate(cells: Sequence[Cell], out: Path, argv: Sequence[str], force: bool
     from eval.run.runner import evaluate
 
     done = []
-    for cell, _ in evaluate(cells, out, command=["eval.run", *argv], force=force, verbose=verbose):
+    for cell, _ in evaluate(cells, out, command=["run", *argv], force=force, verbose=verbose):
         done.append((cell, cell.file(out)))
         summary.write(out, done)
 

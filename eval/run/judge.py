@@ -28,7 +28,7 @@ from eval.run import predictions
 from eval.run.cell import write_json
 from eval.run.judging import RUBRIC, Judge, parse
 from eval.run.records import file_name
-from eval.run.rows import share_interval
+from eval.statistics import share_interval
 from mustdrop.command import Parser, command, decimal_number, needed_number, path, text
 from mustdrop.read import read_text
 
@@ -43,9 +43,8 @@ MOST_PARALLEL = 64
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     new = Parser(
-        prog="mustdrop judge",
+        "judge",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"""\
 The key comes from the environment variable {KEY} and is written nowhere; a server of your own may need none.
 

@@ -1,7 +1,7 @@
 """lmms-eval's model ``llava_mustdrop``: LLaVA with a token reducer.
 
     python -m lmms_eval eval --model llava_mustdrop --tasks gqa --batch_size 8 \\
-        --model_args pretrained=liuhaotian/llava-v1.5-7b,method=configs/methods/mustdrop_64.yaml
+        --model_args pretrained=liuhaotian/llava-v1.5-7b,method=configs/methods/mustdrop.yaml,retain=64
 
 Settings of the method may also be given inline, alone or on top of a file:
 ``method=mustdrop,global_threshold=0.011,individual_threshold=0.01``.
@@ -23,12 +23,12 @@ from transformers import LogitsProcessorList
 from eval.checkpoints import flag
 from eval.methods import read_method
 from eval.progress import progress
+from eval.run.answer_file import AnswerFile, rank_files
 from eval.run.generation import Teacher, cut, for_transformers
 from eval.run.inference import LoadedModel, UnfitQuestion, ahead
 from eval.run.questions import Question, naming, place
-from eval.run.records import read_answers
 from eval.run.rows import flops, shape_of
-from eval.run.samples import names, pack_stages, write_lines
+from eval.run.samples import names, pack_stages
 from eval.run.tiled import tiling
 from eval.run.visuals import Visual, open_visual
 from mustdrop import Trace, load_reducer
@@ -140,12 +140,13 @@ class LlavaMustDrop(lmms):
         self.kept_patches = kept_patches
         self.skip_unfit = skip_unfit
         self.pictures = None if pictures is None else Path(pictures)
-        self.samples = None if samples is None else rank_files(Path(samples))[self._rank]
-        self.records: list[dict] = []
-        self._selector: dict = {}
-        self._answered: dict[tuple, dict] = {}
-        if self.samples is not None:
-            self._open_samples(resume)
+        self.answers = AnswerFile(None if samples is None else rank_files(Path(samples))[self._rank], resume)
+        self._selector = self.answers.noted("selector_macs", "selector_prompt")
+
+    @property
+    def records(self) -> list[dict]:
+        """One line per answer so far."""
+        return self.answers.records
 
     @property
     def device(self) -> torch.device:
@@ -163,12 +164,11 @@ class LlavaMustDrop(lmms):
         answers: list[str | None] = [None] * len(requests)
         waiting = []
         for index, request in enumerate(requests):
-            known = self._answered.get(_key(request.args[3:6]))
+            known = self.answers.take_up(request.args[3:6])
             if known is None:
                 waiting.append(index)
             else:
                 answers[index] = known["answer"]
-                self.records.append(known)
         shown = {int(number * len(requests) / PICTURES) for number in range(PICTURES)}
         with progress(
             description=self.description, total=len(requests), unit="question", disable=self._rank > 0
@@ -184,7 +184,7 @@ class LlavaMustDrop(lmms):
             for asked, skipped, prepared in ahead(prepare, batches):
                 for index, record in skipped:
                     answers[index] = ""
-                    self._write(record)
+                    self.answers.write(record)
                 if asked:
                     texts = self._answer(asked, prepared, requests[asked[0].index].args[1], shown)
                     for one, text in zip(asked, texts, strict=True):
@@ -369,7 +369,7 @@ class LlavaMustDrop(lmms):
             record["flops"] = flops(record, self.shape)
         if self.kept_patches:
             record["kept"] = pack_stages(trace.kept, sum(image["patches"] for image in trace.images))
-        self._write(record)
+        self.answers.write(record)
 
     def _tiles(self, pictures: Sequence[Visual]) -> dict:
         """How a question's one image was cut up, where it was and what was kept is recorded."""
@@ -377,12 +377,6 @@ class LlavaMustDrop(lmms):
             return {}
         tiles = tiling(self.loaded.model.config, pictures[0].size, self.reducer.tile_order)
         return {} if tiles is None else {"tiles": tiles}
-
-    def _write(self, record: dict) -> None:
-        self.records.append(record)
-        if self.samples is not None:
-            with self.samples.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
 
     def _show(self, where: Sequence, pictures: Sequence[Visual]) -> None:
         """Keep a document's picture; several have no one grid to draw on."""
@@ -392,23 +386,3 @@ class LlavaMustDrop(lmms):
         folder = self.pictures / task
         folder.mkdir(parents=True, exist_ok=True)
         seen.save(folder / f"{doc_id}.jpg", quality=88)
-
-    def _open_samples(self, resume: bool) -> None:
-        known = [line for line in read_answers(self.samples) if "skipped" not in line] if resume else []
-        self._answered = {_key((line["doc_id"], line["task"], line["split"])): line for line in known}
-        names = "selector_macs", "selector_prompt"
-        counted = next((line for line in known if all(name in line for name in names)), None)
-        self._selector = {name: counted[name] for name in names} if counted else {}
-        write_lines(self.samples, known)
-
-
-def _key(document: Sequence) -> tuple[str, str, str]:
-    return tuple(str(part) for part in document)
-
-
-def rank_files(samples: Path) -> list[Path]:
-    """The files that the processes of this run write instead of one: itself if there is one process."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if processes == 1:
-        return [samples]
-    return [samples.with_suffix(f".rank{rank}{samples.suffix}") for rank in range(processes)]

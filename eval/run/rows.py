@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap
 
+from eval.statistics import bootstrap_interval, share_interval
 from mustdrop.cost import CONVENTIONS
 from mustdrop.macs import Workload
 from mustdrop.shape import ModelShape
@@ -17,39 +17,6 @@ FLOPS_CONVENTION = "with-text-tower"
 
 REPORTED_CONVENTIONS = ("with-text-tower", "with-text", "vision-only")
 TIMES = ("vision", "prefill", "selector", "decode")
-RESAMPLES = 2000
-
-
-def share_interval(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a share; it treats questions as independent, though several may share a picture."""
-    interval = binomtest(correct, n).proportion_ci(confidence_level=level, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def bootstrap_interval(
-    statistic: Callable[[np.ndarray], float], units: int, level: float = 0.95, resamples: int = RESAMPLES
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a score.
-
-    Parameters
-    ----------
-    statistic : callable
-        The score of the resampled units whose indices, int ``[units]``, it is given.
-    units : int
-        How many units there are to draw from: questions, or pairs of them.
-    level : float
-        Of the interval.
-    resamples : int
-        Number of draws, always the same ones.
-    """
-    if units < 2:
-        value = float(statistic(np.arange(units)))
-        return value, value
-    drawn = bootstrap(
-        (np.arange(units),), statistic, n_resamples=resamples, vectorized=False, confidence_level=level,
-        method="percentile", rng=np.random.default_rng(0),
-    )  # fmt: skip
-    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
 def shape_of(config: dict, name: str, dtype: str) -> ModelShape | None:

@@ -17,6 +17,7 @@ from eval.run import rows
 from eval.run.cell import Cell, write_json
 from eval.run.records import read_answers
 from eval.run.samples import write_lines
+from eval.statistics import bootstrap_interval
 
 MATCHES = ("exact_match", "containment")
 """The two ways in which an answer to a video question may match; which of them is the score, the task says."""
@@ -125,7 +126,7 @@ def _evaluate(cell: Cell, out: Path, loaded, manager, force: bool, verbose: bool
     from lmms_eval.models import get_model
 
     from eval.run import predictions
-    from eval.run.lmms import rank_files
+    from eval.run.answer_file import rank_files
     from eval.tasks import TASKS, is_local, stock
 
     if not verbose:
@@ -214,7 +215,7 @@ def _scores(task: str, results: Mapping, scored: Sequence[Mapping]) -> dict:
     if isclose(score, 100 * answers["accuracy"]):  # the same thing has the same interval
         interval = [100 * bound for bound in answers["ci95"]]
     else:
-        interval = list(rows.bootstrap_interval(*statistic(task, scored)))
+        interval = list(bootstrap_interval(*statistic(task, scored)))
     matches = {name: fmean(sample[name] for sample in scored) for name in MATCHES if TASKS[task].videos}
     return {
         **({"matches": matches} if matches else {}),

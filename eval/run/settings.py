@@ -9,7 +9,7 @@ from pathlib import Path
 
 from eval.checkpoints import check_checkpoint, expanded, is_embedded, loading
 from eval.methods import method_at
-from eval.run.cell import Cell
+from eval.run.cell import Cell, expand
 from eval.tasks import BENCHMARKS, GROUP, LOCAL, SUITE, TASKS, mirrored, video_qa
 from mustdrop.checks import hint, shown
 from mustdrop.command import needed_number, share_of, whole_number
@@ -48,30 +48,22 @@ def cells(args) -> list[Cell]:
     )
     checkpoint = check_checkpoint(args.model, **loading(args))
     model = checkpoint["model"]
-    tasks = check_tasks(named, model, limit)
+    tasks = check_tasks(named, model, limit, skips=args.skip_unfit)
     common = {
         **checkpoint,
         "limit": limit,
         "batch_size": batch_size,
-        "seed": seed,
         "device": args.device or None,
         "device_map": args.device_map,
         "dtype": args.dtype,
         "attn_implementation": args.attn_implementation,
         "conv_template": args.conv_template,
     }
-    methods = [(retain, method_at(model, args.method, retain, args.configs)[0]) for retain in retains]
-    return [
-        cell
-        for benchmark, task in tasks
-        for cell in (
-            Cell(**common, benchmark=benchmark, task=task),
-            *(
-                Cell(**common, benchmark=benchmark, task=task, method=args.method, retain=retain, settings=settings)
-                for retain, settings in methods
-            ),
-        )
+    methods = [
+        {"method": args.method, "retain": retain, "settings": method_at(model, args.method, retain, args.configs)[0]}
+        for retain in retains
     ]
+    return expand(common, tasks, [seed], methods)
 
 
 def check_out(out: Path) -> Path:
@@ -187,10 +179,13 @@ def benchmarks(names: str | Sequence[str]) -> list[str]:
     return list(found)
 
 
-def check_tasks(names: Sequence[str], model: str, limit: int | None, online: bool = True) -> list[tuple[str, str]]:
+def check_tasks(
+    names: Sequence[str], model: str, limit: int | None, online: bool = True, skips: bool = False
+) -> list[tuple[str, str]]:
     """Pairs of benchmark and lmms-eval task; the embedded model gets the synthetic tasks, each once.
 
-    Without `online`, whether what they need from the internet is there is left open.
+    Without `online`, whether what they need from the internet is there is left open. With `skips`, some videos of a
+    benchmark may be missing.
 
     Raises
     ------
@@ -208,7 +203,7 @@ def check_tasks(names: Sequence[str], model: str, limit: int | None, online: boo
         if limit and limit % TASKS[task].group:
             raise ValueError(f"LIMIT: got {limit}, but {task} scores questions by {TASKS[task].group}")
         if video_qa.is_of_files(task):
-            video_qa.check(task, limit)
+            video_qa.check(task, limit, skips)
         pairs.setdefault(task, benchmark)
     return [(benchmark, task) for task, benchmark in pairs.items()]
 

@@ -26,7 +26,7 @@ class StockModel(AskedModel):
     def _tokens(self) -> dict[str, str]:
         """The placeholder of each kind of visual that the model takes."""
         found = {kind: getattr(self.image_processor, f"{kind}_token", None) for kind in TOKENS}
-        if not hasattr(self.image_processor, "video_processor"):
+        if getattr(self.image_processor, "video_processor", None) is None:
             del found["video"]
         return found
 
@@ -84,7 +84,9 @@ class StockModel(AskedModel):
         """Raise UnfitQuestion if a prompt has not as many placeholders of each kind as visuals."""
         tokens = self._tokens
         if "video" in kinds and "video" not in tokens:
-            raise UnfitQuestion(f"question: it shows a video, but {self.model.config.model_type} takes images only")
+            needs = hasattr(self.image_processor, "video_processor")  # but transformers could not make it
+            why = "needs torchvision for videos" if needs else "takes images only"
+            raise UnfitQuestion(f"question: it shows a video, but {self.model.config.model_type} {why}")
         for kind, token in tokens.items():
             wanted = kinds.count(kind)
             if (found := prompt.count(token)) != wanted:

@@ -1,4 +1,4 @@
-"""``python -m eval.sweep``: see ``mustdrop sweep``."""
+"""``mustdrop sweep`` under its old name."""
 
 import sys
 

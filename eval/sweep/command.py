@@ -1,6 +1,6 @@
 """Run a sweep: every method at every budget on every task, in jobs on this machine or on a SLURM cluster.
 
-    python -m eval.sweep configs/sweeps/table1_mini.yaml
+    mustdrop sweep configs/sweeps/table1_mini.yaml
 
 Finished cells are skipped, interrupted ones go on where they stopped, failed ones are tried once more: give the same
 command again after whatever went wrong. Ctrl-C cancels the jobs, SLURM's too; a sweep that is killed, or whose terminal
@@ -26,6 +26,7 @@ from eval import checkpoints, provenance
 from eval.progress import progress
 from eval.report import summary
 from eval.run.command import check_data
+from eval.run.lock import lock
 from eval.run.settings import check_out
 from eval.sweep.jobs import chunks, running_jobs
 from eval.sweep.launch import PLACES, Launch, cpu_cores
@@ -38,9 +39,8 @@ from mustdrop.command import Parser, command, path, text, whole_number
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     new = Parser(
-        prog="python -m eval.sweep",
+        "sweep",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="MODEL, MODEL_BASE, LIMIT and OUT may also be set in the environment.",
     )
     new.add_argument("file", type=path, help="the sweep, such as configs/sweeps/table1_mini.yaml")
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         help="leave finished results as they are that differ from what is wanted in the code's version alone",
     )
     new.add_argument(
-        "--skip-unfit", action="store_true", help="skip and count questions that cannot be asked; see eval.run"
+        "--skip-unfit", action="store_true", help="skip and count questions that cannot be asked; see mustdrop run"
     )
     new.add_argument("--force", action="store_true", help="throw finished results away and compute them again")
     return new
@@ -89,9 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.any_commit and args.force:
         raise ValueError("--any-commit: not with --force, which computes everything again")
-    plan = read(args.file, args.limit, args.where, online=not args.dry_run, model=_model(args))
-    if args.skip_unfit:
-        plan = replace(plan, cells=tuple(replace(cell, skip_unfit=True) for cell in plan.cells))
+    plan = read(args.file, args.limit, args.where, not args.dry_run, _model(args), args.skip_unfit)
     out = check_out(Path(args.out or Path("results") / plan.name))
     launch = _launch(plan, args)
     if args.dry_run:
@@ -124,10 +122,10 @@ def _launch(plan: Plan, args: argparse.Namespace) -> Launch:
 def _sweep(
     plan: Plan, out: Path, launch: Launch, argv: Sequence[str], args: argparse.Namespace, stack: ExitStack
 ) -> int:
-    from eval.sweep.control import Control, lock
+    from eval.sweep.control import Control
 
     lock_file = lock(out, stack)
-    command = ["eval.sweep", *argv]
+    command = ["sweep", *argv]
     if args.force:
         _throw_away(plan, out)
     board = Board(
@@ -197,10 +195,10 @@ def _report(board: Board, name: str) -> int:
     if failed:
         print("the same command tries the failed cells again", file=sys.stderr)
     if done:
-        print(f"next: python -m eval.report {board.out}, python -m eval.plots {board.out}", file=sys.stderr)
+        print(f"next: mustdrop report {board.out}, mustdrop plots {board.out}", file=sys.stderr)
         table = Path("configs") / "tables" / f"{name}.yaml"
         if table.is_file():
-            print(f"      python -m eval.table {table} --results {board.out}", file=sys.stderr)
+            print(f"      mustdrop table {table} --results {board.out}", file=sys.stderr)
     return 1 if failed else 0
 
 

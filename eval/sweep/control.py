@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
 from eval.run.cell import Cell
+from eval.run.lock import ORPHANS
 from eval.sweep.jobs import (
     CHANGED,
     FOLDER,
-    LOCK,
     CellsJob,
     Job,
     cancel_orphans,
@@ -38,45 +35,6 @@ LOCAL_PAUSE = 0.5
 SLURM_PAUSES = (1.0, 15.0)
 """Seconds between looks, least and most; SLURM is asked the less often the longer nothing has happened."""
 
-ORPHANS = 5.0
-"""Seconds that the jobs of a killed sweep are given to notice."""
-
-
-def lock(out: Path, stack: ExitStack) -> Path:
-    """Keep other sweeps and runs out of a folder until the stack is closed or the process ends, however it ends.
-
-    Returns
-    -------
-    pathlib.Path
-        The lock file.
-
-    Raises
-    ------
-    ValueError
-        If another sweep or run has the folder.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / LOCK
-    file = stack.enter_context(path.open("a+", encoding="utf-8"))
-    until = time.monotonic() + ORPHANS
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > until:
-                owner = path.read_text(encoding="utf-8", errors="replace").strip()[:100]
-                raise ValueError(
-                    f"OUT: another sweep or run is at work in {str(out)!r} ({owner}); wait, or choose another OUT"
-                ) from None
-            time.sleep(0.2)
-        except OSError:  # a file system without locks: unguarded is better than not at all
-            break
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return path
-
 
 class Control:
     """Sees all waiting cells of a board through.
@@ -90,7 +48,7 @@ class Control:
     command : sequence of str
         The command line, for the record.
     lock_file : pathlib.Path
-        What `lock` returned; jobs on this machine end when the process that holds it does.
+        What ``eval.run.lock.lock`` returned; jobs on this machine end when the process that holds it does.
     """
 
     def __init__(self, board: Board, launch: Launch, command: Sequence[str], lock_file: Path):

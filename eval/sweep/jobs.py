@@ -22,7 +22,6 @@ from eval.sweep import slurm
 from eval.sweep.launch import Launch, visible_gpus
 
 FOLDER = "jobs"
-LOCK = "sweep.lock"
 LIST = "_cells.json"
 """What the list of a SLURM job's cells is called, after its id."""
 

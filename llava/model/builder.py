@@ -32,7 +32,7 @@ def load_pretrained_model(
     device: str | torch.device | None = None,
     compile: bool = False,
     protocol: str | None = None,
-    drop_early: bool = False,
+    drop_early: bool = True,
     **kwargs: Any,
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, CLIPImageProcessorPil | ProcessorMixin | None, int]:
     """Load everything that inference needs.
@@ -60,7 +60,7 @@ def load_pretrained_model(
         How a LLaVA-NeXT lays out images. "flat": in two by two tiles whatever their shape, one tile after another,
         nothing cut off and no newlines; the 2880 tokens of papers. Default: as the model does it.
     drop_early : bool
-        Leave out of decoder layers what nobody reads, see `llava.model.drop_early`.
+        Leave out of decoder layers what nobody reads, see `llava.model.drop_early`; False: compute whole layers.
     **kwargs
         `torch_dtype` (default float16 on an accelerator, float32 on the CPU), `attn_implementation` (default sdpa),
         LLaVA's `use_flash_attn`, and what `LoadSettings` lists for transformers and the hub.
@@ -70,7 +70,8 @@ def load_pretrained_model(
     tuple
         `(tokenizer, model, image_processor, context_len)`; the model is in evaluation mode. The image processor is
         None only for a model without a vision tower. Of a stock model (LLaVA-NeXT, LLaVA-OneVision, Video-LLaVA,
-        Hugging Face's LLaVA on other text models than LLaMA) these are transformers' own class and its processor.
+        Qwen-VL, InternVL, Hugging Face's LLaVA on other text models than LLaMA) these are transformers' own class and
+        its processor.
 
     Raises
     ------
@@ -84,8 +85,8 @@ def load_pretrained_model(
     if stock := stock_config(model_path, **settings.hub):
         check_stock(stock[1], model_base, compile, protocol)
         model, processor = load_stock(model_path, *stock, settings)
-        if drop_early:
-            early.drop_early(model)
+        if not drop_early:
+            early.drop_early(model, False)
         return processor.tokenizer, model, processor, stock[1].text_config.max_position_embeddings
     checkpoint = describe_checkpoint(model_path, LlavaConfig, model_base, **settings.hub)
     set_protocol(checkpoint, protocol)
@@ -100,7 +101,8 @@ def load_pretrained_model(
         model.get_vision_tower().image_processor = processor
     if compile:
         compile_model(model)
-    early.drop_early(model, drop_early)
+    if not drop_early:
+        early.drop_early(model, False)
     return tokenizer, model.eval(), processor, _context_length(model.config)
 
 

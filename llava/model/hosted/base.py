@@ -66,6 +66,8 @@ class Pass:
         What the towers did, in the order of their calls.
     new_tokens : int or None
         Positions that will be generated, if that is known.
+    rows : int or None
+        Last positions of which logits are wanted, if not of all.
     begun : bool
         Whether the decoder has been entered.
     """
@@ -76,6 +78,7 @@ class Pass:
     inputs: dict[str, Any]
     towers: list[TowerRun] = field(default_factory=list)
     new_tokens: int | None = None
+    rows: int | None = None
     begun: bool = False
 
     @cached_property

@@ -16,7 +16,7 @@ class HostedDecoder(DecoderLoop):
 
     def __init__(self, text: PreTrainedModel):
         self.layers, self.norm, self.rotary_emb, self.config = text.layers, text.norm, text.rotary_emb, text.config
-        self.drops_early = getattr(text, "drops_early", False)
+        self.drops_early = getattr(text, "drops_early", True)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -30,15 +31,21 @@ class HostedCache(VisionCache):
         return super().get_mask_sizes(*args, **kwargs)
 
 
-def outer(host: Host, stock: Callable, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+def outer(host: Host, stock: Callable, *args: Any, **kwargs: Any) -> Any:
     """The whole model's forward: a loss is that of the tokens that reach the end."""
-    current = None if labels is None or _goes_on(kwargs) else _fresh(host, kwargs)
+    given = {**dict(zip(signature(stock).parameters, args, strict=False)), **kwargs} if args else kwargs
+    current = None if _goes_on(given) else _fresh(host, given)
     if current is None:
-        return stock(*args, **kwargs) if labels is None else stock(*args, labels=labels, **kwargs)
-    as_tuple = kwargs.pop("return_dict", None) is False
-    extra = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
+        return stock(*args, **kwargs)
+    if given.get("labels") is None:
+        rows = given.get("logits_to_keep", 0)
+        current.rows = (rows or None) if isinstance(rows, int) else None
+        with under_way(current):
+            return stock(*args, **kwargs)
+    labels, as_tuple = given.pop("labels"), given.pop("return_dict", None) is False
+    extra = {name: given.pop(name) for name in ("num_items_in_batch",) if name in given}
     with under_way(current):
-        output = stock(*args, return_dict=True, **kwargs)
+        output = stock(return_dict=True, **given)
     left = labels_of(current.state.tokens_out[-1], labels)
     loss = host.model.loss_function(logits=output.logits, labels=left, vocab_size=host.config.vocab_size, **extra)
     output = type(output)(loss=loss, **output)
@@ -114,6 +121,7 @@ def _prefill(
         if current.new_tokens is not None:
             cache.expect(current.new_tokens)
     record = _record(model.config, kwargs)
+    record.rows = current.rows
     hidden = host.decoder(kwargs).prefill(hidden, tokens, current.state, cache, record=record)
     return _output(model, hidden, cache, record)
 

@@ -140,7 +140,7 @@ class VisionCache(DynamicCache):
     def start_decoding(self, state: ForwardState) -> None:
         """Take over the records of a finished prefill."""
         self.state, self.records, self.generated = state, list(state.tokens_in), 0
-        following = {id(record): record.last_position() + 1 for record in self.records}
+        following = {key: record.last_position() + 1 for key, record in {id(one): one for one in self.records}.items()}
         self.next_position = [following[id(record)] for record in self.records]
 
     def check_filled(self) -> None:

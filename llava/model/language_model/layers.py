@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer as StockL
 
 from llava.model.language_model.cache import VisionCache
 from llava.model.language_model.compiled import Compiled
-from llava.model.language_model.early import run_early
+from llava.model.language_model.early import Rows, run_early
 from llava.model.language_model.packed import packed_layer
 from llava.model.language_model.planned import run_new_rows, run_planned
 from llava.model.language_model.projections import whole_layer
@@ -32,11 +31,11 @@ class StreamLayer:
         cache: VisionCache | None = None,
         plan: LayerPlan | None = None,
         compiled: Compiled | None = None,
-        leaving: Callable[[], Tensor | None] | None = None,
+        only: Rows | None = None,
     ) -> Tensor:
         """`run_layer` on hidden states `[batch, length, width]` that take the place of the stream's."""
         stream = stream if hidden is stream.hidden else replace(stream, hidden=hidden)
-        return run_layer(self, stream, cache, plan, compiled, leaving)
+        return run_layer(self, stream, cache, plan, compiled, only)
 
 
 class LlamaDecoderLayer(StreamLayer, StockLayer):
@@ -49,15 +48,15 @@ def run_layer(
     cache: VisionCache | None,
     plan: LayerPlan | None = None,
     compiled: Compiled | None = None,
-    leaving: Callable[[], Tensor | None] | None = None,
+    only: Rows | None = None,
 ) -> Tensor:
     """Output of a decoder layer `[batch, length, width]`; this is where it is chosen how a layer is run.
 
-    With `leaving` it is that of some rows alone, see `run_early`.
+    With `only` it is that of some rows alone, see `run_early`.
     """
     stream = stream.on(layer.input_layernorm.weight.device)
-    if leaving is not None:
-        return run_early(layer, stream, cache, leaving)
+    if only is not None:
+        return run_early(layer, stream, cache, only)
     if cache is not None and cache.filled:
         if plan is not None and (output := run_new_rows(layer, stream, cache, plan)) is not None:
             return output

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llava.model.language_model.cache import VisionCache
 from llava.model.language_model.compiled import Compiled
-from llava.model.language_model.early import last_rows
+from llava.model.language_model.early import last_rows, looked_at
 from llava.model.language_model.on_demand import OnDemand
 from llava.model.language_model.packed import PackedRows
 from llava.model.language_model.stream import Stream
@@ -27,16 +27,16 @@ class Asked:
     after: Collection[int]
     cuts: bool
     reads: bool
-    early: bool
+    by_attention: bool
 
     @classmethod
-    def of(cls, state: ForwardState, tokens: Tokens, cache: VisionCache | None, layers: int, early: bool) -> Asked:
+    def of(cls, state: ForwardState, tokens: Tokens, cache: VisionCache | None, layers: int) -> Asked:
         hooks = "before_decoder_layer", "after_decoder_layer", "after_prefill"
         plans, drops, cuts = (tokens.images > 0 and state.overrides(hook) for hook in hooks)
         cuts = cuts and cache is not None
         after = state.asks_after(layers) if drops else ()
         reads = cuts and state.any("reads_output_attention", ["after_prefill"])
-        return cls(plans, after, cuts, reads, early and state.by_attention())
+        return cls(plans, after, cuts, reads, state.by_attention())
 
 
 @dataclass
@@ -74,7 +74,7 @@ class DecoderLoop:
     """
 
     _compiled: Compiled | None = None
-    drops_early: bool = False
+    drops_early: bool = True
 
     @property
     def compiled(self) -> Compiled | None:
@@ -118,8 +118,8 @@ class DecoderLoop:
             the last of them alone, at least `record.rows`.
         """
         record = record or Record()
-        early = self._early(record)
-        asked = Asked.of(state, tokens, cache, len(self.layers), early)
+        asked = Asked.of(state, tokens, cache, len(self.layers))
+        in_part = self.read_in_part(asked, record)
         if mask is not None and (asked.plans or asked.after):
             raise ValueError("attention_mask: 4-D masks cannot be combined with a reducer, pass [batch, length]")
         record.note(hidden)
@@ -128,7 +128,7 @@ class DecoderLoop:
         compiled = self.compiled if record.attentions is None else None
         plan: LayerPlan | None = None
         final: Tokens | None = None
-        last_rows: list[Attention | None] = []
+        output_rows: list[Attention | None] = []
         last: Stream | None = None
         with state.timed("prefill", hidden.device):
             for index, layer in enumerate(self.layers):
@@ -139,26 +139,30 @@ class DecoderLoop:
                         asked.plans, asked.after = False, ()
                 state.plans.append(plan)
                 state.tokens_in.append(stream.tokens)
-                entering = stream
-                if early and plan is None and stream.packed is None and (asked.early or index not in asked.after):
-                    stream = self.run_early(index, entering, cache, state, index in asked.after, record)
-                else:
+                entering, whole = stream, index not in in_part or plan is not None or stream.packed is not None
+                if whole:
                     stream = entering.with_hidden(layer(entering.hidden, entering, cache, plan, compiled))
-                    stream = self.after_layer(index, stream)
+                    stream, finished = self.after_layer(index, stream), entering.tokens
                     record.note(stream.hidden)
                     if index in asked.after:
                         stream = self.reduce(index, entering, stream, cache, state)
+                elif index in asked.after:
+                    stream, finished = self.run_asked(index, entering, cache, state)
+                else:
+                    finished = last_rows(record.rows)
+                    stream = entering.with_hidden(layer(entering.hidden, entering, cache, only=finished))
                 state.tokens_out.append(stream.tokens)
+                state.finished.append(finished)
                 if asked.reads:
                     last = entering.last_row(last)
-                    last_rows.append(self.attention(index, last, cache))
+                    output_rows.append(self.attention(index, last, cache))
                 elif asked.cuts:
-                    last_rows.append(None)
+                    output_rows.append(None)
             if cache is None:
                 state.finish_prefill([], [])
             else:
                 cache.span = span_of(tokens)
-                self.finish_prefill(cache, final or stream.tokens, last_rows, state)
+                self.finish_prefill(cache, final or stream.tokens, output_rows, state)
         return stream.hidden
 
     def after_layer(self, index: int, stream: Stream) -> Stream:
@@ -265,41 +269,39 @@ class DecoderLoop:
                 return stream if hidden is stream.hidden else stream.with_hidden(hidden)
             return self.compacted(stream, gather(hidden, selected[0]), selected, keep, state)
 
-    def run_early(
-        self, index: int, entering: Stream, cache: VisionCache | None, state: ForwardState, asks: bool, record: Record
-    ) -> Stream:
-        """Run a layer, asking the reducer between attention and MLP, which is computed for those who go on alone.
+    def run_asked(
+        self, index: int, entering: Stream, cache: VisionCache | None, state: ForwardState
+    ) -> tuple[Stream, Tokens]:
+        """Run a layer, asking the reducer between attention and MLP, which is computed for those alone who go on."""
+        keep = selected = None
 
-        Of the last layer, where nobody is asked, the last rows are what is looked at.
-        """
-        found: list[tuple[tuple[Tensor, Tokens], Keep]] = []
-
-        def leaving() -> Tensor | None:
+        def going_on() -> Tensor | None:
+            nonlocal keep, selected
             with state.timed("selector", entering.hidden.device):
                 keep = self.ask(index, entering, None, cache, state)
                 selected = None if keep is None else self.chosen(keep, entering.tokens)[1]
-            if selected is not None:
-                found.append((selected, keep))
             return selected and selected[0]
 
-        layer = self.layers[index]
-        if asks:
-            hidden = layer(entering.hidden, entering, cache, leaving=leaving)
-        elif record.rows is not None and index + 1 == len(self.layers):
-            rows = last_rows(entering.hidden, record.rows)
-            return entering.with_hidden(layer(entering.hidden, entering, cache, leaving=lambda: rows))
-        else:
-            hidden = layer(entering.hidden, entering, cache)
-        if not found:
-            return entering.with_hidden(hidden)
+        hidden = self.layers[index](entering.hidden, entering, cache, only=going_on)
+        if selected is None:
+            return entering.with_hidden(hidden), entering.tokens
         with state.timed("selector", hidden.device):
-            return self.compacted(entering, hidden, *found[0], state)
+            stream = self.compacted(entering, hidden, selected, keep, state)
+        return stream, stream.tokens
 
-    def _early(self, record: Record) -> bool:
-        """Whether layers may leave out what nobody reads; who put hooks around one expects all of its output."""
-        plain = not (record.whole or self.compiled or torch.is_grad_enabled())
-        own = type(self).after_layer is DecoderLoop.after_layer
-        return self.drops_early and plain and own and not any(layer._forward_hooks for layer in self.layers)
+    def read_in_part(self, asked: Asked, record: Record) -> set[int]:
+        """Layers of whose output not all is read: tokens that go at once, and in the last one all but `record.rows`.
+
+        None where somebody looks at layers: who asks for their output, gradients, hooks around a layer or parts of it,
+        and architectures that do something of their own between layers.
+        """
+        own = type(self).after_layer is not DecoderLoop.after_layer
+        if not self.drops_early or own or record.whole or self.compiled or torch.is_grad_enabled():
+            return set()
+        layers, last = set(asked.after) if asked.by_attention else set(), len(self.layers) - 1
+        if record.rows is not None and last not in asked.after and not self.norm._forward_hooks:
+            layers.add(last)
+        return {index for index in layers if not looked_at(self.layers[index])}
 
     def ask(
         self, index: int, entering: Stream, stream: Stream | None, cache: VisionCache | None, state: ForwardState
@@ -363,22 +365,22 @@ class DecoderLoop:
         return OnDemand(self.layers[index], entering, cache).attention()
 
     def finish_prefill(
-        self, cache: VisionCache, final: Tokens, last_rows: list[Attention | None], state: ForwardState
+        self, cache: VisionCache, final: Tokens, output_rows: list[Attention | None], state: ForwardState
     ) -> None:
         """Note positions for decoding, cut the caches, and hand the record of the pass on."""
         cache.start_decoding(state)
         cache.check_filled()
-        if last_rows:
+        if output_rows:
             with state.timed("selector", cache.layers[0].keys.device):
-                self.cut(cache, final, last_rows, state)
-        state.finish_prefill(cache.records, [cache.bytes_per_position(layer) for layer in range(len(self.layers))])
+                self.cut(cache, final, output_rows, state)
+        state.finish_prefill(cache.records, [cache.bytes_per_position(layer) for layer in range(len(cache.layers))])
 
-    def cut(self, cache: VisionCache, final: Tokens, last_rows: list[Attention | None], state: ForwardState) -> None:
+    def cut(self, cache: VisionCache, final: Tokens, output_rows: list[Attention | None], state: ForwardState) -> None:
         """Ask the reducer what each layer's cache keeps, and cut it to that."""
         cuts: dict[tuple[int, int], tuple[Tensor, Tokens]] = {}
-        for layer, attention in enumerate(last_rows):
+        for layer, attention in enumerate(output_rows):
             tokens = cache.records[layer]
-            step = CacheStep(layer, len(self.layers), tokens, final, attention)
+            step = CacheStep(layer, len(output_rows), tokens, final, attention)
             keep = Keep.all_of(state.ask("after_prefill", step), tokens)
             if keep is not None:
                 key = id(tokens), id(keep.later)

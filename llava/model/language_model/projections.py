@@ -80,7 +80,7 @@ def rotated(states: Tensor, attention: nn.Module, rotary: tuple[Tensor, Tensor],
     norm = getattr(attention, f"{which}_norm", None)
     states = states.unflatten(-1, (-1, attention.head_dim))
     states = (states if norm is None else norm(states)).transpose(1, 2)
-    cos, sin = (table[:, None] for table in rotary)
+    cos, sin = (table.unsqueeze(1) for table in rotary)
     if (width := cos.shape[-1]) == states.shape[-1]:
         return turned(states, cos, sin)
     return torch.cat([turned(states[..., :width], cos, sin), states[..., width:]], dim=-1)

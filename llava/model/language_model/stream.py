@@ -94,5 +94,7 @@ class Stream:
 
     def rotary_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary tables of some rows `[batch, rows]`: `[batch, rows, head_dim]`."""
-        tables = (table.to(rows.device).expand(len(rows), -1, -1) for table in self.rotary)
-        return tuple(gather(table, rows) for table in tables)
+        cos, sin = (table.to(rows.device) for table in self.rotary)
+        if len(cos) != len(rows):
+            cos, sin = (table.expand(len(rows), -1, -1) for table in (cos, sin))
+        return gather(cos, rows), gather(sin, rows)

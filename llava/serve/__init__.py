@@ -1,0 +1,1 @@
+"""LLaVA for people and for production: a chat at the command line, and reduced images inside vLLM."""
