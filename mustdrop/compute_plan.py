@@ -22,6 +22,8 @@ class LayerPlan:
         Side of the square of patches around a vision token whose tokens it attends to, odd; None for causal attention.
     heads : float in [0, 1] or tuple of bool
         Attention heads that are active for vision tokens: a share, counted from the first, or one bool per head.
+    head_scope : str
+        What the other heads do without: "all" vision tokens, as keys and as rows, or vision "keys" alone.
     mlp_share : float in (0, 1]
         Share of the MLP's neurons, counted from the first, that vision tokens go through.
     skip : bool
@@ -32,6 +34,7 @@ class LayerPlan:
     heads: float | tuple[bool, ...] = 1.0
     mlp_share: float = 1.0
     skip: bool = False
+    head_scope: str = "all"
 
     def active_heads(self, heads: int) -> list[int]:
         """Which of a layer's heads are active; ValueError if the plan is made for another number of them."""
@@ -51,7 +54,10 @@ class LayerPlan:
         return reduce(cls.__and__, plans) if plans else None
 
     def __and__(self, other: LayerPlan) -> LayerPlan:
-        """The plan that computes only what both do."""
+        """The plan that computes only what both do; ValueError if inactive heads mean one thing here, another there."""
+        scopes = {plan.head_scope for plan in (self, other) if plan.heads != 1.0}
+        if len(scopes) > 1:
+            raise ValueError("head_scope: parts with inactive heads must agree, one says all and another keys")
         masks = [plan.heads for plan in (self, other) if isinstance(plan.heads, tuple)]
         heads: float | tuple[bool, ...] = min(self.heads, other.heads) if not masks else masks[0]
         if masks:
@@ -59,4 +65,4 @@ class LayerPlan:
             heads = tuple(head in both for head in range(len(masks[0])))
         windows = [plan.window for plan in (self, other) if plan.window is not None]
         share, skip = min(self.mlp_share, other.mlp_share), self.skip or other.skip
-        return LayerPlan(min(windows, default=None), heads, share, skip)
+        return LayerPlan(min(windows, default=None), heads, share, skip, min(scopes, default="all"))

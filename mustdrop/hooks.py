@@ -34,7 +34,7 @@ from mustdrop.attention import Attention
 from mustdrop.compute_plan import LEAST_ROWS, LayerPlan
 from mustdrop.hosts import host_of, hosting_modules
 from mustdrop.keep import Keep
-from mustdrop.neighbours import SplitRows
+from mustdrop.neighbours import SplitRows, causal_blocks
 from mustdrop.reach import Fitting, Tower
 from mustdrop.recording import ForwardState, TraceRecorder
 from mustdrop.tokens import APART, ImageFacts, PromptFacts, Tokens, compact, gather
@@ -60,6 +60,7 @@ __all__ = [
     "VisionTokens",
     "active",
     "carrying",
+    "causal_blocks",
     "compact",
     "gather",
     "hooked_model",

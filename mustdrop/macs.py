@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise, zip_longest
 import torch
 
 from mustdrop.compute_plan import LEAST_ROWS, LayerPlan
-from mustdrop.neighbours import SplitRows
+from mustdrop.neighbours import SplitRows, causal_blocks
 from mustdrop.shape import ImageShape, ModelShape
 from mustdrop.tokens import Tokens
 
@@ -307,15 +307,21 @@ def planned_layer_macs(shape: ModelShape, vision_tokens: int, text_tokens: int, 
     """One decoder layer of a prefill that computes less for vision tokens.
 
     Vision rows have the queries and outputs of active heads, the values that these need, all keys (the softmax of text
-    rows counts them), and part of the MLP; text rows have everything, against all positions.
+    rows counts them), and part of the MLP; text rows have everything, against all positions. Where inactive heads
+    ignore vision keys alone, vision rows have the queries and outputs of all heads.
     """
-    active = layer.plan.active_heads(shape.heads)
+    plan, length = layer.plan, vision_tokens + text_tokens
+    active, keys_alone = plan.active_heads(shape.heads), plan.head_scope == "keys"
     valued = len({head * shape.kv_heads // shape.heads for head in active})
-    vision = shape.head_dim * (2 * len(active) + shape.kv_heads + valued) + 3 * layer.plan.neurons(shape.mlp)
-    attention = 2 * shape.head_dim * len(active) * layer.pairs
-    return (
-        layer_macs(shape, text_tokens, text_tokens + vision_tokens) + vision_tokens * shape.hidden * vision + attention
-    )
+    with_rows = shape.heads if keys_alone else len(active)
+    vision = shape.head_dim * (2 * with_rows + shape.kv_heads + valued) + 3 * plan.neurons(shape.mlp)
+    if keys_alone and plan.window is None:  # all rows in blocks, which multiply values of text alone
+        seen = sum((stop - start) * stop for start, stop in causal_blocks(length)) - length * text_tokens
+        pairs = 2 * len(active) * layer.pairs + (shape.heads - len(active)) * seen
+    else:
+        pairs = 2 * with_rows * layer.pairs
+    attention = shape.head_dim * pairs
+    return layer_macs(shape, text_tokens, length) + vision_tokens * shape.hidden * vision + attention
 
 
 def prefill_macs(
@@ -441,17 +447,22 @@ def formula_macs(
     Blind to grouped queries and the vocabulary. `mlp_products` 2 gives the `2ndm` variant; `causal` counts the
     n(n+1)/2 pairs that the mask leaves instead of n^2. In a layer with a plan, vision tokens take their share of heads
     in projections and attention, their share of the MLP, and at most as many vision keys as the window has patches.
+    Where inactive heads ignore vision keys alone, what is saved are the values of these: half of the attention to them.
     """
     d, m, total = shape.hidden, shape.mlp, 0
     for vision, layer in zip_longest(vision_tokens, plans):
         n = vision + text_tokens
         full = vision * (vision + 1) // 2 if causal else vision * n
-        heads, neurons, pairs = 1, m, full
+        rows, heads, neurons, pairs = 1, 1, m, full
         if layer is not None:
-            heads, neurons = len(layer.plan.active_heads(shape.heads)) / shape.heads, layer.plan.neurons(m)
-            if layer.plan.window is not None:
-                pairs = min(full, vision * (layer.plan.window**2 + (0 if causal else text_tokens)))
+            plan = layer.plan
+            rows = heads = len(plan.active_heads(shape.heads)) / shape.heads
+            if plan.head_scope == "keys":
+                rows, heads = 1, (1 + heads) / 2 if plan.window is None else 1
+            neurons = plan.neurons(m)
+            if plan.window is not None:
+                pairs = min(full, vision * (plan.window**2 + (0 if causal else text_tokens)))
         all_pairs = n * (n + 1) // 2 if causal else n * n
-        total += text_tokens * d * (4 * d + mlp_products * m) + vision * d * (4 * d * heads + mlp_products * neurons)
+        total += text_tokens * d * (4 * d + mlp_products * m) + vision * d * (4 * d * rows + mlp_products * neurons)
         total += 2 * d * (all_pairs - full + heads * pairs)
     return total

@@ -12,9 +12,17 @@ from mustdrop.tokens import Tokens, compact
 BLOCK = 96
 """Vision rows that share their keys: with more, fewer keys are copied; with fewer, less is computed in vain."""
 
+ROWS = 256
+"""Rows whose probabilities are held at a time, where a softmax counts keys whose values do not."""
+
 _SHIFT = 20  # bits of a row or column number
 _OFF_GRID = 1 << 12  # how far tokens without a place lie above the grid
 _ORIGIN = 1 << 14  # makes their numbers positive
+
+
+def causal_blocks(length: int) -> list[tuple[int, int]]:
+    """First and last row, exclusive, of each block of `ROWS`; its keys are those up to its last row."""
+    return [(start, min(start + ROWS, length)) for start in range(0, length, ROWS)]
 
 
 @dataclass

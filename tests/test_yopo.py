@@ -39,6 +39,10 @@ FIELDS = {
     "mlp": {"mlp_share": 0.5},
     "layers": {"layer_cut": 5},
     "all": {"window": 5, "heads": MASK.tolist(), "mlp_share": 0.25, "layer_cut": 6},
+    "keys": {"heads": MASK.tolist(), "head_scope": "keys"},
+    "keys, no heads": {"heads": 0.0, "head_scope": "keys"},
+    "keys, window": {"window": 3, "heads": MASK.tolist(), "head_scope": "keys"},
+    "keys, all": {"heads": MASK.tolist(), "head_scope": "keys", "mlp_share": 0.25, "layer_cut": 6},
 }
 strategies = pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
 PROMPTS = [prompt(3, 6, seed=1), prompt(6, 2, images=2, seed=2), prompt(4, 3, images=0, seed=3)]
@@ -103,8 +107,9 @@ class Reference:
         shares = scores.softmax(-1)
         shares[:, ~mask] = shares[:, ~mask].masked_fill(vision, 0)
         output = (shares @ value).transpose(1, 2)
-        output = output.masked_fill(vision[:, None, None] & ~mask[:, None], 0).flatten(2)
-        hidden = hidden + attention.o_proj(output)
+        if self.yopo.head_scope == "all":
+            output = output.masked_fill(vision[:, None, None] & ~mask[:, None], 0)
+        hidden = hidden + attention.o_proj(output.flatten(2))
         states, mlp = layer.post_attention_layernorm(hidden), layer.mlp
         inner = mlp.act_fn(mlp.gate_proj(states)) * mlp.up_proj(states)
         inner[:, vision, int(self.yopo.mlp_share * inner.shape[-1]) :] = 0
@@ -153,16 +158,18 @@ def test_cls_is_off_the_grid():
     check_against_masks(ours(strategy="full"), YOPO(window=3), PROMPTS[0], IMAGES[0])
 
 
-def test_half_precision_equals_the_masked_definition():
+@pytest.mark.parametrize("name", ["all", "keys, all"])
+def test_half_precision_equals_the_masked_definition(name):
     model = ours(dtype=torch.bfloat16)
-    yopo = YOPO(**FIELDS["all"])
+    yopo = YOPO(**FIELDS[name])
     check_against_masks(model, yopo, PROMPTS[0], IMAGES[0].bfloat16(), atol=0.05)
 
 
+@pytest.mark.parametrize("name", ["all", "keys, all"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_on_either_side_changes_nothing(side):
+def test_padding_on_either_side_changes_nothing(side, name):
     model, inputs = ours(), batch(PROMPTS, side)
-    with YOPO(**FIELDS["all"]).on(model) as record, torch.no_grad():
+    with YOPO(**FIELDS[name]).on(model) as record, torch.no_grad():
         mask, images = inputs["attention_mask"], torch.cat(IMAGES[:2])
         together = model(inputs["inputs"], attention_mask=mask, images=images, use_cache=False).logits
         alone = [
@@ -198,9 +205,10 @@ def test_blocks_of_any_size_hold_the_same_neighbours(block):
     assert torch.equal(sees[vision], expected[vision])
 
 
-def test_values_of_inactive_heads_are_not_cached():
+@pytest.mark.parametrize("scope", ["all", "keys"])
+def test_values_of_inactive_heads_are_not_cached(scope):
     model = ours(kv_heads=4)
-    with YOPO(heads=MASK.tolist()).on(model):
+    with YOPO(heads=MASK.tolist(), head_scope=scope).on(model):
         cache = model.generate(
             PROMPTS[0], images=IMAGES[0], max_new_tokens=1, do_sample=False, return_dict_in_generate=True
         ).past_key_values
@@ -218,10 +226,11 @@ def test_a_layer_cut_leaves_the_caches_before_it_alone():
     assert trace.mean_tokens == trace.mean_tokens_official == SIDE**2 * 5 / 8
 
 
-def test_gradients_flow_through_plans():
+@pytest.mark.parametrize("name", ["all", "keys", "keys, all"])
+def test_gradients_flow_through_plans(name):
     model = ours()
     ids = PROMPTS[1]
-    with YOPO(**FIELDS["all"]).on(model):
+    with YOPO(**FIELDS[name]).on(model):
         loss = model(input_ids=ids, labels=torch.where(ids < 3, -100, ids), images=IMAGES[1]).loss
     grads = torch.autograd.grad(loss, [layer.self_attn.q_proj.weight for layer in model.model.layers])
     assert all(grad.isfinite().all() and grad.abs().sum() > 0 for grad in grads)
@@ -332,6 +341,8 @@ def test_masks_from_files(tmp_path, dtype):
         ({"heads": "missing.npy"}, "heads: 'missing.npy' cannot be read"),
         ({"heads": [[True, False], [True]]}, "heads: .* cannot be read"),
         ({"heads": [[1, 2]]}, "heads: .* must hold a mask"),
+        ({"head_scope": "rows"}, "head_scope is 'rows': it must be one of all, keys"),
+        ({"head_scope": True}, "head_scope is True: it must be of type"),
         ({"mlp_share": 0.0}, "mlp_share is 0.0"),
         ({"layer_cut": 0}, "layer_cut is 0"),
         ({"layer_cut": "half"}, "layer_cut is 'half': it must be of type"),
@@ -388,6 +399,11 @@ def test_plans_compose_to_what_both_compute():
     first = LayerPlan(window=7, heads=(True, True, False, True), mlp_share=0.5)
     assert first & LayerPlan(heads=0.5) == LayerPlan(7, (True, True, False, False), 0.5)
     assert LayerPlan(heads=0.5) & LayerPlan(window=5, heads=0.75, skip=True) == LayerPlan(5, 0.5, 1.0, True)
+    keys = LayerPlan(heads=0.5, head_scope="keys")
+    assert keys & LayerPlan(window=5) == LayerPlan(window=5) & keys == LayerPlan(5, 0.5, head_scope="keys")
+    with pytest.raises(ValueError, match="head_scope: parts with inactive heads must agree"):
+        keys & LayerPlan(heads=0.5)
+    assert YOPO(heads=[[True] * HEADS] * LAYERS, head_scope="keys").plan(0, LAYERS) is None
 
 
 # Calibration
@@ -405,6 +421,11 @@ def test_heads_are_measured_on_every_prompt_as_eager_attention_says():
     vision = spliced.tokens.vision[0]
     expected = [share[0][..., vision].sum((1, 2)) / share[0][..., ~vision].sum((1, 2)) for share in shares]
     np.testing.assert_allclose(heads.ratios[0], torch.stack(expected).numpy(), rtol=1e-4)
+
+
+def test_more_full_layers_than_there_are_is_one_line():
+    with pytest.raises(ValueError, match="full_layers is 5: it must be at most the model's 4 layers"):
+        head_mask(np.ones((1, 4, 3)), threshold=0.1, full_layers=5)
 
 
 def test_a_head_needs_more_than_its_share_of_samples():
@@ -439,6 +460,9 @@ def test_the_command_writes_a_mask_that_loads(tmp_path, monkeypatch, capsys, tok
     ("arguments", "words"),
     [
         ([], "share: got nothing"),
+        (["--recipe", "qwen2"], "recipe is 'qwen2': it must be one of qwen2-vl-7b, internvl2-4b,"),
+        (["--recipe", "qwen2-vl-7b", "--rows", "all"], "rows: got all, but the recipe's threshold is for generated"),
+        (["--share", "0.5", "--rows", "last"], "rows is 'last': it must be one of all, generated"),
         (["--share", "2"], "share: got '2', expected a number from 0 to 1"),
         (["--threshold", "x"], "threshold: got 'x', expected a number from 0"),
         (["--share", "0.5", "--full-layers", "x"], "full_layers: got 'x'"),

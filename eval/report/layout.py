@@ -188,17 +188,20 @@ def table_rows(layout: Layout, frame: pd.DataFrame) -> list[TableRow]:
     for method, retain in [(VANILLA, None), *_wanted(layout, rows)]:
         mine = [row for row in rows if row["method"] == method and retain in (None, row["retain"])]
         ours = {column: row for column in layout.columns for row in mine if _fills(row, column)}
+        ours = published.with_means(ours, layout.columns)
         printed = published.rows(layout.model, method, retain)
         found.append(TableRow(method, retain, ours, [row for row in printed if set(row.values) & set(layout.columns)]))
     return found if layout.methods else _best_first(layout, found)
 
 
-def _wanted(layout: Layout, rows: Sequence[Mapping]) -> list[tuple[str, int]]:
+def _wanted(layout: Layout, rows: Sequence[Mapping]) -> list[tuple[str, int | None]]:
     """Methods and budgets of a table's lines."""
     pairs = sorted({(row["method"], row["retain"]) for row in rows if row["method"] != VANILLA})
     methods = layout.methods or list(dict.fromkeys(method for method, retain in pairs if retain in layout.budgets))
     others = [] if layout.methods else [pair for pair in pairs if pair[0] not in methods]
-    return [*((method, budget) for budget in layout.budgets for method in methods), *others]
+    alone = [method for method in methods if published.rows(layout.model, method, None)]  # without a budget
+    budgeted = [(method, budget) for budget in layout.budgets for method in methods if method not in alone]
+    return [*budgeted, *((method, None) for method in alone), *others]
 
 
 def _best_first(layout: Layout, found: Sequence[TableRow]) -> list[TableRow]:
@@ -215,8 +218,7 @@ def _best_first(layout: Layout, found: Sequence[TableRow]) -> list[TableRow]:
 
 def _of_model(frame: pd.DataFrame, wanted: str) -> pd.Series:
     """Which results are of a model, or of a checkpoint that papers call so."""
-    name = published.canonical(wanted)
-    return frame.model.map(lambda found: found == wanted or (wanted == name and published.canonical(found) == name))
+    return frame.model.map(lambda found: published.is_of(found, wanted))
 
 
 def _fills(row: Mapping, column: str) -> bool:

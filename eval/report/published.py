@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import hypot
 from pathlib import Path
+from statistics import fmean
 
 from mustdrop.read import read_yaml
 
@@ -17,11 +19,12 @@ AVERAGE = "average"
 
 @dataclass(frozen=True)
 class Column:
-    """A benchmark in tables: its title, the decimals that papers print, and what is counted."""
+    """A benchmark in tables: its title, the decimals that papers print, what is counted, and whose mean it is."""
 
     title: str
     decimals: int
     unit: str
+    mean_of: tuple[str, ...] = ()
 
     @property
     def rounding(self) -> float:
@@ -33,11 +36,11 @@ class Column:
 class Row:
     """What one source prints for one method at one average number of vision tokens; ``values`` by column.
 
-    ``judged`` says that a language model scored the answers.
+    ``retain`` is None for a method without a budget. ``judged`` says that a language model scored the answers.
     """
 
     method: str
-    retain: int
+    retain: int | None
     source: str
     values: dict[str, float]
     judged: bool = False
@@ -102,6 +105,33 @@ def canonical(model: str) -> str | None:
     return next((name for name, facts in models().items() if model == name or model in facts.checkpoints), None)
 
 
+def is_of(found: str, wanted: str) -> bool:
+    """Whether a checkpoint is the one that is wanted, or one of those that papers call so."""
+    return found == wanted or (wanted in models() and found in models()[wanted].checkpoints)
+
+
+def with_means(ours: Mapping[str, Mapping], names: Collection[str]) -> dict[str, Mapping]:
+    """Our rows by column, and of the columns `names` those that are means of others which are all there.
+
+    Numbers are averaged, questions counted together, intervals joined as those of independent benchmarks.
+    """
+    parts = {name: [ours.get(part) for part in known.mean_of] for name, known in columns().items() if name in names}
+    return {**ours, **{name: _mean(name, rows) for name, rows in parts.items() if rows and all(rows)}}
+
+
+def _mean(name: str, rows: Sequence[Mapping]) -> dict:
+    def mean(key: str) -> object:
+        values = [row[key] for row in rows]
+        if all(type(value) in (int, float) for value in values):
+            return fmean(values)
+        return None if None in values else values[0]
+
+    score = fmean(row["score"] for row in rows)
+    below, above = (hypot(*(row["score_ci95"][end] - row["score"] for row in rows)) / len(rows) for end in (0, 1))
+    own = {"task": name, "benchmark": name, "n": sum(row["n"] for row in rows), "seeds": rows[0]["seeds"]}
+    return {**{key: mean(key) for key in rows[0]}, **own, "score_ci95": [score - below, score + above]}
+
+
 def columns() -> dict[str, Column]:
     """All columns by name."""
     return _read(FILE)[0]
@@ -115,7 +145,10 @@ def models() -> dict[str, Model]:
 @cache
 def _read(file: Path) -> tuple[dict[str, Column], dict[str, Model]]:
     content = read_yaml(file)
-    known = {name: Column(**facts) for name, facts in content["columns"].items()}
+    known = {
+        name: Column(**{**facts, "mean_of": tuple(facts.get("mean_of", ()))})
+        for name, facts in content["columns"].items()
+    }
     found = {}
     for name, facts in content["models"].items():
         listed = tuple(Row(**row) for row in facts["rows"])

@@ -182,7 +182,7 @@ def body_rows(
                 line.difference(column, row) is not None for column in layout.columns
             ):
                 block.append(_difference_row(layout, line, row, letters[row.source]))
-        tokens = "all" if line.method == VANILLA else str(line.retain)
+        tokens = "all" if line.method == VANILLA else str(line.retain or "")
         costs = [write_cost(line.cost(cost)) for cost in layout.costs]
         for place, row in enumerate(block):
             body.append(["", "", *row, *[""] * len(costs)] if place else [tokens, line.method, *row, *costs])

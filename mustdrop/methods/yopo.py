@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mustdrop.checks import require, shown
-from mustdrop.hooks import DecoderStep, LayerPlan, Reducer
+from mustdrop.checks import one_of, require, shown
+from mustdrop.hooks import DecoderStep, LayerPlan, Reducer, Tokens
 from mustdrop.reach import square
+
+AUTHORS_THRESHOLDS = {"qwen2-vl-7b": 0.07, "internvl2-4b": 0.08, "internvl2-8b": 0.11, "internvl2-26b": 0.052}
+"""Least ratio of a first generated row, by the names of `mustdrop cost`: the authors' code, one prompt each."""
 
 
 @dataclass
@@ -26,8 +29,11 @@ class YOPO(Reducer):
         its patch does; of dropped ones nothing is left to attend to. None: ordinary causal attention. Published: 5.
     heads : float, str or sequence of sequences of bool
         Active visual heads: a .npy file (or nested lists) `[layers, heads]`, true where a head is active; or a share,
-        counted from the first head, for models trained with it. An inactive head gives vision rows nothing and ignores
-        vision columns for everybody, after the softmax, here and in decoding. `mustdrop calibrate-heads` makes files.
+        counted from the first head, for models trained with it. An inactive head ignores vision keys for everybody,
+        after the softmax, here and in decoding. `mustdrop calibrate-heads` makes files.
+    head_scope : str
+        "all", the authors' form on LLaVA: an inactive head also gives vision rows nothing. "keys", their form on
+        Qwen2-VL and InternVL2: vision rows still have what it sees of text.
     mlp_share : float
         Share of the MLP's neurons, counted from the first, that vision tokens go through. Published: 0.5.
     layer_cut : int or float, optional
@@ -43,12 +49,14 @@ class YOPO(Reducer):
     heads: float | str | Sequence[Sequence[bool | int]] = 1.0
     mlp_share: float = 1.0
     layer_cut: int | float | None = None
+    head_scope: str = "all"
 
     def __post_init__(self) -> None:
         fits = self.window is None or (self.window > 0 and self.window % 2 == 1)
         require(fits, "window", self.window, "an odd number of patches, or none")
         require(0 < self.mlp_share <= 1, "mlp_share", self.mlp_share, "above 0 and at most 1")
         require(self.layer_cut is None or self.layer_cut > 0, "layer_cut", self.layer_cut, "above 0, or none")
+        one_of("head_scope", self.head_scope, ("all", "keys"))
         if isinstance(self.heads, int | float):
             require(0 <= self.heads <= 1, "heads", self.heads, "a share from 0 to 1, or a .npy file [layers, heads]")
             self._mask = None
@@ -85,7 +93,9 @@ class YOPO(Reducer):
         if self.layer_cut is not None and layer >= self._cut(layers):
             return LayerPlan(skip=True)
         heads = float(self.heads) if self._mask is None else self._mask[layer]
-        plan = LayerPlan(self.window, 1.0 if isinstance(heads, tuple) and all(heads) else heads, self.mlp_share)
+        heads = 1.0 if isinstance(heads, tuple) and all(heads) else heads
+        scope = "all" if heads == 1.0 else self.head_scope
+        plan = LayerPlan(self.window, heads, self.mlp_share, head_scope=scope)
         return None if plan == LayerPlan() else plan
 
 
@@ -102,32 +112,58 @@ def _read_mask(source: str | Sequence[Sequence[bool | int]]) -> np.ndarray:
     return mask.astype(bool)
 
 
-class HeadAttention(Reducer):
+class _HeadRatios(Reducer):
     """Changes nothing and notes how much every head attends to vision tokens: what head masks are made from.
 
     Attributes
     ----------
     ratios : list of float32 `[layers, heads]`
-        For each prompt with an image, attention to vision tokens over attention to text, both summed over all rows.
+        For each prompt with an image, attention to vision tokens over attention to text.
     """
-
-    ROWS = 128  # rows whose attention is held at a time
 
     def __init__(self) -> None:
         self.ratios: list[np.ndarray] = []
 
+    def _note(self, step: DecoderStep, paid: torch.Tensor, real: torch.Tensor) -> None:
+        """Take what some rows of a layer pay each token, `[batch, heads, tokens]`; after the last layer, all ratios."""
+        vision = step.tokens.vision
+        to_vision, to_text = ((paid * columns[:, None]).sum(-1) for columns in (vision, real & ~vision))
+        layers = step.scratch.setdefault("ratios", [])
+        layers.append((to_vision / to_text)[vision.any(-1)])
+        if step.layer + 1 == step.layers:
+            self.ratios.extend(torch.stack(layers, dim=1).cpu().numpy())
+
+
+class HeadAttention(_HeadRatios):
+    """The ratios of all rows of a prefill, both sums taken over them: the authors' recipe on LLaVA."""
+
+    ROWS = 128  # rows whose attention is held at a time
+
     def after_decoder_layer(self, step: DecoderStep) -> None:
-        tokens, length = step.tokens, step.hidden.shape[1]
-        real = torch.ones_like(tokens.vision) if tokens.valid is None else tokens.valid
+        real, length = _real(step.tokens), step.hidden.shape[1]
         total = 0
         for start in range(0, length, self.ROWS):
             rows = torch.arange(start, min(start + self.ROWS, length), device=real.device).expand(len(real), -1)
             total = total + (step.attention.probabilities(rows) * real.gather(1, rows)[:, None, :, None]).sum(2)
-        to_vision, to_text = ((total * columns[:, None]).sum(-1) for columns in (tokens.vision, real & ~tokens.vision))
-        layers = step.scratch.setdefault("ratios", [])
-        layers.append((to_vision / to_text)[tokens.vision.any(-1)])
-        if step.layer + 1 == step.layers:
-            self.ratios.extend(torch.stack(layers, dim=1).cpu().numpy())
+        self._note(step, total, real)
+
+
+class GeneratedHeadAttention(_HeadRatios):
+    """The ratios of one row, the first generated token's: the authors' recipe on Qwen2-VL and InternVL2.
+
+    It is run when the second token is generated, so two are needed.
+    """
+
+    def after_decode_layer(self, step: DecoderStep) -> None:
+        if len(step.scratch.get("ratios", [])) < step.layers:
+            real = _real(step.tokens)
+            row = torch.zeros(len(real), 1, dtype=torch.long, device=real.device)
+            self._note(step, step.attention.probabilities(row)[:, :, 0], real)
+
+
+def _real(tokens: Tokens) -> torch.Tensor:
+    """Which tokens are no padding, bool `[batch, tokens]`."""
+    return torch.ones_like(tokens.vision) if tokens.valid is None else tokens.valid
 
 
 def head_mask(
@@ -143,9 +179,9 @@ def head_mask(
     Parameters
     ----------
     ratios : sequence of `[layers, heads]`
-        `HeadAttention.ratios` of calibration prompts.
+        `HeadAttention.ratios` or `GeneratedHeadAttention.ratios` of calibration prompts.
     threshold : float, optional
-        A head is active in a prompt if its ratio is above; InternVL2 in the paper: 0.052 to 0.11.
+        A head is active in a prompt if its ratio is above; the authors' for some models are `AUTHORS_THRESHOLDS`.
     share : float, optional
         Instead of a threshold: the share of all heads that shall be active.
     majority : float
@@ -158,8 +194,15 @@ def head_mask(
     mask : bool `[layers, heads]`
     threshold : float
         The one given, or the one that gives the share: no threshold gives a share below that of the full layers.
+
+    Raises
+    ------
+    ValueError
+        If there are more full layers than layers.
     """
     stacked = np.stack(ratios)
+    most_full = stacked.shape[1]
+    require(full_layers <= most_full, "full_layers", full_layers, f"at most the model's {most_full} layers")
     most = max(len(stacked) - int(majority * len(stacked)) - 1, 0)
     decisive = np.sort(stacked, axis=0)[most]  # above the threshold in more than the majority iff this one is
     if threshold is None:

@@ -18,7 +18,7 @@ from llava.model.language_model.projections import (
     self_attention,
 )
 from llava.model.language_model.stream import Stream
-from mustdrop.hooks import LayerPlan, SplitRows, gather
+from mustdrop.hooks import LayerPlan, SplitRows, causal_blocks, gather
 
 
 def run_planned(
@@ -42,7 +42,8 @@ def run_planned(
         )
     else:
         rotary = tuple(table.expand(len(hidden), -1, -1) for table in stream.rotary)
-        hidden = hidden + _attend(attention, states, rotary, cache, rows, active, inactive)
+        attend = _attend_all_rows if plan.head_scope == "keys" else _attend
+        hidden = hidden + attend(attention, states, rotary, cache, rows, active, inactive)
     return hidden + _thin_mlp(layer.mlp, layer.post_attention_layernorm(hidden), rows, plan)
 
 
@@ -86,41 +87,102 @@ def _attend(
 ) -> Tensor:
     """What self-attention adds, for normalised states `[batch, length, width]`.
 
-    An inactive head needs no queries and no outputs of vision rows, and no values if no active head shares them. Keys
-    are needed: text rows leave out vision columns after the softmax, whose denominator counts them.
+    An inactive head needs no queries and no outputs of vision rows. Its keys are needed: text rows leave out vision
+    columns after the softmax, whose denominator counts them.
     """
-    width, groups = attention.head_dim, attention.num_key_value_groups
-    q_proj, k_proj, v_proj = query_key_value(attention)
-    text, text_rotary = gather(states, rows.text), tuple(gather(table, rows.text) for table in rotary)
-    valued = sorted({head // groups for head in active})
-    unvalued = [head for head in range(v_proj.out_features // width) if head not in valued]
-    of_all, of_text, common, rest = (
-        _features(heads, width, states.device) for heads in (valued, unvalued, active, inactive)
-    )
-
-    value = _outputs(v_proj, states, of_all)
-    if unvalued:
-        some, value = value, states.new_zeros(*states.shape[:2], v_proj.out_features)
-        value[..., of_all] = some
-        more = _outputs(v_proj, text, of_text)
-        value[..., of_text] = _add_text(states.new_zeros(*states.shape[:2], more.shape[-1]), more, rows)
-    key, value = rotated(k_proj(states), attention, rotary, "k"), by_head(value, attention)
-    if cache is not None:
-        key, value = cache.update(key, value, attention.layer_idx)
-
+    q_proj = query_key_value(attention)[0]
+    common, rest = (_features(heads, attention.head_dim, states.device) for heads in (active, inactive))
+    key, value = _keys_and_values(attention, states, rotary, cache, rows, active)
     query = rotated(_outputs(q_proj, states, common), attention, rotary, "q")
-    if rows.window is None:
-        seen = _attention(attention, query, key, value, active, rows.causal)
-    else:
-        seen = _attend_in_window(attention, query, key, value, active, rows)
+    seen = _attend_actively(attention, query, key, value, active, rows)
     output = _inputs(attention.o_proj, seen.transpose(1, 2).flatten(2), common)
     if inactive:
+        text, text_rotary = gather(states, rows.text), tuple(gather(table, rows.text) for table in rotary)
         query = rotated(_outputs(q_proj, text, rest), attention, text_rotary, "q")
         if _share_values(attention, active, inactive):
             value = value.masked_fill(rows.vision[:, None, :, None], 0)
         seen = _attention(attention, query, key, value, inactive, rows.sees).transpose(1, 2).flatten(2)
         output = _add_text(output, F.linear(seen, attention.o_proj.weight[:, rest]), rows)
     return output
+
+
+def _attend_all_rows(
+    attention: nn.Module,
+    states: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    cache: VisionCache | None,
+    rows: SplitRows,
+    active: list[int],
+    inactive: list[int],
+) -> Tensor:
+    """What self-attention adds where inactive heads ignore vision keys alone; arguments as in `_attend`."""
+    key, value = _keys_and_values(attention, states, rotary, cache, rows, active)
+    query = rotated(query_key_value(attention)[0](states), attention, rotary, "q")
+    seen = torch.empty_like(query)
+    seen[:, active] = _attend_actively(attention, query[:, active], key, value, active, rows)
+    if rows.window is None:
+        seen[:, inactive] = _attend_to_text(attention, query[:, inactive], key, value, inactive, rows)
+    else:
+        value = value.masked_fill(rows.vision[:, None, :, None], 0)
+        seen[:, inactive] = _attend_in_window(attention, query[:, inactive], key, value, inactive, rows)
+    return attention.o_proj(seen.transpose(1, 2).flatten(2))
+
+
+def _keys_and_values(
+    attention: nn.Module,
+    states: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    cache: VisionCache | None,
+    rows: SplitRows,
+    active: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Keys and values `[batch, kv_heads, length, head_dim]`; vision rows have no values that no active head needs."""
+    width, groups = attention.head_dim, attention.num_key_value_groups
+    _, k_proj, v_proj = query_key_value(attention)
+    valued = sorted({head // groups for head in active})
+    unvalued = [head for head in range(v_proj.out_features // width) if head not in valued]
+    of_all, of_text = (_features(heads, width, states.device) for heads in (valued, unvalued))
+    value = _outputs(v_proj, states, of_all)
+    if unvalued:
+        some, value = value, states.new_zeros(*states.shape[:2], v_proj.out_features)
+        value[..., of_all] = some
+        more = _outputs(v_proj, gather(states, rows.text), of_text)
+        value[..., of_text] = _add_text(states.new_zeros(*states.shape[:2], more.shape[-1]), more, rows)
+    key, value = rotated(k_proj(states), attention, rotary, "k"), by_head(value, attention)
+    return (key, value) if cache is None else cache.update(key, value, attention.layer_idx)
+
+
+def _attend_actively(
+    attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, heads: list[int], rows: SplitRows
+) -> Tensor:
+    """What some heads see of all tokens before, or of a window of them: `[batch, heads, length, head_dim]`."""
+    if rows.window is None:
+        return _attention(attention, query, key, value, heads, rows.causal)
+    return _attend_in_window(attention, query, key, value, heads, rows)
+
+
+def _attend_to_text(
+    attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, heads: list[int], rows: SplitRows
+) -> Tensor:
+    """What some heads see of the text, `[batch, heads, length, head_dim]`, their softmax counting all tokens before.
+
+    In blocks of rows against the keys up to them, so that the probabilities of all rows are never held together.
+    """
+    groups = attention.num_key_value_groups
+    value = gather(value.transpose(1, 2), rows.text).transpose(1, 2)
+    query, key, value = query * attention.scaling, _of_heads(key, heads, groups), _of_heads(value, heads, groups)
+    column = torch.arange(query.shape[2], device=query.device)
+    seen = []
+    for start, stop in causal_blocks(query.shape[2]):
+        causal = rows.causal
+        sees = column[:stop] <= column[start:stop, None] if causal is None else causal[:, :, start:stop, :stop]
+        scores = (query[:, :, start:stop] @ key[:, :, :stop].transpose(2, 3)).masked_fill_(~sees, -torch.inf)
+        shares = scores.softmax(-1, dtype=torch.float32)
+        # Text after the block has no column in it: it is read elsewhere and counts nothing.
+        columns = rows.text.clamp(max=stop - 1)[:, None, None].expand(-1, *shares.shape[1:3], -1)
+        of_text = shares.gather(-1, columns) * (rows.real & (rows.text < stop))[:, None, None]
+        seen.append(of_text.to(value.dtype) @ value)
+    return torch.cat(seen, dim=2)
 
 
 def _attend_in_window(
