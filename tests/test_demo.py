@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 
 import numpy as np
 import pytest
@@ -77,5 +78,35 @@ def test_the_page_asks(page, tmp_path):
         )
         assert few[0] == many[0] and few[2]["data"][1][2].startswith("16 ")
         assert few[3] and few[3] != many[3]
+    finally:
+        blocks.close()
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("gradio", "playwright"))) or shutil.which("chromium") is None,
+    reason="gradio, playwright or Chromium is not installed",
+)
+def test_the_page_in_a_browser(page):
+    from playwright.sync_api import expect, sync_playwright
+
+    _, address, _ = (blocks := demo.page(page)).launch(prevent_thread_lock=True, quiet=True)
+    try:
+        with sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            tab = browser.new_page()
+            tab.goto(address)
+            chosen = tab.locator("input[aria-label=method]")
+            chosen.fill("divprune")
+            chosen.press("Enter")
+            slider, drawing = tab.locator("input[type=range]"), tab.get_by_role("link", name="Download")
+            slider.press("Home")
+            tab.get_by_role("button", name="ask").click()
+            cell = tab.get_by_role("row").filter(has_text="vision tokens entering the decoder")
+            expect(cell).to_contain_text("16 (-56%)", timeout=60_000)
+            before = drawing.get_attribute("href")
+            slider.press("ArrowRight")
+            expect(cell).to_contain_text("24 (-33%)", timeout=60_000)
+            assert drawing.get_attribute("href") != before
+            browser.close()
     finally:
         blocks.close()

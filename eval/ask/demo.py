@@ -82,7 +82,7 @@ class Demo:
         label = f"{method} {int(budget)}"
         with self._one_at_a_time:
             baseline, reduced = compare(
-                self.loaded, question, visuals, {BASELINE: Reducer(), label: load_reducer(settings)}, repeats=1
+                self.loaded, question, visuals, {BASELINE: Reducer(), label: load_reducer(settings)}, repeats=3
             )
             drawn = sheet(self.loaded, visuals, reduced.trace, baseline.trace, label)
         return baseline.answer, reduced.answer, table_rows([baseline, reduced]), drawn
@@ -129,7 +129,8 @@ def page(demo: Demo) -> Any:
         drawn = gradio.Image(label="what each stage kept and merged", interactive=False, format="png")
         given, shown = [image, question, method, budget], [baseline, reduced, costs, drawn]
         button.click(run, given, shown, api_name="compare")
-        budget.release(run, given, shown, api_name=False)
+        # Dragged, typed or moved by keys: of what comes while a question is being asked, the last one counts.
+        budget.change(run, given, shown, api_name=False, trigger_mode="always_last")
         method.input(run, given, shown, api_name=False)
     return blocks
 
