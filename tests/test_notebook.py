@@ -9,7 +9,7 @@ import matplotlib
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOK = ROOT / "examples" / "accuracy_against_tokens.ipynb"
+NOTEBOOK = ROOT / "docs" / "accuracy_against_tokens.ipynb"
 SMALL = 'MODEL, SCENES, QUESTIONS = "checkpoints/llava-mini", 1, 1\nMETHODS, BUDGETS = ("divprune",), (64, 32)'
 
 
