@@ -10,7 +10,6 @@ greedy decoding gives.
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -31,6 +30,7 @@ from eval.mini.clip_scenes import MOMENTS, Clip, draw_clip
 from eval.mini.data import Packer
 from eval.mini.evaluate import question_form
 from eval.mini.questions import Question
+from eval.run.cell import write_json
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -142,8 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         others = ", ".join(f"{view} {report[view][name]['accuracy']:.3f}" for view in (*VIEWS[1:], "commonest_answer"))
         log.info("%-10s %.3f (n %d; %s)", name, row["accuracy"], row["n"], others)
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(options.output, report)
     return 0
 
 

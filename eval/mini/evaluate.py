@@ -7,7 +7,6 @@ commonest training answer to questions of the same form, or of the options the o
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import sys
 import time
@@ -26,6 +25,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from eval.mini.data import ask_scene, prompt_parts
 from eval.mini.questions import TYPES, VALUES, choice_questions, choice_text, plural, scene_questions
 from eval.mini.scenes import generate_scene, scene_seed
+from eval.run.cell import write_json
 from llava.model.language_model.cache import CACHE_NAME
 from mustdrop.command import Parser, command
 
@@ -181,8 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         text = "%-16s %.3f (n %d, question only %.3f, commonest answer %.3f)"
         log.info(text, name, row["accuracy"], row["n"], baseline, habit)
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(options.output, report)
     return 0
 
 

@@ -6,7 +6,6 @@ the image. What the second loses is what only tiles show; the third is what the 
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from eval.mini import highres, questions
 from eval.mini.data import prompt_parts
 from eval.mini.evaluate import Asked
+from eval.run.cell import write_json
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
@@ -115,8 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         others = [report[shown][name]["accuracy"] for shown in SHOWN[1:]]
         log.info("%-16s %.3f (n %d, overview alone %.3f, noise %.3f)", name, row["accuracy"], row["n"], *others)
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(options.output, report)
     return 0
 
 
